@@ -1,0 +1,79 @@
+"""Stage 5: put the trained parts into the package, in diffusers' folder layout and half precision.
+
+    python scripts/mini/package.py      # writes src/scalewise/mini/{teacher,scorer,captions.json,reference.safetensors}
+
+What lands there is what `StableDiffusion3Pipeline.from_pretrained` of stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from common import load_averaged, load_pictures, to_float, work_folder
+from denoiser import SHIFT
+from denoiser import build as build_denoiser
+from denoiser import cache
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from safetensors.torch import save_file
+from text import Scorer, TeacherText, embed
+from vae import build as build_vae
+
+TARGET = Path(__file__).parents[2] / "src" / "scalewise" / "mini"
+
+
+def teacher() -> StableDiffusion3Pipeline:
+    """Assemble the pipeline from the stages' averaged weights."""
+    everything, data = load_pictures().captions, cache()
+    text = load_averaged("text", TeacherText(everything))
+    trained = load_averaged("vae", build_vae())
+    vae = AutoencoderKL.from_config(
+        {**trained.config, "scaling_factor": float(data["factor"]), "shift_factor": float(data["shift"])}
+    )
+    vae.load_state_dict(trained.state_dict())
+    return StableDiffusion3Pipeline(
+        transformer=load_averaged("denoiser", build_denoiser()), vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), text_encoder=text.text_1, text_encoder_2=text.text_2,
+        text_encoder_3=text.text_3, tokenizer=text.clip_tokenizer, tokenizer_2=text.clip_tokenizer,
+        tokenizer_3=text.t5_tokenizer,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def reference(scorer: Scorer) -> dict[str, torch.Tensor]:
+    """Normalised scorer features of the denoiser's real pictures, by split."""
+    out = {}
+    for split in ("test", "train"):
+        pixels = to_float(load_pictures(split=split, denoiser_only=True).pixels)
+        features = torch.cat([embed(scorer, part) for part in pixels.split(64)])
+        out[split] = torch.nn.functional.normalize(features, dim=-1).contiguous()
+    return out
+
+
+def main() -> None:
+    """Write everything but the synthetic set and the student, which the project's own commands make."""
+    for name in ("teacher", "scorer"):
+        shutil.rmtree(TARGET / name, ignore_errors=True)
+    pipeline = teacher()
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(TARGET / "teacher", safe_serialization=True)
+    if (work_folder() / "scorer" / "state.safetensors").exists():
+        scorer = load_averaged("scorer", Scorer(load_pictures().captions))
+        save_file(reference(scorer), TARGET / "reference.safetensors")
+        scorer.clip.half().save_pretrained(TARGET / "scorer", safe_serialization=True)
+        scorer.clip_tokenizer.save_pretrained(TARGET / "scorer")
+        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 128, "width": 128},
+                    "do_resize": True, "do_rescale": True, "do_normalize": True,
+                    "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
+        (TARGET / "scorer" / "preprocessor_config.json").write_text(json.dumps(settings, indent=1))
+    captions = {s: load_pictures(split=s, denoiser_only=True).captions for s in ("train", "test")}
+    (TARGET / "captions.json").write_text(json.dumps(captions, indent=0, ensure_ascii=False))
+    for file in sorted(TARGET.rglob("*")):
+        if file.is_file() and file.stat().st_size > 100_000:
+            print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(TARGET)}")
+
+
+if __name__ == "__main__":
+    main()

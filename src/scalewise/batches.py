@@ -1,0 +1,105 @@
+"""From latents on disk to what an update sees. A batch is a function of its position: nothing has to be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from scalewise.data import DataError, LatentSet, PromptCache
+from scalewise.distill import Batch
+from scalewise.rng import derive, permutation
+from scalewise.scales import Scale, ScaleSchedule, downscale_area, upscale_latents
+
+
+class Batches:
+    """Batch number `position` of a run: the schedule's step, the samples and their conditions.
+
+    Samples come in shuffled passes over all sets; with several sets (aspect buckets) a batch is drawn from one of
+    them, in proportion to their sizes. Each process takes its own part of the global batch.
+    """
+
+    def __init__(self, sets: Sequence[LatentSet], schedule: ScaleSchedule, prompts: PromptCache, *, batch: int,
+                 seed: int = 0, downscale: str = "pixel", step_choice: str = "round-robin", patch: int = 1,
+                 rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> None:  # fmt: skip
+        """`downscale` "latent" makes every scale from the full latent (ablation) instead of from pixels."""
+        self.sets, self.prompts, self.batch, self.seed = list(sets), prompts, batch, seed
+        self.latent_downscale, self.step_choice = downscale == "latent", step_choice
+        self.rank, self.world, self.device = rank, world, device
+        self.schedules = [schedule.for_size(largest(s), patch) for s in self.sets]
+        for own, data in zip(self.schedules, self.sets, strict=True):
+            self._check(own, data)
+        self._passes = lru_cache(maxsize=4)(self._pass)
+
+    def _check(self, schedule: ScaleSchedule, data: LatentSet) -> None:
+        if len(data) < self.batch * self.world:
+            raise DataError(
+                f"The set has {len(data)} samples, fewer than one batch of {self.batch * self.world}; "
+                "add data or lower train.batch."
+            )
+        if self.latent_downscale:
+            return
+        missing = [str(s) for s in sorted(set(schedule.scales)) if s not in data.scales]
+        if missing:
+            raise DataError(
+                f"The set has no latents at {', '.join(missing)}; it has {', '.join(map(str, data.scales))}. "
+                "Make a set for this schedule with `scalewise generate`, or choose among its scales."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the schedule."""
+        return len(self.schedules[0])
+
+    def index_at(self, position: int) -> int:
+        """Step of the schedule that batch `position` trains; equal on every process."""
+        if self.step_choice == "round-robin":
+            return position % self.steps
+        return derive(self.seed, "step", position) % self.steps
+
+    def at(self, position: int, index: int | None = None) -> Batch:
+        """Return batch number `position`, for step `index` of the schedule (default: the position's own)."""
+        index = self.index_at(position) if index is None else index
+        which = self._set_at(position)
+        data, schedule = self.sets[which], self.schedules[which]
+        chosen = self._samples(which, position)
+        target = self._latents(data, chosen, schedule.target(index))
+        source = upscale_latents(self._latents(data, chosen, schedule.source(index)), schedule.target(index))
+        captions = data.captions(chosen)
+        return Batch(
+            source=source.to(self.device), target=target.to(self.device),
+            cond=self.prompts.condition(captions).to(self.device), uncond=self.prompts.uncond(1).to(self.device),
+            t=schedule[index].t, index=index,
+        )  # fmt: skip
+
+    def _latents(self, data: LatentSet, chosen: Sequence[int], scale: Scale) -> Tensor:
+        if not self.latent_downscale:
+            return data.latents(chosen, scale)
+        return downscale_area(data.latents(chosen, largest(data)), scale.size)
+
+    def _set_at(self, position: int) -> int:
+        if len(self.sets) == 1:
+            return 0
+        point = derive(self.seed, "bucket", position) % sum(map(len, self.sets))
+        for which, data in enumerate(self.sets):
+            point -= len(data)
+            if point < 0:
+                return which
+        raise AssertionError("unreachable: the point lies within the sum")
+
+    def _samples(self, which: int, position: int) -> list[int]:
+        """This process's rows: its stride of the global batch, from shuffled passes over the set."""
+        count, size = len(self.sets[which]), self.batch * self.world
+        start = position * size
+        rows = range(start + self.rank, start + size, self.world)
+        return [int(self._passes(which, row // count)[row % count]) for row in rows]
+
+    def _pass(self, which: int, number: int) -> Tensor:
+        return permutation(len(self.sets[which]), self.seed, "pass", which, number)
+
+
+def largest(data: LatentSet) -> Scale:
+    """The full size of a set: its largest scale."""
+    return max(data.scales, key=lambda scale: scale.cells)

@@ -1,0 +1,175 @@
+"""From a recipe to what runs it: model, data, prompt cache, backbone and trainer, each loaded only while needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalewise import mini, parallel
+from scalewise.backbone import Backbone
+from scalewise.batches import Batches, largest
+from scalewise.data import LatentSet, PromptCache, encode_folder
+from scalewise.lora import Student
+from scalewise.models import ModelAdapter, Part, family_of, load_model
+from scalewise.recipe import Recipe
+from scalewise.scales import Scale
+from scalewise.trainer import Trainer
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""progress(what, total) gives a context whose value is called with the number done so far."""
+
+
+def cache_folder() -> Path:
+    """Where prompt embeddings and encoded image folders are kept: $SCALEWISE_CACHE or ~/.cache/scalewise."""
+    return Path(os.environ.get("SCALEWISE_CACHE", Path.home() / ".cache" / "scalewise"))
+
+
+def device() -> torch.device:
+    """The accelerator of this process if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
+    """Load parts of the recipe's teacher onto this process's device."""
+    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    model = load_model(
+        base, dtype=getattr(torch, recipe.model.dtype), parts=tuple(parts),
+        max_sequence_length=recipe.model.max_sequence_length,
+    )  # fmt: skip
+    return model.to(device())
+
+
+def check(recipe: Recipe, model: ModelAdapter) -> None:
+    """Refuse a recipe that does not fit the model: scales, feature block."""
+    recipe.schedule.build().check(patch=model.patch, largest=model.largest_scale)
+    model.block(recipe.loss.feature_block)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Key of everything that decides a prompt's embedding: the base's text files and the sequence length."""
+    base = Path(mini.resolve(recipe.model.base, mini.TEACHER))
+    parts = [str(base), recipe.model.dtype, str(recipe.model.max_sequence_length)]
+    for file in sorted(base.glob("t*/*")):  # text_encoder*, tokenizer*, transformer
+        if file.parent.name.startswith(("text_encoder", "tokenizer")):
+            parts.append(f"{file.relative_to(base)} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Data:
+    """What training reads: latent sets and prompt embeddings. Neither VAE nor text encoders are needed any more."""
+
+    sets: list[LatentSet]
+    prompts: PromptCache
+
+
+def prepare_data(recipe: Recipe, progress: Progress, extra_prompts: Iterable[str] = ()) -> Data:
+    """Open or make the latent sets, and embed every caption once."""
+    path = Path(mini.resolve(recipe.data.path, mini.DATA))
+    if (path / "set.json").exists() or not path.is_dir():
+        sets = [LatentSet.open(path)]
+    else:
+        sets = _encode_images(recipe, path, progress)
+    captions = sorted({c for s in sets for c in s.unique_captions()} | set(extra_prompts))
+    return Data(sets, prompt_cache(recipe, captions, progress))
+
+
+def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> PromptCache:
+    """Embeddings of captions, made once per base and kept."""
+    key = fingerprint(recipe)
+    folder = cache_folder() / "prompts" / key
+    needed = PromptCache.missing(folder, captions, fingerprint=key)
+    if not needed:
+        return PromptCache.build(None, captions, folder, fingerprint=key)
+    model = load(recipe, ["text"])
+    with progress("encoding prompts", len(needed)) as done:
+        return PromptCache.build(model, captions, folder, fingerprint=key, progress=done)
+
+
+def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[LatentSet]:
+    schedule = recipe.schedule.build()
+    model = load(recipe, ["vae"])
+    patch = family_patch(recipe)
+
+    def scales_for(full: Scale) -> list[Scale]:
+        return sorted(set(schedule.for_size(full, patch).scales))
+
+    key = hashlib.sha256(f"{folder.resolve()}{schedule}{recipe.data}".encode()).hexdigest()[:16]
+    with progress("encoding images", 0) as done:
+        return encode_folder(
+            model, folder, cache_folder() / "images" / key, scales_for=scales_for, full=schedule.full,
+            mode=recipe.data.shape, caption_from_name=recipe.data.caption_from_name, patch=patch, progress=done,
+        )  # fmt: skip
+
+
+def family_patch(recipe: Recipe) -> int:
+    """Patch size of the recipe's model, from its configuration alone."""
+    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    return family_of(base).patch_of(base)
+
+
+def build_backbone(recipe: Recipe, model: ModelAdapter) -> Backbone:
+    """The frozen base with the roles that the recipe's loss trains."""
+    roles = ["student", "fake"] if recipe.loss.needs_fake else ["student"]
+    return Backbone(
+        model, roles, rank=recipe.lora.rank, alpha=recipe.lora.alpha, targets=recipe.lora.targets,
+        precision=recipe.train.precision, seed=recipe.train.seed,
+    )  # fmt: skip
+
+
+def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
+    """Everything that `Trainer.fit` needs; holds the denoiser only."""
+    model = load(recipe, ["denoiser"])
+    check(recipe, model)
+    backbone = build_backbone(recipe, model)
+    batches = Batches(
+        data.sets, recipe.schedule.build(), data.prompts, batch=recipe.train.batch, seed=recipe.train.seed,
+        downscale=recipe.data.downscale, step_choice=recipe.train.step_choice, patch=model.patch,
+        rank=parallel.rank(), world=parallel.world(), device=backbone.device,
+    )  # fmt: skip
+    return Trainer(recipe, backbone, batches, out)
+
+
+def with_student(recipe: Recipe, student: Student | None, *, parts: tuple[Part, ...] = ("denoiser", "vae", "text"),
+                 precision: str | None = None) -> Backbone:  # fmt: skip
+    """A backbone to sample with: the teacher, and a finished student beside it."""
+    model = load(recipe, parts)
+    roles = ["student"] if student else []
+    settings: dict[str, Any] = {"precision": precision or recipe.train.precision}
+    if student:
+        settings |= {"rank": student.rank, "alpha": student.alpha, "targets": recipe.lora.targets}
+    backbone = Backbone(model, roles, **settings)
+    if student:
+        backbone.roles.load("student", student.tensors)
+    return backbone
+
+
+def dry_run(recipe: Recipe) -> dict[str, Any]:
+    """What a run would build, without data: tokens, trainable parameters, memory held."""
+    model = load(recipe, ["denoiser"])
+    check(recipe, model)
+    backbone = build_backbone(recipe, model)
+    schedule = recipe.schedule.build()
+    held = sum(p.numel() * p.element_size() for p in model.denoiser.parameters())
+    trainable = {r: sum(p.numel() for p in backbone.parameters(r).values()) for r in backbone.roles.names}
+    return {
+        "steps": [(step.t, str(step.scale), model.token_count(step.scale)) for step in schedule],
+        "tokens": schedule.tokens(model.patch), "full_tokens": schedule.at_full_scale().tokens(model.patch),
+        "base_parameters": sum(p.numel() for n, p in model.denoiser.named_parameters() if "lora_" not in n),
+        "trainable": trainable,
+        # gradient and two AdamW moments, in float32
+        "megabytes": {"weights": held / 1e6, "gradients and optimizer": sum(trainable.values()) * 12 / 1e6},
+    }  # fmt: skip
+
+
+__all__ = ["Data", "Progress", "build_backbone", "build_trainer", "cache_folder", "check", "dry_run", "largest", "load",
+           "prepare_data", "prompt_cache", "with_student"]  # fmt: skip

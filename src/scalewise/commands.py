@@ -1,0 +1,120 @@
+"""What the commands do, with progress; the command line itself only reads options."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from scalewise import build, console, mini, parallel
+from scalewise.lora import load_student
+from scalewise.pictures import to_bytes
+from scalewise.recipe import Recipe, RecipeError
+from scalewise.recipes import find_recipe
+from scalewise.runs import distill
+from scalewise.sampling import student_steps, teacher_steps
+from scalewise.teacher import generate
+
+
+def sample_pictures(prompts: list[str], *, student: str, teacher: bool, base: str | None, seed: int, count: int,
+                    out: Path) -> tuple[list[Path], float]:  # fmt: skip
+    """Draw each prompt `count` times and save the pictures; returns the files and the seconds after loading."""
+    from PIL import Image
+
+    chosen = load_student(mini.resolve(student, mini.STUDENT))
+    recipe = Recipe.from_mapping(chosen.recipe, origin="the student's recipe")
+    if base:
+        recipe = recipe.override([f"model.base={base}"])
+    backbone = build.with_student(recipe, None if teacher else chosen)
+    texts = [p for p in prompts for _ in range(count)]
+    seeds = [seed + i for i in range(len(texts))]
+    started = time.perf_counter()
+    cond = backbone.model.encode_prompts(texts)
+    if teacher:
+        settings, full = recipe.teacher, chosen.schedule.full
+        steps = teacher_steps(backbone, full, cond, seeds, steps=settings.steps, guidance=settings.guidance,
+                              uncond=backbone.model.encode_prompts([""]))  # fmt: skip
+        total = settings.steps
+    else:
+        steps, total = student_steps(backbone, chosen.schedule, cond, seeds), len(chosen.schedule)
+    with console.progress("drawing", total) as done:
+        for i, x0 in steps:
+            done(i + 1)
+    pictures = to_bytes(backbone.model.decode(x0))
+    seconds = time.perf_counter() - started
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for text, own, picture in zip(texts, seeds, pictures, strict=True):
+        name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-")
+        files.append(out / f"{name}-{own}.png")
+        Image.fromarray(picture).save(files[-1])
+    return files, seconds
+
+
+def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
+    """Train with a progress bar that shows the losses."""
+    parallel.init_from_env()
+    rows = distill(recipe, out, console.progress, resume=resume)
+    first = next(rows)
+    console.err.print(f"{recipe.name}: {recipe.about}; iterations {int(first['iteration'])} to {recipe.train.iterations}")
+    with console.progress("distilling", recipe.train.iterations) as done:
+        done(int(first["iteration"]))
+        for row in rows:
+            done(int(row["iteration"]))
+
+
+def print_dry_run(recipe: Recipe) -> None:
+    """Show what a run would build."""
+    facts = build.dry_run(recipe)
+    table = Table("step", "t", "scale", "tokens", box=None, header_style="bold")
+    for i, (t, scale, tokens) in enumerate(facts["steps"]):
+        table.add_row(str(i + 1), f"{t:g}", scale, str(tokens))
+    console.out.print(table)
+    share = facts["tokens"] / facts["full_tokens"]
+    console.out.print(f"tokens per sample: {facts['tokens']:,} of {facts['full_tokens']:,} at full scale ({share:.0%})")
+    console.out.print(f"frozen base: {facts['base_parameters']:,} parameters, held once")
+    for role, count in facts["trainable"].items():
+        console.out.print(f"trainable ({role}): {count:,} parameters")
+    memory = ", ".join(f"{name} {size:,.1f} MB" for name, size in facts["megabytes"].items())
+    console.out.print(f"memory held besides activations: {memory}")
+    effective = recipe.train.batch * recipe.train.accumulate * parallel.world()
+    console.out.print(f"{recipe.train.iterations} iterations of {effective} samples per update; nothing was trained")
+
+
+def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
+    """Prompts from a file, or the mini's own captions."""
+    if file is None:
+        if base != "mini":
+            raise RecipeError("Give --prompts FILE with one prompt a line; only the mini brings captions along.")
+        return mini.captions(split)
+    if not file.exists():
+        raise RecipeError(f"There is no prompt file {file}.")
+    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise RecipeError(f"The prompt file {file} holds no prompt; write one a line.")
+    return prompts
+
+
+def run_generate(recipe: Recipe, prompts: Path | None, *, count: int, batch: int, seed: int, out: Path) -> None:
+    """Make a synthetic set; goes on where a stopped one ended."""
+    texts = read_prompts(prompts, recipe.model.base, "train")
+    backbone = build.with_student(recipe, None)
+    build.check(recipe, backbone.model)
+    with console.progress("generating", count) as done:
+        for number in generate(backbone, recipe, texts, out, count=count, batch=batch, seed=seed):
+            done(number)
+    console.out.print(f"{count} samples at {len(set(recipe.schedule.scales))} scales in {out}")
+
+
+def run_evaluate(recipe: Recipe, contenders: list[str], prompts: Path | None, *, count: int, batch: int, seed: int,
+                 speed: bool, out: Path) -> None:  # fmt: skip
+    """Draw and score every contender on the same prompts and seeds."""
+    from scalewise import study
+
+    texts = read_prompts(prompts, recipe.model.base, "test")[:count]
+    outcome = study.compare(recipe, contenders, texts, batch=batch, seed=seed, speed=speed, out=out, progress=console.progress)
+    console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
+
+
+__all__ = ["find_recipe", "print_dry_run", "read_prompts", "run_distill", "run_evaluate", "run_generate", "sample_pictures"]

@@ -1,0 +1,71 @@
+"""What the command line shows: progress with rate and time left, tables, and one clear sentence for an error."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E501 # fmt: skip
+from rich.text import Text
+
+out = Console()
+err = Console(stderr=True)
+
+
+class RateColumn(ProgressColumn):
+    """Items a second, or seconds an item when that reads better."""
+
+    def render(self, task: Task) -> Text:
+        """Return the task's speed."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("-", style="dim")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), RateColumn(),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=err, transient=False) as bar:
+        task = bar.add_task(what, total=total or None)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def quiet_libraries() -> None:
+    """Silence the loading bars and advice of the libraries underneath; their errors still show."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if issubclass(category, UserWarning) and not issubclass(category, DeprecationWarning):
+        err.print(f"[yellow]Warning:[/] {message}", highlight=False, soft_wrap=True)
+
+
+def explain(error: BaseException) -> int:
+    """Print one sentence about an error that a user can act on, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        err.print("Stopped.")
+        return 130
+    text = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = f"The disk is full ({error.filename or 'while writing'}); free some space. What was complete is kept."
+    err.print(f"[bold red]Error:[/] {text}", highlight=False, soft_wrap=True)
+    return 1
+
+
+def fail_loudly() -> bool:
+    """Tell whether the user asked for tracebacks (python -X dev)."""
+    return sys.flags.dev_mode

@@ -1,0 +1,83 @@
+"""The losses of scale-wise distillation as functions of tensors: no model, schedule or recipe in sight.
+
+N batch, L tokens, D width of the features. Equation numbers are those of the paper (arXiv 2503.16397).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Penalty = Literal["squared", "huber", "abs"]
+
+
+def mmd_linear(
+    real: Tensor, fake: Tensor, *, penalty: Penalty = "squared", c: float = 0.001, whole_batch: bool = False
+) -> Tensor:
+    """MMD with a linear kernel between features [N, L, D]: it compares per-image token means.
+
+    penalty "squared" is eq. 2: the sum over images of the squared L2 distance of the means.
+    "huber" is the released form: sqrt(d^2 + c^2) - c, averaged over images and channels; "abs" its limit c -> 0.
+    whole_batch averages the tokens over the batch as well (ablation B of table 6, worse).
+    """
+    axes = (0, 1) if whole_batch else (1,)
+    difference = fake.float().mean(axes) - real.float().mean(axes)
+    if penalty == "squared":
+        return difference.square().sum()
+    if penalty == "huber":
+        return ((difference.square() + c**2).sqrt() - c).mean()
+    if penalty == "abs":
+        return difference.abs().mean()
+    raise ValueError(f"Unknown penalty {penalty!r}; use squared, huber or abs.")
+
+
+def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float = 100.0) -> Tensor:
+    """Unbiased MMD^2 with a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) over each image's tokens (ablation A).
+
+    Features [N, L, D] -> mean over images of eq. 1, self-pairs left out.
+    """
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(x, y).square() / (2 * sigma**2))
+
+    def mean_of_pairs(x: Tensor) -> Tensor:
+        count = x.shape[1]
+        k = kernel(x, x)
+        return (k.sum((1, 2)) - k.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
+
+    real, fake = real.float(), fake.float()
+    return (mean_of_pairs(real) + mean_of_pairs(fake) - 2 * kernel(real, fake).mean((1, 2))).mean()
+
+
+def dmd_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
+    """Direction in which DMD moves the samples x [N, ...] (as DMD2): p_real - p_fake over mean |p_real| per sample.
+
+    p_real = x - x0_real and p_fake = x - x0_fake are what the teacher and the fake model would take away; where
+    the weight is not finite the gradient is 0.
+    """
+    p_real, p_fake = x.float() - x0_real.float(), x.float() - x0_fake.float()
+    weight = p_real.abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+    return torch.nan_to_num((p_real - p_fake) / weight, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def dmd(x: Tensor, gradient: Tensor) -> Tensor:
+    """DMD as a loss: 0.5 MSE(x, stop(x - gradient)); its gradient in x is `gradient` / number of elements."""
+    return 0.5 * F.mse_loss(x.float(), (x.float() - gradient).detach())
+
+
+def gan_generator(fake_logits: Tensor) -> Tensor:
+    """Non-saturating loss of the student: mean softplus(-D(fake)); logits [N, 1]."""
+    return F.softplus(-fake_logits.float()).mean()
+
+
+def gan_discriminator(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """Loss of the discriminator: mean softplus(D(fake)) + mean softplus(-D(real)); logits [N, 1]."""
+    return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
+
+
+def denoising(x0_predicted: Tensor, x0: Tensor) -> Tensor:
+    """The fake model's loss: mean squared error in x0 (released form)."""
+    return F.mse_loss(x0_predicted.float(), x0.float())

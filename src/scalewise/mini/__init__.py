@@ -1,0 +1,29 @@
+"""The embedded teacher: where its parts lie in the package. scripts/mini made them; MODEL_CARD.md says how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+TEACHER = FOLDER / "teacher"
+"""StableDiffusion3Pipeline in diffusers' folder layout."""
+SCORER = FOLDER / "scorer"
+"""The CLIPModel that judges: CLIP score, prompt match, features of the Frechet distance."""
+DATA = FOLDER / "data"
+"""The synthetic set made by the teacher."""
+STUDENT = FOLDER / "student.safetensors"
+"""A student distilled from that set with the full loss."""
+REFERENCE = FOLDER / "reference.safetensors"
+"""Scorer features of real pictures: those held out, and those trained on."""
+CAPTIONS = FOLDER / "captions.json"
+
+
+def captions(split: str) -> list[str]:
+    """Captions of the pictures that the mini was trained on ("train") or never saw ("test")."""
+    return list(json.loads(CAPTIONS.read_text())[split])
+
+
+def resolve(name: str, part: Path) -> str:
+    """Turn the word "mini" of a recipe into the folder of the mini's part; other names stay."""
+    return str(part) if name == "mini" else name

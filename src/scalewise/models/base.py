@@ -1,0 +1,159 @@
+"""What every model family answers: how to load it, encode prompts and pixels, and predict at a noise level."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scalewise.noise import NoiseProcess
+from scalewise.scales import Scale
+
+Part = Literal["denoiser", "vae", "text"]
+ALL_PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told beside x_t and t: opaque tensors, each with the batch as first dimension."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Condition:
+        chosen: Any = slice(index, index + 1) if isinstance(index, int) else index
+        return Condition({k: v[chosen] for k, v in self.tensors.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """Move, and cast what is floating point."""
+        return Condition(
+            {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in self.tensors.items()}
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """Join conditions along the batch."""
+        return Condition({k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors})
+
+    def expand(self, count: int) -> Condition:
+        """Repeat a condition of length 1 to `count` samples."""
+        return Condition({k: v.expand(count, *v.shape[1:]) for k, v in self.tensors.items()})
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used as asked."""
+
+
+class ModelAdapter(ABC):
+    """One diffusers family behind one interface; velocity, packing, position ids and the like end here.
+
+    Latents are [N, C, H, W] (video [N, C, T, H, W]), normalised as the denoiser wants them.
+    """
+
+    family: ClassVar[str]
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    lora_targets: ClassVar[tuple[str, ...]]
+    video: ClassVar[bool] = False
+
+    noise: NoiseProcess
+    base: str
+    denoiser: nn.Module
+    patch: int
+    channels: int
+    vae_factor: int
+
+    @classmethod
+    @abstractmethod
+    def load(cls, base: str | Path, *, dtype: torch.dtype = torch.float32, parts: Sequence[Part] = ALL_PARTS,
+             max_sequence_length: int | None = None) -> ModelAdapter:  # fmt: skip
+        """Load the parts asked for from a folder in diffusers' layout or the hub; safetensors only."""
+
+    @classmethod
+    @abstractmethod
+    def patch_of(cls, base: str | Path) -> int:
+        """Patch size of a model, read from its configuration without loading weights."""
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, seed: int = 0) -> ModelAdapter:
+        """Return a random miniature made of the family's real classes, tokenizers included."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write all components in the hub's folder layout."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Embed prompts; warns about those longer than a text encoder reads."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels [N, 3, H, W] in [-1, 1] into normalised latents (the posterior's mode)."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised latents into pixels [N, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The network's raw prediction at noise levels t [N] in [0, 1000], in latent layout."""
+
+    @abstractmethod
+    def block(self, index: int) -> nn.Module:
+        """The transformer block whose features are tapped."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Number of blocks that can be tapped."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width D of a block's tokens."""
+
+    @abstractmethod
+    def image_tokens(self, output: Any) -> Tensor:
+        """Pick the image stream [N, L, D] out of a block's output."""
+
+    @abstractmethod
+    def teacher_sigmas(self, steps: int) -> list[float]:
+        """Noise levels of the teacher's own schedule of `steps` steps, with the closing 0."""
+
+    @property
+    @abstractmethod
+    def full_scale(self) -> Scale:
+        """The latent size that the model was made for."""
+
+    @property
+    @abstractmethod
+    def largest_scale(self) -> Scale | None:
+        """The largest latent that the model has positions for; None = no limit."""
+
+    @abstractmethod
+    def release(self, *parts: Part) -> None:
+        """Drop parts that are not needed any more, to free their memory."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model is."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> ModelAdapter:
+        """Move every loaded part."""
+
+    def token_count(self, scale: Scale) -> int:
+        """Image tokens of one sample at a scale."""
+        return scale.cells // self.patch**2
+
+    def enable_checkpointing(self, function: Any) -> None:
+        """Switch gradient checkpointing on, with the given function around every block."""
+        self.denoiser.enable_gradient_checkpointing(function)  # type: ignore[operator]

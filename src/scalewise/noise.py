@@ -1,0 +1,102 @@
+"""Noise processes: how clean latents become noisy ones, and what a network's prediction says about x0.
+
+Both are x_t = alpha(t) x0 + sigma(t) eps with t in [0, 1000]; they differ in alpha, sigma and in what the
+network predicts. Everything is computed in float32: in bfloat16 sigma is off by up to 0.002 near 0.9.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """Reshape values [N] so that they broadcast over `like` [N, ...]."""
+    return value.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+class NoiseProcess(ABC):
+    """x_t = alpha(t) x0 + sigma(t) eps; t is a tensor [N] of levels in [0, 1000]."""
+
+    predicts: ClassVar[str]
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the clean latent at t, float32 [N]."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Weight of the noise at t, float32 [N]."""
+
+    @abstractmethod
+    def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Clean latents [N, ...] implied by the network's prediction at x_t."""
+
+    @abstractmethod
+    def prediction(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network would have to predict at x_t for `x0` to be implied; inverse of `x0`."""
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Noise clean latents x0 [N, ...] with eps to the levels t [N]."""
+        alpha, sigma = (per_sample(v, x0) for v in (self.alpha(t), self.sigma(t)))
+        return (alpha * x0.float() + sigma * eps.float()).to(x0.dtype)
+
+
+class FlowMatching(NoiseProcess):
+    """SD3.5, FLUX, Wan2.1: x_t = (1 - sigma) x0 + sigma eps, sigma = t / 1000; the network predicts v = eps - x0."""
+
+    predicts: ClassVar[str] = "velocity"
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - self.sigma(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.float() / 1000
+
+    def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        sigma = per_sample(self.sigma(t), x_t)
+        return x_t.float() - sigma * prediction.float()
+
+    def prediction(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        sigma = per_sample(self.sigma(t), x_t)
+        return (x_t.float() - x0.float()) / sigma
+
+
+class VariancePreserving(NoiseProcess):
+    """SDXL: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps over 1000 training levels; the network predicts eps.
+
+    `alphas_cumprod` holds abar for the training levels 0 .. 999; t = 1000 means the last of them, and levels
+    between two training levels are interpolated.
+    """
+
+    predicts: ClassVar[str] = "epsilon"
+
+    def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
+        self.abar = torch.as_tensor(alphas_cumprod, dtype=torch.float32)
+        if self.abar.ndim != 1 or bool((self.abar.diff() >= 0).any()):
+            raise ValueError("alphas_cumprod must be one falling list of values, one for each training level.")
+
+    def _abar(self, t: Tensor) -> Tensor:
+        table = self.abar.to(t.device)
+        position = t.float().clamp(0, len(table) - 1)
+        low = position.floor().long()
+        high = (low + 1).clamp(max=len(table) - 1)
+        return torch.lerp(table[low], table[high], position - low)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._abar(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._abar(t)).sqrt()
+
+    def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (per_sample(v, x_t) for v in (self.alpha(t), self.sigma(t)))
+        return (x_t.float() - sigma * prediction.float()) / alpha
+
+    def prediction(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (per_sample(v, x_t) for v in (self.alpha(t), self.sigma(t)))
+        return (x_t.float() - alpha * x0.float()) / sigma

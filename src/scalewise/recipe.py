@@ -1,0 +1,284 @@
+"""A run as a value: frozen pydantic models, extra fields forbidden, read from and written to YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scalewise.losses import Penalty
+from scalewise.scales import ScaleSchedule, shifted_sigmas
+
+
+class RecipeError(ValueError):
+    """A recipe, a file of one or an override that cannot be used; the message says what to write instead."""
+
+
+class Frozen(BaseModel):
+    """Base of all recipe parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Levels(Frozen):
+    """Where a loss draws its noise levels t: uniformly in [low, high], or from the teacher's schedule within it."""
+
+    draw: Literal["uniform", "schedule"] = "uniform"
+    low: float = Field(0.0, ge=0, le=1000)
+    high: float = Field(1000.0, gt=0, le=1000)
+    steps: int = Field(28, ge=1, description="length of the schedule that `draw: schedule` draws from")
+    shift: float = Field(3.0, gt=0, description="shift of that schedule")
+
+    def entries(self) -> tuple[float, ...]:
+        """The schedule's levels within [low, high]; empty when levels are drawn uniformly."""
+        if self.draw == "uniform":
+            return ()
+        levels = [1000 * sigma for sigma in shifted_sigmas(self.steps, self.shift)[:-1]]
+        return tuple(t for t in levels if self.low <= t <= self.high)
+
+    @model_validator(mode="after")
+    def _some_level(self) -> Levels:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
+        if self.draw == "schedule" and not self.entries():
+            raise ValueError(f"no level of the {self.steps}-step schedule lies in [{self.low:g}, {self.high:g}]")
+        return self
+
+
+class ModelRecipe(Frozen):
+    """The teacher to distil."""
+
+    base: str = Field("mini", description="'mini', a folder in diffusers' layout, or a hub id")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_sequence_length: int | None = Field(None, ge=1, description="T5 tokens; None = the family's usual number")
+
+
+class TeacherRecipe(Frozen):
+    """How the teacher samples: the synthetic set, and the baseline that students are compared with."""
+
+    steps: int = Field(28, ge=1)
+    guidance: float = Field(4.5, ge=1, description="classifier-free guidance; 1 = none")
+
+
+class ScheduleRecipe(Frozen):
+    """Timesteps (1000 x sigma, falling) paired with latent scales ("16", "16x24" or "21x60x104")."""
+
+    timesteps: tuple[float, ...]
+    scales: tuple[str, ...]
+    full_scale: bool = Field(False, description="work at the last scale in every step (the baseline)")
+
+    def build(self) -> ScaleSchedule:
+        """Return the schedule, at full scale if asked for."""
+        schedule = ScaleSchedule.build(self.timesteps, self.scales)
+        return schedule.at_full_scale() if self.full_scale else schedule
+
+    @model_validator(mode="after")
+    def _builds(self) -> ScheduleRecipe:
+        self.build()
+        return self
+
+
+class LoraRecipe(Frozen):
+    """Adapters on the frozen base, one for each trained role."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float | None = Field(None, description="None = the rank, as released")
+    targets: tuple[str, ...] | None = Field(None, description="module names; None = the family's")
+
+
+class MmdRecipe(Frozen):
+    """Maximum mean discrepancy on a block's features (section 4.2)."""
+
+    weight: float = Field(1.0, ge=0)
+    kernel: Literal["linear", "rbf"] = "linear"
+    penalty: Penalty = "squared"
+    c: float = Field(0.001, gt=0, description="of the pseudo-Huber penalty")
+    sigma: float = Field(100.0, gt=0, description="of the RBF kernel")
+    features: Literal["teacher", "fake"] = "teacher"
+    levels: Levels = Levels(high=600)
+    whole_batch: bool = Field(False, description="ablation B: average tokens over the batch")
+    clean: bool = Field(False, description="ablation C: features of clean samples")
+
+
+class DmdRecipe(Frozen):
+    """Distribution matching by the difference of two scores (as DMD2)."""
+
+    weight: float = Field(1.0, ge=0)
+    guidance: float = Field(4.5, ge=1, description="of the real score")
+    levels: Levels = Levels(draw="schedule", high=790.5)
+
+
+class GanRecipe(Frozen):
+    """A discriminator head on the fake model's features."""
+
+    weight: float = Field(0.005, ge=0)
+    discriminator_weight: float = Field(0.01, ge=0)
+
+
+class FakeRecipe(Frozen):
+    """Training of the fake model, which follows the student's distribution."""
+
+    updates: int = Field(5, ge=1, description="fake-model updates before each student update")
+    levels: Levels = Levels(draw="schedule")
+
+
+class LossRecipe(Frozen):
+    """loss = mmd + dmd + gan, each by its weight; without dmd and gan no fake model is built."""
+
+    mmd: MmdRecipe = MmdRecipe()
+    dmd: DmdRecipe = DmdRecipe()
+    gan: GanRecipe = GanRecipe()
+    fake: FakeRecipe = FakeRecipe()
+    feature_block: int = Field(0, ge=0, description="the block whose features MMD and GAN compare")
+
+    @property
+    def needs_fake(self) -> bool:
+        """Tell whether a fake model has to be trained."""
+        return self.dmd.weight > 0 or self.gan.weight > 0 or (self.mmd.weight > 0 and self.mmd.features == "fake")
+
+    @property
+    def needs_head(self) -> bool:
+        """Tell whether a discriminator head has to be trained."""
+        return self.gan.weight > 0
+
+    @model_validator(mode="after")
+    def _something(self) -> LossRecipe:
+        if not (self.mmd.weight or self.dmd.weight or self.gan.weight):
+            raise ValueError("all loss weights are 0; give mmd, dmd or gan a weight")
+        if self.mmd.features == "fake" and not (self.dmd.weight or self.gan.weight):
+            raise ValueError("mmd.features=fake without dmd and gan trains a fake model for nothing; use teacher")
+        return self
+
+
+class DataRecipe(Frozen):
+    """Latents and captions to train on."""
+
+    path: str = Field("mini", description="'mini', a set made by `scalewise generate`, or a folder of images")
+    downscale: Literal["pixel", "latent"] = Field("pixel", description="latent: the ablation of section 4.1")
+    shape: Literal["crop", "buckets"] = Field("crop", description="how images that are not of the full size are cut")
+    caption_from_name: bool = Field(False, description="take an image's file name for its caption if it has none")
+
+
+class OptimizerRecipe(Frozen):
+    """AdamW, the same for the student and the fake model."""
+
+    lr: float = Field(4e-6, gt=0)
+    fake_lr: float | None = Field(None, gt=0, description="None = lr")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(10.0, gt=0)
+    warmup: int = Field(0, ge=0, description="iterations over which the rate rises")
+
+
+class TrainRecipe(Frozen):
+    """The loop."""
+
+    iterations: int = Field(3000, ge=1, description="student updates")
+    batch: int = Field(16, ge=1, description="samples a process takes at once")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged before each update")
+    seed: int = 0
+    precision: Literal["float32", "bf16"] = Field("bf16", description="bf16 = autocast")
+    gradient_checkpointing: bool = False
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the student's average; None = no average")
+    checkpoint_every: int = Field(100, ge=1, description="iterations between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_every: int = Field(0, ge=0, description="iterations between sample grids; 0 = only at the end")
+    sample_prompts: tuple[str, ...] = ()
+    step_choice: Literal["round-robin", "sampled"] = Field("round-robin", description="how the schedule's step is picked")
+
+
+class Recipe(Frozen):
+    """Everything that decides a run."""
+
+    name: str
+    about: str = ""
+    model: ModelRecipe = ModelRecipe()
+    teacher: TeacherRecipe = TeacherRecipe()
+    schedule: ScheduleRecipe
+    lora: LoraRecipe = LoraRecipe()
+    loss: LossRecipe = LossRecipe()
+    data: DataRecipe = DataRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    train: TrainRecipe = TrainRecipe()
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_mapping(cls, values: Any, *, origin: str = "recipe") -> Recipe:
+        """Validate a nested mapping; unknown keys are refused with the nearest known one."""
+        if not isinstance(values, dict):
+            raise RecipeError(f"{origin} does not hold a mapping of recipe fields.")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Recipe:
+        """Read a recipe file."""
+        try:
+            return cls.from_mapping(yaml.safe_load(path.read_text()), origin=str(path))
+        except (OSError, yaml.YAMLError) as error:
+            raise RecipeError(f"Cannot read the recipe file {path}: {error}") from None
+
+    def override(self, assignments: Sequence[str]) -> Recipe:
+        """Apply dotted overrides such as "train.iterations=200" or "loss.dmd.weight=0"; values are YAML."""
+        values = self.model_dump(mode="json")
+        for assignment in assignments:
+            dotted, sign, text = assignment.partition("=")
+            if not sign:
+                raise RecipeError(f"Override {assignment!r} needs the form key=value, as in train.iterations=200.")
+            try:
+                _assign(values, dotted.strip(), yaml.safe_load(text))
+            except yaml.YAMLError as error:
+                raise RecipeError(f"Override {assignment!r} has a value that is not YAML: {error}") from None
+        return Recipe.from_mapping(values, origin="override" if assignments else "recipe")
+
+
+def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """List all dotted field names of a recipe, for error messages and help."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            names += field_names(part, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return ", did you mean x?" for the nearest known word, or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not close:  # the right field at another place
+        close = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
+    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    place: Any = values
+    for parent in parents:
+        place = place.get(parent) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place:
+        raise RecipeError(f"Unknown recipe key {dotted!r}; {nearest(dotted, field_names())}")
+    if isinstance(place[last], dict) and not isinstance(value, dict):
+        inside = ", ".join(f"{dotted}.{k}" for k in place[last])
+        raise RecipeError(f"Recipe key {dotted!r} is a group; set one of {inside}.")
+    place[last] = value
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {nearest(where, field_names())}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("value_error", "missing"):
+        return f"{where}: {message}"
+    return f"{where} = {error['input']!r}: {message}"

@@ -1,0 +1,144 @@
+"""A run on disk: one folder with its recipe, versions, log, checkpoints, sample grids and the finished student."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalewise import build, checkpoint, parallel
+from scalewise.distill import Numbers
+from scalewise.lora import save_student, versions
+from scalewise.pictures import sheet, to_bytes
+from scalewise.recipe import Recipe, RecipeError
+from scalewise.rng import derive
+from scalewise.sampling import student_steps
+from scalewise.trainer import Trainer
+
+
+class RunFolder:
+    """Layout: recipe.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, samples/, student.safetensors."""
+
+    def __init__(self, path: Path, recipe: Recipe, *, resume: bool) -> None:
+        """Create the folder; one that holds a run already is continued just when asked for."""
+        self.path, self.recipe = path, recipe
+        if (path / "recipe.yaml").exists() and not resume:
+            raise RecipeError(f"{path} holds a run already; continue it with --resume, or give another --out.")
+        if not parallel.is_main():
+            return
+        (path / "samples").mkdir(parents=True, exist_ok=True)
+        (path / "recipe.yaml").write_text(recipe.to_yaml())
+        machine = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads(),
+                   "device": str(build.device())}  # fmt: skip
+        (path / "versions.json").write_text(json.dumps(versions() | machine, indent=1))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the log."""
+        log = self.path / "log.jsonl"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def cut_log(self, iteration: int) -> None:
+        """Drop rows after the checkpoint that a run goes on from: they will be written again."""
+        kept = [row for row in self.rows() if row["iteration"] <= iteration]
+        (self.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+class Log:
+    """Writes rows of numbers as JSON lines and for TensorBoard."""
+
+    def __init__(self, folder: RunFolder, *, after: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = open(folder.path / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
+        self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=after + 1)
+
+    def write(self, row: Numbers) -> None:
+        """Append one row; it carries its iteration."""
+        self._file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if key != "iteration":
+                self._board.add_scalar(key, value, int(row["iteration"]))
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def distill(recipe: Recipe, out: Path, progress: build.Progress, *, resume: bool = False) -> Iterator[Numbers]:
+    """Train a recipe's student into a folder; yields the rows of the log, with a first one that says where it starts."""
+    folder = RunFolder(out, recipe, resume=resume)
+    data = build.prepare_data(recipe, progress, extra_prompts=recipe.train.sample_prompts)
+    trainer = build.build_trainer(recipe, data, out)
+    if resume:
+        found = checkpoint.latest(trainer.checkpoints)
+        if found:
+            trainer.resume(found)
+        else:
+            warnings.warn(f"{out} has no checkpoint to resume from; training starts at iteration 0.", stacklevel=2)
+    main = parallel.is_main()
+    if main:
+        folder.cut_log(trainer.iteration)
+    log = Log(folder, after=trainer.iteration) if main else None
+    yield {"iteration": trainer.iteration}
+    try:
+        for row in trainer.fit():
+            if log:
+                log.write(row)
+            yield row
+            every = recipe.train.sample_every
+            if main and every and int(row["iteration"]) % every == 0:
+                draw_samples(trainer, data)
+    finally:
+        if log:
+            log.close()
+    if main:
+        finish(trainer, data)
+
+
+def finish(trainer: Trainer, data: build.Data) -> None:
+    """Write the student and the last grid of samples."""
+    recipe = trainer.recipe
+    targets = list(recipe.lora.targets or trainer.backbone.model.lora_targets)
+    save_student(trainer.folder / "student.safetensors", trainer.student_weights(), recipe, targets=targets)
+    draw_samples(trainer, data)
+
+
+@torch.no_grad()
+def draw_samples(trainer: Trainer, data: build.Data) -> Path | None:
+    """Draw the recipe's fixed prompts with fixed seeds, one row per prompt: x0 of every step, decoded."""
+    recipe = trainer.recipe
+    prompts = list(recipe.train.sample_prompts)
+    if not prompts:
+        return None
+    seeds = [derive(recipe.train.seed, "grid", i) for i in range(len(prompts))]
+    cond = data.prompts.condition(prompts).to(trainer.backbone.device)
+    schedule = recipe.schedule.build()
+    decoder = build.load(recipe, ["vae"])  # held only for the grid: training keeps the denoiser alone in memory
+    with using_average(trainer):
+        steps = [to_bytes(decoder.decode(x0)) for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)]
+    pictures = [step[i] for i in range(len(prompts)) for step in steps]
+    path = trainer.folder / "samples" / f"iteration-{trainer.iteration:06d}.png"
+    sheet(pictures, columns=len(steps)).save(path)
+    return path
+
+
+class using_average:  # noqa: N801 - reads as a statement
+    """Within it the student's live weights are replaced by the ones that will be shipped."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.roles, self.shipped = trainer.backbone.roles, trainer.student_weights()
+
+    def __enter__(self) -> None:
+        self.live = self.roles.state("student")
+        self.roles.load("student", self.shipped)
+
+    def __exit__(self, *_: object) -> None:
+        self.roles.load("student", self.live)
+

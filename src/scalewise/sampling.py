@@ -1,0 +1,116 @@
+"""Sampling: the scale-wise few-step sampler of the student, and the teacher's ODE sampler.
+
+Both are iterators over (step index, x0), so that progress bars, previews, pipelines and benchmarks run the very
+same code. `predict` stands for the model: (x_t, t [N]) -> x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from scalewise.backbone import Backbone
+from scalewise.models.base import Condition
+from scalewise.noise import NoiseProcess
+from scalewise.rng import SampleNoise
+from scalewise.roles import TEACHER
+from scalewise.scales import Scale, ScaleSchedule, upscale_latents
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+class Noise(Protocol):
+    """Gives the next noise [N, *shape] at every call."""
+
+    def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor: ...
+
+
+def sample_scale_wise(
+    predict: Predict, schedule: ScaleSchedule, process: NoiseProcess, noise: Noise, *, channels: int,
+    video: bool = False, device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Yield (i, x0 at s_i) for every step; the last x0 is the sample.
+
+    x0 is upscaled (never x_t), then noised afresh to the next level, also when the scale does not change
+    (paper, section 4.1).
+    """
+    shape = schedule[0].scale.shape(1, channels, video=video)[1:]
+    x = noise(shape, device)
+    for i, step in enumerate(schedule):
+        x0 = predict(x, torch.full((len(x),), step.t, device=x.device))
+        yield i, x0
+        if i + 1 < len(schedule):
+            after = schedule[i + 1]
+            x0 = upscale_latents(x0, after.scale)
+            eps = noise(x0.shape[1:], x0.device)
+            x = process.add_noise(x0, eps, torch.full((len(x),), after.t, device=x.device))
+
+
+def sample_ode(
+    predict: Predict, sigmas: Sequence[float], scale: Scale, noise: Noise, *, channels: int, video: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Yield (i, x0) of Euler steps along the flow-matching ODE; `sigmas` end with 0, where x is x0 itself.
+
+    dx/dsigma = (x - x0) / sigma. Working on x0 keeps the one question to the model.
+    """
+    x = noise(scale.shape(1, channels, video=video)[1:], device)
+    for i in range(len(sigmas) - 1):
+        sigma, following = sigmas[i], sigmas[i + 1]
+        x0 = predict(x, torch.full((len(x),), 1000 * sigma, device=x.device))
+        yield i, x0
+        # In float32 as a multiple of the velocity, which is how the reference sampler rounds.
+        x = x + (following - sigma) * ((x - x0) / sigma)
+
+
+def student_steps(
+    backbone: Backbone, schedule: ScaleSchedule, cond: Condition, seeds: Sequence[int], *, role: str = "student"
+) -> Iterator[tuple[int, Tensor]]:
+    """Sample with a student: one forward a step, no guidance; sample i depends on its seed alone."""
+    predict = partial(_ask, backbone, cond, role=role, guidance=1.0, uncond=None)
+    model = backbone.model
+    return _without_gradients(sample_scale_wise(
+        predict, schedule, model.noise, SampleNoise(seeds), channels=model.channels, video=model.video,
+        device=backbone.device,
+    ))  # fmt: skip
+
+
+def teacher_steps(
+    backbone: Backbone, scale: Scale, cond: Condition, seeds: Sequence[int], *, steps: int, guidance: float,
+    uncond: Condition | None = None,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Sample with the teacher: its own schedule of `steps` steps, with guidance."""
+    predict = partial(_ask, backbone, cond, role=TEACHER, guidance=guidance, uncond=uncond)
+    model = backbone.model
+    return _without_gradients(sample_ode(
+        predict, model.teacher_sigmas(steps), scale, SampleNoise(seeds), channels=model.channels, video=model.video,
+        device=backbone.device,
+    ))  # fmt: skip
+
+
+def last(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
+    """Run a sampler to its end and return the finished latents."""
+    x0 = None
+    for _, x0 in steps:
+        pass
+    assert x0 is not None, "a sampler has at least one step"
+    return x0
+
+
+def _ask(
+    backbone: Backbone, cond: Condition, x_t: Tensor, t: Tensor, *, role: str, guidance: float, uncond: Condition | None
+) -> Tensor:
+    return backbone.predict_x0(x_t, t, cond, role=role, guidance=guidance, uncond=uncond)
+
+
+def _without_gradients(steps: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    while True:
+        with torch.no_grad():  # left at every yield, so that the caller's own setting holds in between
+            item = next(steps, None)
+        if item is None:
+            return
+        yield item

@@ -1,0 +1,243 @@
+"""Latent scales, schedules that pair every step's noise level with a scale, and resizing between scales."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, order=True)
+class Scale:
+    """A latent size in latent cells; images have one frame."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.height, self.width) < 1:
+            raise ValueError(f"A scale needs sizes of at least 1, not {self.frames}x{self.height}x{self.width}.")
+
+    @classmethod
+    def parse(cls, text: str | int | Scale) -> Scale:
+        """Read "16" (square), "16x24" (height x width) or "21x60x104" (frames x height x width)."""
+        if isinstance(text, Scale):
+            return text
+        sizes = [int(part) for part in re.findall(r"\d+", str(text))]
+        if not re.fullmatch(r"\d+(x\d+){0,2}", str(text)):
+            raise ValueError(f"Cannot read the scale {text!r}; write 16, 16x24 or 21x60x104.")
+        if len(sizes) == 1:
+            sizes = [sizes[0], sizes[0]]
+        return cls(*([1] * (3 - len(sizes)) + sizes))
+
+    def __str__(self) -> str:
+        size = f"{self.height}x{self.width}"
+        return size if self.frames == 1 else f"{self.frames}x{size}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+    @property
+    def cells(self) -> int:
+        """Latent cells in all: frames x height x width."""
+        return self.frames * self.height * self.width
+
+    def covers(self, other: Scale) -> bool:
+        """Tell whether no axis is smaller than the other scale's."""
+        return self.frames >= other.frames and self.height >= other.height and self.width >= other.width
+
+    def shape(self, count: int, channels: int, *, video: bool = False) -> tuple[int, ...]:
+        """Return [N, C, H, W], or [N, C, T, H, W] for video."""
+        if video:
+            return count, channels, self.frames, self.height, self.width
+        return count, channels, self.height, self.width
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a schedule: the noise level t in [0, 1000] and the scale it works at."""
+
+    t: float
+    scale: Scale
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """Immutable steps (t_i, s_i): t falls, no scale shrinks, the last scale is the full size (paper, section 4.1)."""
+
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def build(cls, timesteps: Sequence[float], scales: Sequence[str | int | Scale]) -> ScaleSchedule:
+        """Pair timesteps with scales; both need the same length."""
+        if len(timesteps) != len(scales):
+            raise ValueError(
+                f"{len(timesteps)} timesteps do not pair with {len(scales)} scales; give one scale for each timestep."
+            )
+        return cls(tuple(Step(float(t), Scale.parse(s)) for t, s in zip(timesteps, scales, strict=True)))
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("A schedule needs at least one step; give timesteps and scales.")
+        for step in self.steps:
+            if not 0 < step.t <= 1000:
+                raise ValueError(f"Timestep {step.t:g} lies outside (0, 1000]; timesteps are 1000 x sigma.")
+        for before, after in itertools.pairwise(self.steps):
+            if after.t >= before.t:
+                raise ValueError(f"Timestep {after.t:g} follows {before.t:g}; timesteps must fall from step to step.")
+            if not after.scale.covers(before.scale):
+                raise ValueError(
+                    f"Scale {after.scale} follows {before.scale}; scales must not shrink, "
+                    f"so use at least {_cover(before.scale, after.scale)}."
+                )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __getitem__(self, index: int) -> Step:
+        return self.steps[index]
+
+    @property
+    def full(self) -> Scale:
+        """The last scale, the size of the finished latent."""
+        return self.steps[-1].scale
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """The scales of all steps, in order."""
+        return tuple(step.scale for step in self.steps)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The noise levels of all steps, in order."""
+        return tuple(step.t for step in self.steps)
+
+    def source(self, index: int) -> Scale:
+        """Scale of the latent that enters training step `index`: s_{i-1}, and s_1 itself for the first."""
+        return self.steps[max(index - 1, 0)].scale
+
+    def target(self, index: int) -> Scale:
+        """Scale s_i that step `index` predicts at."""
+        return self.steps[index].scale
+
+    def at_full_scale(self) -> ScaleSchedule:
+        """The full-scale baseline: the same timesteps, every scale the last one."""
+        return ScaleSchedule(tuple(Step(step.t, self.full) for step in self.steps))
+
+    def for_size(self, full: Scale, patch: int = 1) -> ScaleSchedule:
+        """The same schedule for another full size: each axis scaled by its own ratio, rounded to the patch."""
+        if full == self.full:
+            return self
+
+        def fit(part: int, whole: int, goal: int, step: int) -> int:
+            return min(goal, max(step, step * round(part * goal / whole / step)))
+
+        def scaled(scale: Scale) -> Scale:
+            # Frames follow their own ratio and need no patch.
+            return Scale(
+                fit(scale.frames, self.full.frames, full.frames, 1),
+                fit(scale.height, self.full.height, full.height, patch),
+                fit(scale.width, self.full.width, full.width, patch),
+            )
+
+        return ScaleSchedule(tuple(Step(step.t, scaled(step.scale)) for step in self.steps))
+
+    def check(self, *, patch: int, full: Scale | None = None, largest: Scale | None = None) -> None:
+        """Refuse scales that the model cannot take: indivisible by the patch, or larger than its position table."""
+        for scale in self.scales:
+            for axis in scale.size:
+                if axis % patch:
+                    near = patch * max(1, round(axis / patch))
+                    raise ValueError(f"Scale {scale} is not divisible by the patch size {patch}; {near} would be.")
+            if largest and not largest.covers(scale):
+                raise ValueError(f"Scale {scale} is larger than {largest}, the largest this model has positions for.")
+        if full and self.full != full:
+            raise ValueError(f"The last scale is {self.full}, but the data's full size is {full}; end with {full}.")
+
+    def tokens(self, patch: int) -> int:
+        """Image tokens of one sample, summed over the steps."""
+        return sum(scale.cells // patch**2 for scale in self.scales)
+
+    def __str__(self) -> str:
+        return " ".join(f"{step.t:g}@{step.scale}" for step in self.steps)
+
+
+def _cover(one: Scale, other: Scale) -> Scale:
+    return Scale(*(max(a, b) for a, b in zip((one.frames, *one.size), (other.frames, *other.size), strict=True)))
+
+
+def upscale_latents(x0: Tensor, scale: Scale) -> Tensor:
+    """Upscale clean latents [N, C, H, W] or [N, C, T, H, W]: bicubic in space, frame blending in time.
+
+    align_corners=False and no antialiasing, as in the paper (section 4.1). An unchanged size is returned as it is.
+    """
+    if x0.ndim == 4:
+        if tuple(x0.shape[-2:]) == scale.size:
+            return x0
+        return F.interpolate(x0, size=scale.size, mode="bicubic", align_corners=False)
+    if x0.ndim != 5:
+        raise ValueError(f"Latents must be [N, C, H, W] or [N, C, T, H, W], not {list(x0.shape)}.")
+    count, channels, frames, height, width = x0.shape
+    if (height, width) != scale.size:
+        flat = x0.transpose(1, 2).reshape(count * frames, channels, height, width)
+        flat = F.interpolate(flat, size=scale.size, mode="bicubic", align_corners=False)
+        x0 = flat.reshape(count, frames, channels, *scale.size).transpose(1, 2)
+    return blend_frames(x0, scale.frames)
+
+
+def blend_frames(x0: Tensor, frames: int) -> Tensor:
+    """Change the number of latent frames of [N, C, T, H, W] by blending neighbours linearly; ends stay put."""
+    have = x0.shape[2]
+    if have == frames:
+        return x0
+    position = torch.linspace(0, have - 1, frames, device=x0.device, dtype=torch.float32)
+    left = position.floor().long().clamp(max=max(have - 2, 0))
+    weight = (position - left).to(x0.dtype).view(1, 1, -1, 1, 1)
+    right = (left + 1).clamp(max=have - 1)
+    return x0[:, :, left] * (1 - weight) + x0[:, :, right] * weight
+
+
+def downscale_area(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Downscale pictures or latents [N, C, H, W] by averaging over areas (adaptive average pooling)."""
+    if tuple(x.shape[-2:]) == size:
+        return x
+    if size[0] > x.shape[-2] or size[1] > x.shape[-1]:
+        raise ValueError(f"Area downscaling from {list(x.shape[-2:])} cannot enlarge to {list(size)}.")
+    return F.interpolate(x, size=size, mode="area")
+
+
+def shifted_sigmas(steps: int, shift: float, *, train_steps: int = 1000) -> list[float]:
+    """Noise levels of a flow-matching schedule of `steps` levels with `shift`, and the closing 0.
+
+    sigma' = shift sigma / (1 + (shift - 1) sigma) over levels equally spaced from 1 to the (itself shifted)
+    smallest training level; with 28 steps and shift 3 these are the 29 values that SD3.5's schedule has
+    (METHOD: entries 0 4 7 12 14 18 give 1000 945 896 790 737 602).
+    """
+    if steps < 1:
+        raise ValueError(f"A schedule needs at least one step, not {steps}.")
+
+    def shifted(sigma: float) -> float:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    low = shifted(1 / train_steps)
+    levels = [1.0] if steps == 1 else [1 - (1 - low) * i / (steps - 1) for i in range(steps)]
+    return [shifted(level) for level in levels] + [0.0]
+
+
+def token_ratio(schedule: ScaleSchedule) -> float:
+    """Tokens of the schedule over those of its full-scale twin; the denoiser's time falls about as much."""
+    ratio = schedule.tokens(1) / schedule.at_full_scale().tokens(1)
+    assert math.isfinite(ratio)
+    return ratio

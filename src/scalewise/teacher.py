@@ -1,0 +1,68 @@
+"""The synthetic set: pictures that the teacher draws with its standard settings, stored as latents of every scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalewise.backbone import Backbone
+from scalewise.data import LatentSetWriter
+from scalewise.models.base import ModelAdapter
+from scalewise.recipe import Recipe
+from scalewise.rng import derive
+from scalewise.sampling import last, teacher_steps
+from scalewise.scales import Scale
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Seed of sample number `index` of a set: the same whatever the batch size and however often it was stopped."""
+    return derive(seed, "synthetic", index)
+
+
+def latents_of_all_scales(model: ModelAdapter, latents: Tensor, scales: Sequence[Scale]) -> dict[Scale, Tensor]:
+    """Latents of every smaller scale, made in pixel space: decode, downscale by area, encode (section 4.1)."""
+    full = max(scales, key=lambda scale: scale.cells)
+    pixels = model.decode(latents)
+    out = {full: latents}
+    for scale in scales:
+        if scale != full:
+            size = (scale.height * model.vae_factor, scale.width * model.vae_factor)
+            out[scale] = model.encode(F.interpolate(pixels, size=size, mode="area"))
+    return out
+
+
+def generate(backbone: Backbone, recipe: Recipe, prompts: Sequence[str], out: Path, *, count: int, batch: int,
+             seed: int = 0, shard_rows: int = 256) -> Iterator[int]:  # fmt: skip
+    """Draw `count` samples, sample i with prompt i modulo their number, and yield how many are done.
+
+    A stopped call goes on after its last whole shard; settings that would change the samples are compared.
+    """
+    model = backbone.model
+    scales = sorted(set(recipe.schedule.build().scales))
+    full = max(scales, key=lambda scale: scale.cells)
+    settings = {
+        "teacher_steps": recipe.teacher.steps, "guidance": recipe.teacher.guidance, "seed": seed, "count": count,
+        "prompts": len(prompts), "prompts_key": derive(*prompts), "precision": backbone.precision,
+    }  # fmt: skip
+    writer = LatentSetWriter(
+        out, scales=scales, channels=model.channels, kind="synthetic", base=recipe.model.base, settings=settings,
+        shard_rows=shard_rows,
+    )  # fmt: skip
+    uncond = model.encode_prompts([""])
+    yield writer.done
+    for start in range(writer.done, count, batch):
+        indices = list(range(start, min(start + batch, count)))
+        captions = [prompts[i % len(prompts)] for i in indices]
+        seeds = [sample_seed(seed, i) for i in indices]
+        cond = model.encode_prompts(captions)
+        steps = teacher_steps(
+            backbone, full, cond, seeds, steps=recipe.teacher.steps, guidance=recipe.teacher.guidance, uncond=uncond
+        )
+        with torch.no_grad():
+            writer.add(indices, captions, seeds, latents_of_all_scales(model, last(steps), scales))
+        yield indices[-1] + 1
+    writer.finish()

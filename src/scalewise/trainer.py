@@ -1,0 +1,248 @@
+"""The loop: five updates of the fake model, one of the student, and everything needed to go on after a stop.
+
+All randomness is derived from (seed, purpose, position), so the whole state of a run is: the roles' weights, the
+head, both optimizers, the average, and one counter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalewise import checkpoint, parallel
+from scalewise.backbone import Backbone
+from scalewise.batches import Batches
+from scalewise.distill import DistillStep, LossError, Numbers
+from scalewise.heads import DiscriminatorHead
+from scalewise.recipe import OptimizerRecipe, Recipe
+from scalewise.rng import generator
+
+
+class TrainingStopped(RuntimeError):
+    """Training could not go on; what has been saved is named in the message."""
+
+
+def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
+    """The discriminator head, if the recipe's loss has a GAN term; its start depends on the seed alone."""
+    if not recipe.loss.needs_head:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed + 1)
+        return DiscriminatorHead(backbone.model.width).to(backbone.device)
+
+
+class Side:
+    """One optimizer with the parameters it owns, collected by role name."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, lr: float) -> None:
+        self.parameters, self.lr, self.clip, self.warmup = list(parameters), lr, recipe.clip, recipe.warmup
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+
+    def update(self, iteration: int) -> float:
+        """Average gradients over processes, clip, step; returns the norm before clipping."""
+        parallel.mean_gradients(self.parameters)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        if not math.isfinite(norm):
+            raise LossError("gradient norm", norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (iteration + 1) / max(1, self.warmup))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class Average:
+    """Exponential moving average of the student's weights."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.decay, self.live = decay, parameters
+        self.shadow = {k: v.detach().clone() for k, v in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, iteration: int) -> None:
+        """Move towards the live weights; the decay rises over the first iterations."""
+        decay = min(self.decay, (1 + iteration) / (10 + iteration))
+        for name, value in self.live.items():
+            self.shadow[name].lerp_(value, 1 - decay)
+
+
+@dataclass
+class Trainer:
+    """Trains the student of a recipe; `fit()` yields one row of numbers per iteration."""
+
+    recipe: Recipe
+    backbone: Backbone
+    batches: Batches
+    folder: Path
+    iteration: int = 0
+    on_checkpoint: Callable[[Path], None] | None = None
+    _stop: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        recipe, backbone = self.recipe, self.backbone
+        self.head = build_head(backbone, recipe)
+        self.step = DistillStep(backbone, recipe.loss, self.head)
+        if recipe.train.gradient_checkpointing:
+            backbone.enable_checkpointing()
+        optimizer = recipe.optimizer
+        self.student = Side(list(backbone.parameters("student").values()), optimizer, optimizer.lr)
+        self.fake: Side | None = None
+        if recipe.loss.needs_fake:
+            owned = list(backbone.parameters("fake").values()) + list(self.head.parameters() if self.head else ())
+            self.fake = Side(owned, optimizer, optimizer.fake_lr or optimizer.lr)
+        self.average = Average(backbone.parameters("student"), recipe.train.ema) if recipe.train.ema else None
+        self.checkpoints = self.folder / "checkpoints"
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates in one iteration: the fake model's and the student's one."""
+        return (self.recipe.loss.fake.updates if self.fake else 0) + 1
+
+    def fit(self) -> Iterator[Numbers]:
+        """Train to the recipe's number of iterations, saving at the interval, on SIGTERM and at the end."""
+        train = self.recipe.train
+        with self._signals():
+            while self.iteration < train.iterations:
+                started = time.perf_counter()
+                try:
+                    row = self._iterate()
+                except LossError as error:
+                    raise TrainingStopped(self._explain(error)) from error
+                self.iteration += 1
+                row["seconds"] = time.perf_counter() - started
+                yield {"iteration": self.iteration, **row}
+                if self._stop or self.iteration % train.checkpoint_every == 0 or self.iteration == train.iterations:
+                    self.save()
+                if self._stop:
+                    raise TrainingStopped(
+                        f"Stopped by {self._stop} after iteration {self.iteration}; saved. Go on with --resume."
+                    )
+
+    def _iterate(self) -> Numbers:
+        """The fake model's updates, each on fresh batches, then the student's."""
+        row: Numbers = {}
+        for update in range(self.updates):
+            student = update == self.updates - 1
+            side, compute = (self.student, self.step.student_step) if student else (self.fake, self.step.fake_step)
+            assert side is not None
+            numbers = self._accumulate(compute, update)
+            norm = side.update(self.iteration)
+            row |= parallel.mean_scalars(numbers) | {("student" if student else "fake") + "/gradient_norm": norm}
+        if self.average:
+            self.average.update(self.iteration)
+        return row
+
+    def _accumulate(self, compute: Callable[..., Numbers], update: int) -> Numbers:
+        """Average gradients and numbers over `train.accumulate` batches of the same step of the schedule."""
+        pieces = self.recipe.train.accumulate
+        number = self.iteration * self.updates + update
+        sums: Numbers = {}
+        index = self.batches.index_at(self.iteration if update == self.updates - 1 else number)
+        for piece in range(pieces):
+            position = number * pieces + piece
+            rng = generator(self.recipe.train.seed, "update", position, self.batches.rank)
+            numbers = compute(self.batches.at(position, index), rng, share=1 / pieces)
+            for key, value in numbers.items():
+                sums[key] = sums.get(key, 0.0) + value / pieces
+        return sums | {"step": index}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        state: dict[str, Any] = {"iteration": self.iteration, "student": self.backbone.roles.state("student"),
+                                 "student_optimizer": self.student.optimizer.state_dict()}  # fmt: skip
+        if self.fake:
+            state |= {"fake": self.backbone.roles.state("fake"), "fake_optimizer": self.fake.optimizer.state_dict()}
+        if self.head:
+            state["head"] = self.head.state_dict()
+        if self.average:
+            state["average"] = self.average.shadow
+        return state
+
+    def save(self) -> Path:
+        """Write a checkpoint (first process only) and drop the oldest ones."""
+        path = self.checkpoints / f"step-{self.iteration:06d}"
+        if parallel.is_main():
+            checkpoint.save(path, self.state(), meta={"recipe": self.recipe.model_dump(mode="json")})
+            checkpoint.prune(self.checkpoints, self.recipe.train.keep_checkpoints)
+            if self.on_checkpoint:
+                self.on_checkpoint(path)
+        parallel.barrier()
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint; one of another recipe is refused, but for the number of iterations and the like."""
+        state, meta = checkpoint.load(path)
+        difference = _difference(meta["recipe"], self.recipe.model_dump(mode="json"))
+        if difference:
+            raise checkpoint.CheckpointError(
+                f"The checkpoint {path} belongs to another recipe: {difference}. "
+                "Resume with the run's own recipe, or start a new run in another folder."
+            )
+        self.backbone.roles.load("student", state["student"])
+        self.student.optimizer.load_state_dict(state["student_optimizer"])
+        if self.fake:
+            self.backbone.roles.load("fake", state["fake"])
+            self.fake.optimizer.load_state_dict(state["fake_optimizer"])
+        if self.head:
+            self.head.load_state_dict(state["head"])
+        if self.average:
+            for name, value in state["average"].items():
+                self.average.shadow[name].copy_(value)
+        self.iteration = state["iteration"]
+
+    def student_weights(self) -> dict[str, Tensor]:
+        """The weights to ship: the average if there is one, else the live ones."""
+        return dict(self.average.shadow) if self.average else self.backbone.roles.state("student")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run after the current iteration, with a checkpoint."""
+
+        def ask(number: int, _frame: Any) -> None:
+            if self._stop:  # asked a second time: at once
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number).name
+
+        try:
+            before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: signals stay with their owner
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _explain(self, error: LossError) -> str:
+        last = checkpoint.latest(self.checkpoints)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        return f"{error} at iteration {self.iteration + 1}; {kept}. Lower optimizer.lr or use precision float32."
+
+
+# What may differ between a checkpoint's recipe and the run that resumes it without changing a single bit.
+_FREE = {"name", "about", "train.iterations", "train.checkpoint_every", "train.keep_checkpoints",
+         "train.sample_every", "train.sample_prompts"}  # fmt: skip
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> str:
+    """Describe the first field in which two recipes differ, or return ""."""
+    for key in one.keys() | other.keys():
+        name, a, b = f"{prefix}{key}", one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := _difference(a, b, f"{name}."):
+                return found
+        elif a != b and name not in _FREE:
+            return f"{name} is {json.dumps(a)} there and {json.dumps(b)} here"
+    return ""
