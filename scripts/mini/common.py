@@ -60,6 +60,20 @@ def to_float(pixels: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, each once: a tensor that two names share is kept under the first."""
+    first = dict(module.named_parameters())
+    return {**first, **{k: v for k, v in module.state_dict().items() if k in dict(module.named_buffers())}}
+
+
+def load_own(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load what `own_tensors` gave; nothing may be missing or left over."""
+    wrong = own_tensors(module).keys() ^ tensors.keys()
+    if wrong:
+        raise SystemExit(f"The saved state does not fit the module: {sorted(wrong)[:3]}")
+    module.load_state_dict(tensors, strict=False)
+
+
 class Ema:
     """Exponential moving average of parameters, with the usual warm-up of the decay."""
 
@@ -88,10 +102,28 @@ class Stage:
     safetensors in `folder`, so that a stage stopped at any moment goes on from its last save.
     """
 
-    def __init__(self, name: str, module: nn.Module, *, lr: float, steps: int, warmup: int = 200,
-                 ema: float = 0.999, clip: float = 1.0, weight_decay: float = 0.01, decay_from: float = 0.7,
-                 save_seconds: float = 240.0) -> None:  # fmt: skip
-        self.name, self.module, self.lr, self.steps, self.warmup, self.clip = name, module, lr, steps, warmup, clip
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        lr: float,
+        steps: int,
+        warmup: int = 200,
+        ema: float = 0.999,
+        clip: float = 1.0,
+        weight_decay: float = 0.01,
+        decay_from: float = 0.7,
+        save_seconds: float = 240.0,
+    ) -> None:
+        self.name, self.module, self.lr, self.steps, self.warmup, self.clip = (
+            name,
+            module,
+            lr,
+            steps,
+            warmup,
+            clip,
+        )
         self.decay_from, self.save_seconds = decay_from, save_seconds
         self.folder = work_folder() / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +157,9 @@ class Stage:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
             if not math.isfinite(float(norm)):
                 self.optimizer.zero_grad(set_to_none=True)
-                raise SystemExit(f"{self.name}: gradient is {float(norm)} at step {self.step}; lower the rate")
+                raise SystemExit(
+                    f"{self.name}: gradient is {float(norm)} at step {self.step}; lower the rate"
+                )
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
             self.optimizer.step()
@@ -136,10 +170,14 @@ class Stage:
             for key, number in {"loss": float(value.detach()), **numbers}.items():
                 totals.setdefault(key, []).append(number)
             if self.step % log_every == 0:
-                row = {"step": self.step, **{k: round(float(np.mean(v)), 5) for k, v in totals.items()},
-                       "norm": round(float(norm), 3), "lr": self.rate(),
-                       "seconds": round(self.seconds + time.time() - started, 1),
-                       "steps_per_second": round(seen / (time.time() - since), 3)}  # fmt: skip
+                row = {
+                    "step": self.step,
+                    **{k: round(float(np.mean(v)), 5) for k, v in totals.items()},
+                    "norm": round(float(norm), 3),
+                    "lr": self.rate(),
+                    "seconds": round(self.seconds + time.time() - started, 1),
+                    "steps_per_second": round(seen / (time.time() - since), 3),
+                }
                 with open(self.folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(row, flush=True)
@@ -151,7 +189,7 @@ class Stage:
         self._save(self.seconds)
 
     def _save(self, seconds: float) -> None:
-        tensors = {f"module/{k}": v.detach().contiguous() for k, v in self.module.state_dict().items()}
+        tensors = {f"module/{k}": v.detach().contiguous() for k, v in own_tensors(self.module).items()}
         tensors |= {f"ema/{k}": v.contiguous() for k, v in self.ema.shadow.items()}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for key, value in self.optimizer.state[parameter].items():
@@ -167,9 +205,13 @@ class Stage:
         with safe_open(path, "pt") as file:
             head = file.metadata()
         tensors = load_file(path)
-        self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module/")})
+        load_own(self.module, {k[7:]: v for k, v in tensors.items() if k.startswith("module/")})
         self.ema.shadow = {k[4:]: v for k, v in tensors.items() if k.startswith("ema/")}
-        self.ema.steps, self.step, self.seconds = int(head["ema_steps"]), int(head["step"]), float(head["seconds"])
+        self.ema.steps, self.step, self.seconds = (
+            int(head["ema_steps"]),
+            int(head["step"]),
+            float(head["seconds"]),
+        )
         for name, parameter in zip(self.names, self.parameters, strict=True):
             prefix = f"optimizer/{name}/"
             state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -183,7 +225,7 @@ def load_averaged(name: str, module: nn.Module) -> nn.Module:
     tensors = load_file(work_folder() / name / "state.safetensors")
     state = {k[7:]: v for k, v in tensors.items() if k.startswith("module/")}
     state |= {k[4:]: v for k, v in tensors.items() if k.startswith("ema/")}
-    module.load_state_dict(state)
+    load_own(module, state)
     return module.eval().requires_grad_(False)
 
 

@@ -1,7 +1,8 @@
 """Stage 4: the denoiser (diffusers' SD3Transformer2DModel, patch 1), by flow matching on cached latents.
 
     python scripts/mini/denoiser.py                       # trains, resumes by itself
-    python scripts/mini/denoiser.py --sheet sheet.png     # a contact sheet of held-out captions, by the average
+    python scripts/mini/denoiser.py --sheet sheet.png     # a contact sheet of held-out captions, by the
+    average
 
 Small pictures come first (8 x 8 latents), then mostly full ones, always mixed with every scale of the
 schedule, so that the teacher can draw at each of them.
@@ -34,10 +35,19 @@ def build() -> SD3Transformer2DModel:
     """Return an untrained denoiser, initialised as DiT: modulation and output at zero."""
     torch.manual_seed(4)
     model = SD3Transformer2DModel(
-        sample_size=16, patch_size=1, in_channels=16, out_channels=16, num_layers=6, attention_head_dim=32,
-        num_attention_heads=6, joint_attention_dim=256, caption_projection_dim=192, pooled_projection_dim=256,
-        pos_embed_max_size=24, qk_norm="rms_norm",
-    )  # fmt: skip
+        sample_size=16,
+        patch_size=1,
+        in_channels=16,
+        out_channels=16,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=256,
+        caption_projection_dim=192,
+        pooled_projection_dim=256,
+        pos_embed_max_size=24,
+        qk_norm="rms_norm",
+    )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -100,13 +110,18 @@ def train(steps: int, small_steps: int, *, compiled: bool) -> None:
         chosen = batches(count, BATCH, step, seed=4)
         x0 = data[f"latents_{scale}"][chosen].float()
         told = torch.where(torch.rand(BATCH) < 0.1, count, chosen)
-        level = torch.where(torch.rand(BATCH) < 0.5, torch.rand(BATCH), torch.sigmoid(0.4 + torch.randn(BATCH)))
+        level = torch.where(
+            torch.rand(BATCH) < 0.5, torch.rand(BATCH), torch.sigmoid(0.4 + torch.randn(BATCH))
+        )
         sigma, eps = level[:, None, None, None], torch.randn_like(x0)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = forward(
-                hidden_states=(1 - sigma) * x0 + sigma * eps, timestep=1000 * level,
-                encoder_hidden_states=data["tokens"][told], pooled_projections=data["pooled"][told], return_dict=False,
-            )[0]  # fmt: skip
+                hidden_states=(1 - sigma) * x0 + sigma * eps,
+                timestep=1000 * level,
+                encoder_hidden_states=data["tokens"][told],
+                pooled_projections=data["pooled"][told],
+                return_dict=False,
+            )[0]
         value = (velocity.float() - (eps - x0)).square().mean()
         return value, {f"loss_{scale}": float(value.detach())}
 
@@ -114,10 +129,15 @@ def train(steps: int, small_steps: int, *, compiled: bool) -> None:
 
 
 @torch.no_grad()
-def draw(captions: list[str], *, side: int = 16, steps: int = 28, guidance: float = 4.5, seed: int = 0) -> Tensor:
+def draw(
+    captions: list[str], *, side: int = 16, steps: int = 28, guidance: float = 4.5, seed: int = 0
+) -> Tensor:
     """Sample pictures [N, 3, 8 side, 8 side] with the averaged weights (Euler, shifted schedule)."""
     data, model = cache(), load_averaged("denoiser", build())
-    text, vae = load_averaged("text", TeacherText(load_pictures().captions)), load_averaged("vae", build_vae())
+    text, vae = (
+        load_averaged("text", TeacherText(load_pictures().captions)),
+        load_averaged("vae", build_vae()),
+    )
     tokens, pooled = encode(text, captions)
     none_tokens, none_pooled = encode(text, [""])
     linear = torch.linspace(1, 1 / 1000, steps)
@@ -126,10 +146,12 @@ def draw(captions: list[str], *, side: int = 16, steps: int = 28, guidance: floa
     for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
         with torch.autocast("cpu", torch.bfloat16):
             velocity = model(
-                hidden_states=torch.cat([x, x]), timestep=(1000 * now).expand(2 * len(x)),
+                hidden_states=torch.cat([x, x]),
+                timestep=(1000 * now).expand(2 * len(x)),
                 encoder_hidden_states=torch.cat([tokens, none_tokens.expand_as(tokens)]),
-                pooled_projections=torch.cat([pooled, none_pooled.expand_as(pooled)]), return_dict=False,
-            )[0].float()  # fmt: skip
+                pooled_projections=torch.cat([pooled, none_pooled.expand_as(pooled)]),
+                return_dict=False,
+            )[0].float()
         told, untold = velocity.chunk(2)
         x = x + (then - now) * (untold + guidance * (told - untold))
     return vae.decode(x / data["factor"] + data["shift"]).sample.clamp(-1, 1)
@@ -147,18 +169,31 @@ def sheet(pictures: Tensor, path: Path, columns: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--small-steps", type=int, default=3000)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser (needs a C++ compiler)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the denoiser (needs a C++ compiler)"
+    )
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--side", type=int, default=16)
     options = parser.parse_args()
     if options.sheet:
-        known = load_pictures(split="train", denoiser_only=True).captions[:: 97][:10]
-        wanted = ["a red apple, noto style", "a red apple, fluent style", "a dog, flat fluent style", "a rocket, noto style",
-                  "a red crab, fluent style", "a sunflower, fluent style", "a guitar, noto style", "a house, fluent style",
-                  "a cat face, noto style", "an ambulance, flat fluent style"]  # fmt: skip
+        known = load_pictures(split="train", denoiser_only=True).captions[::97][:10]
+        wanted = [
+            "a red apple, noto style",
+            "a red apple, fluent style",
+            "a dog, flat fluent style",
+            "a rocket, noto style",
+            "a red crab, fluent style",
+            "a sunflower, fluent style",
+            "a guitar, noto style",
+            "a house, fluent style",
+            "a cat face, noto style",
+            "an ambulance, flat fluent style",
+        ]
         held_out = load_pictures(split="test", denoiser_only=True).captions[::10][:30]
         print(json.dumps([*wanted, *known, *held_out], indent=0))
         sheet(draw([*wanted, *known, *held_out], side=options.side), options.sheet)

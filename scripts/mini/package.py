@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from common import load_averaged, load_pictures, to_float, work_folder
-from denoiser import SHIFT
+from denoiser import SHIFT, cache
 from denoiser import build as build_denoiser
-from denoiser import cache
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from text import Scorer, TeacherText, embed
@@ -34,11 +33,16 @@ def teacher() -> StableDiffusion3Pipeline:
     )
     vae.load_state_dict(trained.state_dict())
     return StableDiffusion3Pipeline(
-        transformer=load_averaged("denoiser", build_denoiser()), vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), text_encoder=text.text_1, text_encoder_2=text.text_2,
-        text_encoder_3=text.text_3, tokenizer=text.clip_tokenizer, tokenizer_2=text.clip_tokenizer,
+        transformer=load_averaged("denoiser", build_denoiser()),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        text_encoder=text.text_1,
+        text_encoder_2=text.text_2,
+        text_encoder_3=text.text_3,
+        tokenizer=text.clip_tokenizer,
+        tokenizer_2=text.clip_tokenizer,
         tokenizer_3=text.t5_tokenizer,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -64,9 +68,15 @@ def main() -> None:
         save_file(reference(scorer), TARGET / "reference.safetensors")
         scorer.clip.half().save_pretrained(TARGET / "scorer", safe_serialization=True)
         scorer.clip_tokenizer.save_pretrained(TARGET / "scorer")
-        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 128, "width": 128},
-                    "do_resize": True, "do_rescale": True, "do_normalize": True,
-                    "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
+        settings = {
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "size": {"height": 128, "width": 128},
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "image_processor_type": "CLIPImageProcessor",
+        }
         (TARGET / "scorer" / "preprocessor_config.json").write_text(json.dumps(settings, indent=1))
     captions = {s: load_pictures(split=s, denoiser_only=True).captions for s in ("train", "test")}
     (TARGET / "captions.json").write_text(json.dumps(captions, indent=0, ensure_ascii=False))

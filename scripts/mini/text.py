@@ -1,4 +1,5 @@
-"""Stage 3: the text encoders of the teacher (two CLIPs and a T5) and, from another seed and split, the scorer.
+"""Stage 3: the text encoders of the teacher (two CLIPs and a T5) and, from another seed and split, the
+scorer.
 
     python scripts/mini/text.py             # mini-work/text: the teacher's three encoders
     python scripts/mini/text.py --scorer    # mini-work/scorer: a CLIPModel that only judges
@@ -22,8 +23,18 @@ import torch.nn.functional as F
 from common import Pictures, Stage, batches, load_averaged, load_pictures, to_float, work_folder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
-                          CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer)  # fmt: skip
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 MAX_TOKENS = 16
 JOINT_WIDTH = 128
@@ -37,11 +48,13 @@ def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
     raw.train_from_iterator(
         captions,
         trainers.BpeTrainer(
-            vocab_size=2600, end_of_word_suffix="</w>", show_progress=False,
+            vocab_size=2600,
+            end_of_word_suffix="</w>",
+            show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             special_tokens=["<|startoftext|>", "<|endoftext|>"],
         ),
-    )  # fmt: skip
+    )
     model = json.loads(raw.to_str())["model"]
     return CLIPTokenizer(
         vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS
@@ -62,19 +75,32 @@ def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
 def clip_text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
     """Configuration of a small CLIP text tower that pools at the end-of-text token."""
     return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 32, max_position_embeddings=MAX_TOKENS, projection_dim=JOINT_WIDTH,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, hidden_act="quick_gelu",
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=JOINT_WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="quick_gelu",
+    )
 
 
 def vision_config(image_size: int) -> CLIPVisionConfig:
     """Configuration of an image tower that cuts the picture into patches of 16 pixels."""
     return CLIPVisionConfig(
-        hidden_size=160, intermediate_size=640, num_hidden_layers=5, num_attention_heads=5, image_size=image_size,
-        patch_size=16, projection_dim=JOINT_WIDTH, hidden_act="quick_gelu",
-    )  # fmt: skip
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        image_size=image_size,
+        patch_size=16,
+        projection_dim=JOINT_WIDTH,
+        hidden_act="quick_gelu",
+    )
 
 
 class TeacherText(nn.Module):
@@ -88,10 +114,19 @@ class TeacherText(nn.Module):
         torch.manual_seed(1)
         self.text_1 = CLIPTextModelWithProjection(clip_text_config(self.clip_tokenizer, 96, 4))
         self.text_2 = CLIPTextModelWithProjection(clip_text_config(self.clip_tokenizer, 160, 3))
-        self.text_3 = T5EncoderModel(T5Config(
-            vocab_size=len(self.t5_tokenizer), d_model=256, d_kv=32, d_ff=512, num_layers=2, num_heads=8,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, is_encoder_decoder=False,
-        ))  # fmt: skip
+        self.text_3 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(self.t5_tokenizer),
+                d_model=256,
+                d_kv=32,
+                d_ff=512,
+                num_layers=2,
+                num_heads=8,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                is_encoder_decoder=False,
+            )
+        )
         self.vision = CLIPVisionModelWithProjection(vision_config(self.image_size))
         self.t5_head = nn.Linear(256, JOINT_WIDTH)
         self.thumbnails = nn.ModuleList(nn.Linear(JOINT_WIDTH, 192) for _ in range(3))
@@ -99,7 +134,9 @@ class TeacherText(nn.Module):
 
     def texts(self, captions: list[str]) -> list[Tensor]:
         """Pooled embeddings [N, JOINT_WIDTH] of the three encoders."""
-        clip = self.clip_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        clip = self.clip_tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         t5 = self.t5_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         pooled = self.text_3(t5)[0].float().mean(1)
         return [self.text_1(clip).text_embeds, self.text_2(clip).text_embeds, self.t5_head(pooled)]
@@ -117,15 +154,20 @@ class Scorer(nn.Module):
         super().__init__()
         self.clip_tokenizer = clip_tokenizer(captions)
         torch.manual_seed(2)
-        self.clip = CLIPModel(CLIPConfig(
-            text_config=clip_text_config(self.clip_tokenizer, 128, 3).to_dict(),
-            vision_config=vision_config(self.image_size).to_dict(), projection_dim=JOINT_WIDTH,
-        ))  # fmt: skip
+        self.clip = CLIPModel(
+            CLIPConfig(
+                text_config=clip_text_config(self.clip_tokenizer, 128, 3).to_dict(),
+                vision_config=vision_config(self.image_size).to_dict(),
+                projection_dim=JOINT_WIDTH,
+            )
+        )
         self.thumbnails = nn.ModuleList([nn.Linear(JOINT_WIDTH, 192)])
         self.scale = self.clip.logit_scale
 
     def texts(self, captions: list[str]) -> list[Tensor]:
-        clip = self.clip_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        clip = self.clip_tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         return [self.clip.text_projection(self.clip.text_model(clip).pooler_output)]
 
     def image(self, pixels: Tensor) -> Tensor:
@@ -133,15 +175,21 @@ class Scorer(nn.Module):
 
 
 def augment(pixels: Tensor, size: int) -> Tensor:
-    """Shift, zoom, turn, flip and slightly recolour pictures [N, 3, H, W] on their white ground, to [N, 3, size, size]."""
+    """Shift, zoom, turn, flip and slightly recolour pictures [N, 3, H, W] on their white ground, to [N, 3,
+    size, size].
+    """
     count = len(pixels)
     zoom = 0.85 + 0.35 * torch.rand(count)
     flip = torch.where(torch.rand(count) < 0.3, -1.0, 1.0)
     angle = (torch.rand(count) - 0.5) * 0.35
     shift = (torch.rand(count, 2) - 0.5) * 0.16
     theta = torch.stack(
-        [torch.stack([zoom * flip * angle.cos(), -zoom * angle.sin(), shift[:, 0]], 1),
-         torch.stack([zoom * flip * angle.sin(), zoom * angle.cos(), shift[:, 1]], 1)], 1)  # fmt: skip
+        [
+            torch.stack([zoom * flip * angle.cos(), -zoom * angle.sin(), shift[:, 0]], 1),
+            torch.stack([zoom * flip * angle.sin(), zoom * angle.cos(), shift[:, 1]], 1),
+        ],
+        1,
+    )
     grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
     moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1
     gain = 1 + (torch.rand(count, 3, 1, 1) - 0.5) * 0.12
@@ -186,7 +234,16 @@ def train(scorer: bool, steps: int, batch: int) -> None:
         pictures = pictures.select(scorer_split)
     model = (Scorer if scorer else TeacherText)(load_pictures().captions)
     raw, captions = torch.as_tensor(pictures.pixels), pictures.captions
-    stage = Stage("scorer" if scorer else "text", model, lr=1e-3, steps=steps, ema=0.998, weight_decay=0.1, warmup=100, decay_from=0.5)  # fmt: skip
+    stage = Stage(
+        "scorer" if scorer else "text",
+        model,
+        lr=1e-3,
+        steps=steps,
+        ema=0.998,
+        weight_decay=0.1,
+        warmup=100,
+        decay_from=0.5,
+    )
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = batches(len(raw), batch, step, seed=2 if scorer else 1)
@@ -234,7 +291,9 @@ def measure() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scorer", action="store_true")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=192)

@@ -26,11 +26,20 @@ def build() -> AutoencoderKL:
     """Return an untrained autoencoder of the mini's size."""
     torch.manual_seed(0)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 128), layers_per_block=1, latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8, sample_size=128, scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
-        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 128),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=128,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        force_upcast=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
 
 
 def patch_basis(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +108,9 @@ def measure() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)

@@ -19,8 +19,17 @@ Precision = Literal["float32", "bf16"]
 class Backbone:
     """Answers "what is x0?" for teacher, student and fake model, which share the frozen base."""
 
-    def __init__(self, model: ModelAdapter, roles: Sequence[str] = (), *, rank: int = 64, alpha: float | None = None,
-                 targets: Sequence[str] | None = None, precision: Precision = "float32", seed: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: ModelAdapter,
+        roles: Sequence[str] = (),
+        *,
+        rank: int = 64,
+        alpha: float | None = None,
+        targets: Sequence[str] | None = None,
+        precision: Precision = "float32",
+        seed: int = 0,
+    ) -> None:
         """Give the model one LoRA adapter per role; `precision` "bf16" runs every forward under autocast."""
         self.model, self.precision = model, precision
         self.roles = Roles(
@@ -46,9 +55,18 @@ class Backbone:
         with self.roles.role(role), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             yield
 
-    def predict_x0(self, x_t: Tensor, t: Tensor, cond: Condition, *, role: str = TEACHER, guidance: float = 1.0,
-                   uncond: Condition | None = None) -> Tensor:  # fmt: skip
-        """x0 [N, ...] in float32 from x_t at levels t [N]; guidance w = 1 means none: x0 = uncond + w (cond - uncond).
+    def predict_x0(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        role: str = TEACHER,
+        guidance: float = 1.0,
+        uncond: Condition | None = None,
+    ) -> Tensor:
+        """x0 [N, ...] in float32 from x_t at levels t [N]; guidance w = 1 means none: x0 = uncond + w (cond -
+        uncond).
 
         With guidance, conditional and unconditional go through the model in one batch of 2 N.
         """
@@ -57,7 +75,9 @@ class Backbone:
                 prediction = self.model.predict(x_t, t, cond)
             return self.model.noise.x0(prediction, x_t, t)
         if uncond is None:
-            raise ValueError(f"Guidance {guidance:g} needs the unconditional condition; give uncond or guidance 1.")
+            raise ValueError(
+                f"Guidance {guidance:g} needs the unconditional condition; give uncond or guidance 1."
+            )
         count = len(x_t)
         both = Condition.cat([cond, uncond.expand(count) if len(uncond) == 1 else uncond])
         with self._under(role):

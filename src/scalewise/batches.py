@@ -1,4 +1,6 @@
-"""From latents on disk to what an update sees. A batch is a function of its position: nothing has to be saved."""
+"""From latents on disk to what an update sees. A batch is a function of its position: nothing has to be
+saved.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,21 @@ class Batches:
     them, in proportion to their sizes. Each process takes its own part of the global batch.
     """
 
-    def __init__(self, sets: Sequence[LatentSet], schedule: ScaleSchedule, prompts: PromptCache, *, batch: int,
-                 seed: int = 0, downscale: str = "pixel", step_choice: str = "round-robin", patch: int = 1,
-                 rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        sets: Sequence[LatentSet],
+        schedule: ScaleSchedule,
+        prompts: PromptCache,
+        *,
+        batch: int,
+        seed: int = 0,
+        downscale: str = "pixel",
+        step_choice: str = "round-robin",
+        patch: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """`downscale` "latent" makes every scale from the full latent (ablation) instead of from pixels."""
         self.sets, self.prompts, self.batch, self.seed = list(sets), prompts, batch, seed
         self.latent_downscale, self.step_choice = downscale == "latent", step_choice
@@ -69,10 +83,13 @@ class Batches:
         source = upscale_latents(self._latents(data, chosen, schedule.source(index)), schedule.target(index))
         captions = data.captions(chosen)
         return Batch(
-            source=source.to(self.device), target=target.to(self.device),
-            cond=self.prompts.condition(captions).to(self.device), uncond=self.prompts.uncond(1).to(self.device),
-            t=schedule[index].t, index=index,
-        )  # fmt: skip
+            source=source.to(self.device),
+            target=target.to(self.device),
+            cond=self.prompts.condition(captions).to(self.device),
+            uncond=self.prompts.uncond(1).to(self.device),
+            t=schedule[index].t,
+            index=index,
+        )
 
     def _latents(self, data: LatentSet, chosen: Sequence[int], scale: Scale) -> Tensor:
         if not self.latent_downscale:

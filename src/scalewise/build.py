@@ -1,4 +1,6 @@
-"""From a recipe to what runs it: model, data, prompt cache, backbone and trainer, each loaded only while needed."""
+"""From a recipe to what runs it: model, data, prompt cache, backbone and trainer, each loaded only while
+needed.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ import torch
 
 from scalewise import mini, parallel
 from scalewise.backbone import Backbone
-from scalewise.batches import Batches, largest
+from scalewise.batches import Batches
 from scalewise.data import LatentSet, PromptCache, encode_folder
+from scalewise.data.folder import list_files
 from scalewise.lora import Student
-from scalewise.models import ModelAdapter, Part, family_of, load_model
+from scalewise.models import ModelAdapter, Part, load_model
 from scalewise.recipe import Recipe
 from scalewise.scales import Scale
 from scalewise.trainer import Trainer
@@ -42,9 +45,11 @@ def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
     """Load parts of the recipe's teacher onto this process's device."""
     base = mini.resolve(recipe.model.base, mini.TEACHER)
     model = load_model(
-        base, dtype=getattr(torch, recipe.model.dtype), parts=tuple(parts),
+        base,
+        dtype=getattr(torch, recipe.model.dtype),
+        parts=tuple(parts),
         max_sequence_length=recipe.model.max_sequence_length,
-    )  # fmt: skip
+    )
     return model.to(device())
 
 
@@ -66,7 +71,9 @@ def fingerprint(recipe: Recipe) -> str:
 
 @dataclass
 class Data:
-    """What training reads: latent sets and prompt embeddings. Neither VAE nor text encoders are needed any more."""
+    """What training reads: latent sets and prompt embeddings. Neither VAE nor text encoders are needed any
+    more.
+    """
 
     sets: list[LatentSet]
     prompts: PromptCache
@@ -87,43 +94,52 @@ def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> Pro
     """Embeddings of captions, made once per base and kept."""
     key = fingerprint(recipe)
     folder = cache_folder() / "prompts" / key
-    needed = PromptCache.missing(folder, captions, fingerprint=key)
-    if not needed:
-        return PromptCache.build(None, captions, folder, fingerprint=key)
+    cache = PromptCache.open(folder, fingerprint=key)
+    missing = cache.missing(captions)
+    if not missing:
+        return cache
     model = load(recipe, ["text"])
-    with progress("encoding prompts", len(needed)) as done:
-        return PromptCache.build(model, captions, folder, fingerprint=key, progress=done)
+    with progress("encoding prompts", len(missing)) as done:
+        return PromptCache.build(
+            model, captions, folder, fingerprint=key, progress=lambda number, _total: done(number)
+        )
 
 
 def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[LatentSet]:
+    """Latents of an image folder at every scale of the recipe's schedule, made once and kept."""
     schedule = recipe.schedule.build()
     model = load(recipe, ["vae"])
-    patch = family_patch(recipe)
 
     def scales_for(full: Scale) -> list[Scale]:
-        return sorted(set(schedule.for_size(full, patch).scales))
+        return sorted(set(schedule.for_size(full, model.patch).scales))
 
     key = hashlib.sha256(f"{folder.resolve()}{schedule}{recipe.data}".encode()).hexdigest()[:16]
-    with progress("encoding images", 0) as done:
+    with progress("encoding images", len(list_files(folder))) as done:
         return encode_folder(
-            model, folder, cache_folder() / "images" / key, scales_for=scales_for, full=schedule.full,
-            mode=recipe.data.shape, caption_from_name=recipe.data.caption_from_name, patch=patch, progress=done,
-        )  # fmt: skip
-
-
-def family_patch(recipe: Recipe) -> int:
-    """Patch size of the recipe's model, from its configuration alone."""
-    base = mini.resolve(recipe.model.base, mini.TEACHER)
-    return family_of(base).patch_of(base)
+            model,
+            folder,
+            cache_folder() / "images" / key,
+            scales_for=scales_for,
+            full=schedule.full,
+            mode=recipe.data.shape,
+            least=recipe.train.batch * parallel.world(),
+            caption_from_name=recipe.data.caption_from_name,
+            progress=lambda number, _total: done(number),
+        )
 
 
 def build_backbone(recipe: Recipe, model: ModelAdapter) -> Backbone:
     """The frozen base with the roles that the recipe's loss trains."""
     roles = ["student", "fake"] if recipe.loss.needs_fake else ["student"]
     return Backbone(
-        model, roles, rank=recipe.lora.rank, alpha=recipe.lora.alpha, targets=recipe.lora.targets,
-        precision=recipe.train.precision, seed=recipe.train.seed,
-    )  # fmt: skip
+        model,
+        roles,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        targets=recipe.lora.targets,
+        precision=recipe.train.precision,
+        seed=recipe.train.seed,
+    )
 
 
 def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
@@ -132,15 +148,28 @@ def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
     check(recipe, model)
     backbone = build_backbone(recipe, model)
     batches = Batches(
-        data.sets, recipe.schedule.build(), data.prompts, batch=recipe.train.batch, seed=recipe.train.seed,
-        downscale=recipe.data.downscale, step_choice=recipe.train.step_choice, patch=model.patch,
-        rank=parallel.rank(), world=parallel.world(), device=backbone.device,
-    )  # fmt: skip
+        data.sets,
+        recipe.schedule.build(),
+        data.prompts,
+        batch=recipe.train.batch,
+        seed=recipe.train.seed,
+        downscale=recipe.data.downscale,
+        step_choice=recipe.train.step_choice,
+        patch=model.patch,
+        rank=parallel.rank(),
+        world=parallel.world(),
+        device=backbone.device,
+    )
     return Trainer(recipe, backbone, batches, out)
 
 
-def with_student(recipe: Recipe, student: Student | None, *, parts: tuple[Part, ...] = ("denoiser", "vae", "text"),
-                 precision: str | None = None) -> Backbone:  # fmt: skip
+def with_student(
+    recipe: Recipe,
+    student: Student | None,
+    *,
+    parts: tuple[Part, ...] = ("denoiser", "vae", "text"),
+    precision: str | None = None,
+) -> Backbone:
     """A backbone to sample with: the teacher, and a finished student beside it."""
     model = load(recipe, parts)
     roles = ["student"] if student else []
@@ -163,13 +192,10 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     trainable = {r: sum(p.numel() for p in backbone.parameters(r).values()) for r in backbone.roles.names}
     return {
         "steps": [(step.t, str(step.scale), model.token_count(step.scale)) for step in schedule],
-        "tokens": schedule.tokens(model.patch), "full_tokens": schedule.at_full_scale().tokens(model.patch),
+        "tokens": schedule.tokens(model.patch),
+        "full_tokens": schedule.at_full_scale().tokens(model.patch),
         "base_parameters": sum(p.numel() for n, p in model.denoiser.named_parameters() if "lora_" not in n),
         "trainable": trainable,
         # gradient and two AdamW moments, in float32
         "megabytes": {"weights": held / 1e6, "gradients and optimizer": sum(trainable.values()) * 12 / 1e6},
-    }  # fmt: skip
-
-
-__all__ = ["Data", "Progress", "build_backbone", "build_trainer", "cache_folder", "check", "dry_run", "largest", "load",
-           "prepare_data", "prompt_cache", "with_student"]  # fmt: skip
+    }

@@ -13,11 +13,14 @@ from scalewise import console
 from scalewise.recipe import Recipe, RecipeError
 
 app = typer.Typer(
-    name="scalewise", no_args_is_help=True, rich_markup_mode="markdown", add_completion=False,
+    name="scalewise",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="Scale-wise distillation: turn a text-to-image diffusion model into a few-step model that starts small and "
     "grows its latent at every step.\n\nNew here? `scalewise demo` shows all of it on a model that comes along.",
-)  # fmt: skip
+)
 
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (see `scalewise recipes`) or a YAML file.")]
 Overrides = Annotated[
@@ -33,7 +36,9 @@ def _recipe(name: str, overrides: list[str] | None) -> Recipe:
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe as YAML, ready to be changed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe as YAML, ready to be changed.")
+    ] = None,
 ) -> None:
     """List the recipes, or print one as YAML.
 
@@ -44,18 +49,26 @@ def recipes(
     if name:
         typer.echo(find_recipe(name).to_yaml(), nl=False)
         return
-    table = Table("recipe", "what it is", "base", "steps (t @ scale)", "iterations", box=None, header_style="bold")
+    table = Table(
+        "recipe", "what it is", "base", "steps (t @ scale)", "iterations", box=None, header_style="bold"
+    )
     for key in RECIPES:
         recipe = find_recipe(key)
-        table.add_row(key, recipe.about, recipe.model.base, str(recipe.schedule.build()), str(recipe.train.iterations))
+        table.add_row(
+            key, recipe.about, recipe.model.base, str(recipe.schedule.build()), str(recipe.train.iterations)
+        )
     console.out.print(table)
 
 
 @app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
-    student: Annotated[str, typer.Option(help="'mini', a student.safetensors, or the folder of a run.")] = "mini",
-    teacher: Annotated[bool, typer.Option("--teacher", help="Draw with the teacher, at its full steps.")] = False,
+    student: Annotated[
+        str, typer.Option(help="'mini', a student.safetensors, or the folder of a run.")
+    ] = "mini",
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Draw with the teacher, at its full steps.")
+    ] = False,
     base: Annotated[str | None, typer.Option(help="Another base than the one the student names.")] = None,
     seed: Annotated[int, typer.Option(help="Sample i takes seed + i.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
@@ -70,7 +83,10 @@ def sample(
     files, seconds = sample_pictures(
         prompts, student=student, teacher=teacher, base=base, seed=seed, count=count, out=out
     )
-    console.out.print(f"{len(files)} pictures in {seconds:.1f} s after loading: {', '.join(map(str, files))}", soft_wrap=True)
+    console.out.print(
+        f"{len(files)} pictures in {seconds:.1f} s after loading: {', '.join(map(str, files))}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -78,7 +94,9 @@ def distill(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default runs/<recipe>).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, bit by bit as if never stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, bit by bit as if never stopped.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be built, and stop.")] = False,
 ) -> None:
     """Distil a teacher into a few-step student.
@@ -94,18 +112,24 @@ def distill(
         return
     folder = out or Path("runs") / chosen.name
     run_distill(chosen, folder, resume=resume)
-    console.out.print(f"The student is {folder / 'student.safetensors'}; the log and sample grids lie beside it.")
+    console.out.print(
+        f"The student is {folder / 'student.safetensors'}; the log and sample grids lie beside it."
+    )
 
 
 @app.command()
 def generate(
     recipe: RecipeName,
     overrides: Overrides = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line (default for the mini: its captions).")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line (default for the mini: its captions).")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples in all; prompts repeat with new seeds.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the set.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the set; a stopped run goes on there.")] = Path("synthetic"),
+    out: Annotated[Path, typer.Option(help="Folder of the set; a stopped run goes on there.")] = Path(
+        "synthetic"
+    ),
 ) -> None:
     """Make a synthetic training set with the teacher, at every scale of the recipe's schedule.
 
@@ -119,27 +143,38 @@ def generate(
 @app.command()
 def evaluate(
     recipe: RecipeName,
-    contenders: Annotated[list[str], typer.Argument(
-        help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; name=... labels one.")],
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line (default for the mini: captions held out).")] = None,
+    contenders: Annotated[
+        list[str],
+        typer.Argument(
+            help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; name=... labels one."
+        ),
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt a line (default for the mini: captions held out)."),
+    ] = None,
     count: Annotated[int, typer.Option(min=2, help="Number of prompts.")] = 299,
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     speed: Annotated[bool, typer.Option(help="Measure milliseconds per image too.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for pictures and tables.")] = Path("evaluation"),
-) -> None:  # fmt: skip
+) -> None:
     """Compare teachers, students and folders on the same prompts and seeds.
 
     Example: `scalewise evaluate mini teacher teacher:4 undistilled student:runs/mini --count 100`
     """
     from scalewise.commands import run_evaluate
 
-    run_evaluate(_recipe(recipe, None), contenders, prompts, count=count, batch=batch, seed=seed, speed=speed, out=out)
+    run_evaluate(
+        _recipe(recipe, None), contenders, prompts, count=count, batch=batch, seed=seed, speed=speed, out=out
+    )
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo; a stopped one goes on there.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option(help="Folder of the demo; a stopped one goes on there.")] = Path(
+        "demo-run"
+    ),
     minutes: Annotated[float, typer.Option(min=1, help="Time to stay within, training included.")] = 14.0,
 ) -> None:
     """See it work: distil the embedded teacher before your eyes and compare both in a report.
@@ -154,9 +189,9 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
-    from scalewise.trainer import TrainingStopped
-
     import click
+
+    from scalewise.trainer import TrainingStopped
 
     try:
         console.quiet_libraries()

@@ -17,8 +17,9 @@ from scalewise.sampling import student_steps, teacher_steps
 from scalewise.teacher import generate
 
 
-def sample_pictures(prompts: list[str], *, student: str, teacher: bool, base: str | None, seed: int, count: int,
-                    out: Path) -> tuple[list[Path], float]:  # fmt: skip
+def sample_pictures(
+    prompts: list[str], *, student: str, teacher: bool, base: str | None, seed: int, count: int, out: Path
+) -> tuple[list[Path], float]:
     """Draw each prompt `count` times and save the pictures; returns the files and the seconds after loading."""
     from PIL import Image
 
@@ -33,8 +34,15 @@ def sample_pictures(prompts: list[str], *, student: str, teacher: bool, base: st
     cond = backbone.model.encode_prompts(texts)
     if teacher:
         settings, full = recipe.teacher, chosen.schedule.full
-        steps = teacher_steps(backbone, full, cond, seeds, steps=settings.steps, guidance=settings.guidance,
-                              uncond=backbone.model.encode_prompts([""]))  # fmt: skip
+        steps = teacher_steps(
+            backbone,
+            full,
+            cond,
+            seeds,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            uncond=backbone.model.encode_prompts([""]),
+        )
         total = settings.steps
     else:
         steps, total = student_steps(backbone, chosen.schedule, cond, seeds), len(chosen.schedule)
@@ -57,7 +65,9 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
     parallel.init_from_env()
     rows = distill(recipe, out, console.progress, resume=resume)
     first = next(rows)
-    console.err.print(f"{recipe.name}: {recipe.about}; iterations {int(first['iteration'])} to {recipe.train.iterations}")
+    console.err.print(
+        f"{recipe.name}: {recipe.about}; iterations {int(first['iteration'])} to {recipe.train.iterations}"
+    )
     with console.progress("distilling", recipe.train.iterations) as done:
         done(int(first["iteration"]))
         for row in rows:
@@ -72,21 +82,27 @@ def print_dry_run(recipe: Recipe) -> None:
         table.add_row(str(i + 1), f"{t:g}", scale, str(tokens))
     console.out.print(table)
     share = facts["tokens"] / facts["full_tokens"]
-    console.out.print(f"tokens per sample: {facts['tokens']:,} of {facts['full_tokens']:,} at full scale ({share:.0%})")
+    console.out.print(
+        f"tokens per sample: {facts['tokens']:,} of {facts['full_tokens']:,} at full scale ({share:.0%})"
+    )
     console.out.print(f"frozen base: {facts['base_parameters']:,} parameters, held once")
     for role, count in facts["trainable"].items():
         console.out.print(f"trainable ({role}): {count:,} parameters")
     memory = ", ".join(f"{name} {size:,.1f} MB" for name, size in facts["megabytes"].items())
     console.out.print(f"memory held besides activations: {memory}")
     effective = recipe.train.batch * recipe.train.accumulate * parallel.world()
-    console.out.print(f"{recipe.train.iterations} iterations of {effective} samples per update; nothing was trained")
+    console.out.print(
+        f"{recipe.train.iterations} iterations of {effective} samples per update; nothing was trained"
+    )
 
 
 def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
     """Prompts from a file, or the mini's own captions."""
     if file is None:
         if base != "mini":
-            raise RecipeError("Give --prompts FILE with one prompt a line; only the mini brings captions along.")
+            raise RecipeError(
+                "Give --prompts FILE with one prompt a line; only the mini brings captions along."
+            )
         return mini.captions(split)
     if not file.exists():
         raise RecipeError(f"There is no prompt file {file}.")
@@ -96,7 +112,9 @@ def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
     return prompts
 
 
-def run_generate(recipe: Recipe, prompts: Path | None, *, count: int, batch: int, seed: int, out: Path) -> None:
+def run_generate(
+    recipe: Recipe, prompts: Path | None, *, count: int, batch: int, seed: int, out: Path
+) -> None:
     """Make a synthetic set; goes on where a stopped one ended."""
     texts = read_prompts(prompts, recipe.model.base, "train")
     backbone = build.with_student(recipe, None)
@@ -107,14 +125,33 @@ def run_generate(recipe: Recipe, prompts: Path | None, *, count: int, batch: int
     console.out.print(f"{count} samples at {len(set(recipe.schedule.scales))} scales in {out}")
 
 
-def run_evaluate(recipe: Recipe, contenders: list[str], prompts: Path | None, *, count: int, batch: int, seed: int,
-                 speed: bool, out: Path) -> None:  # fmt: skip
+def run_evaluate(
+    recipe: Recipe,
+    contenders: list[str],
+    prompts: Path | None,
+    *,
+    count: int,
+    batch: int,
+    seed: int,
+    speed: bool,
+    out: Path,
+) -> None:
     """Draw and score every contender on the same prompts and seeds."""
     from scalewise import study
 
     texts = read_prompts(prompts, recipe.model.base, "test")[:count]
-    outcome = study.compare(recipe, contenders, texts, batch=batch, seed=seed, speed=speed, out=out, progress=console.progress)
+    outcome = study.compare(
+        recipe, contenders, texts, batch=batch, seed=seed, speed=speed, out=out, progress=console.progress
+    )
     console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
 
 
-__all__ = ["find_recipe", "print_dry_run", "read_prompts", "run_distill", "run_evaluate", "run_generate", "sample_pictures"]
+__all__ = [
+    "find_recipe",
+    "print_dry_run",
+    "read_prompts",
+    "run_distill",
+    "run_evaluate",
+    "run_generate",
+    "sample_pictures",
+]

@@ -55,7 +55,9 @@ class DistillStep:
         self._terms = {"mmd": self._mmd, "dmd_gan": self._dmd_and_gan}
 
     def student_step(self, batch: Batch, rng: Generator, *, share: float = 1.0) -> Numbers:
-        """Add `share` of the gradient of mmd + dmd + gan to the student's parameters; other roles stay untouched."""
+        """Add `share` of the gradient of mmd + dmd + gan to the student's parameters; other roles stay
+        untouched.
+        """
         x0 = self._student(batch, rng)
         leaf = x0.detach().requires_grad_()
         numbers: Numbers = {}
@@ -67,7 +69,9 @@ class DistillStep:
         return numbers | _statistics(x0.detach(), batch.target)
 
     def fake_step(self, batch: Batch, rng: Generator, *, share: float = 1.0) -> Numbers:
-        """Add `share` of the gradient of denoising + discriminator loss to the fake model's parameters and the head's."""
+        """Add `share` of the gradient of denoising + discriminator loss to the fake model's parameters and
+        the head's.
+        """
         with torch.no_grad():
             fake = self._student(batch, rng)
         t = draw_levels(self.loss.fake.levels, len(fake), rng, fake.device)
@@ -114,7 +118,9 @@ class DistillStep:
             if mmd.kernel == "rbf":
                 value = losses.mmd_rbf(real, fake, sigma=mmd.sigma)
             else:
-                value = losses.mmd_linear(real, fake, penalty=mmd.penalty, c=mmd.c, whole_batch=mmd.whole_batch)
+                value = losses.mmd_linear(
+                    real, fake, penalty=mmd.penalty, c=mmd.c, whole_batch=mmd.whole_batch
+                )
             number = _finite("mmd", value)
             _backward_to(leaf, mmd.weight * value)
         return {"mmd": number}
@@ -135,7 +141,9 @@ class DistillStep:
         if dmd.weight > 0:
             with torch.no_grad():
                 x_t = self.process.add_noise(leaf, eps, t)
-                real = self.backbone.predict_x0(x_t, t, batch.cond, guidance=dmd.guidance, uncond=batch.uncond)
+                real = self.backbone.predict_x0(
+                    x_t, t, batch.cond, guidance=dmd.guidance, uncond=batch.uncond
+                )
                 fake = self.backbone.predict_x0(x_t, t, batch.cond, role="fake")
                 gradient = losses.dmd_gradient(leaf, real, fake)
                 numbers["dmd"] = _finite("dmd", losses.dmd(leaf, gradient))
@@ -179,7 +187,9 @@ def _finite(term: str, value: Tensor) -> float:
 
 
 def _statistics(x0: Tensor, real: Tensor) -> Numbers:
-    """Mean, std and share beyond 4 sigma (of the real latents) of x0: a student leaving the VAE's range shows here."""
+    """Mean, std and share beyond 4 sigma (of the real latents) of x0: a student leaving the VAE's range shows
+    here.
+    """
     mean, std = real.mean(), real.std()
     outside = ((x0 - mean).abs() > 4 * std).float().mean()
     return {"x0/mean": float(x0.mean()), "x0/std": float(x0.std()), "x0/beyond_4_sigma": float(outside)}

@@ -1,4 +1,6 @@
-"""A student on disk: LoRA weights in safetensors under diffusers' key names, schedule and recipe in the metadata."""
+"""A student on disk: LoRA weights in safetensors under diffusers' key names, schedule and recipe in the
+metadata.
+"""
 
 from __future__ import annotations
 
@@ -49,21 +51,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save_student(path: Path, tensors: dict[str, Tensor], recipe: Recipe, *, targets: list[str],
-                 dtype: torch.dtype = torch.float16, prefix: str = "transformer") -> None:  # fmt: skip
+def save_student(
+    path: Path,
+    tensors: dict[str, Tensor],
+    recipe: Recipe,
+    *,
+    targets: list[str],
+    dtype: torch.dtype = torch.float16,
+    prefix: str = "transformer",
+) -> None:
     """Write a student atomically; the schedule travels with the weights, so that it cannot get lost."""
     schedule = recipe.schedule.build()
     alpha = recipe.lora.alpha if recipe.lora.alpha is not None else recipe.lora.rank
-    adapter = {f"{prefix}.r": recipe.lora.rank, f"{prefix}.lora_alpha": alpha, f"{prefix}.target_modules": targets}
+    adapter = {
+        f"{prefix}.r": recipe.lora.rank,
+        f"{prefix}.lora_alpha": alpha,
+        f"{prefix}.target_modules": targets,
+    }
     metadata = {
-        "format": "pt", "scalewise.timesteps": json.dumps(schedule.timesteps),
-        "scalewise.scales": json.dumps([str(s) for s in schedule.scales]), "scalewise.rank": str(recipe.lora.rank),
-        "scalewise.alpha": str(alpha), "scalewise.base": recipe.model.base, "scalewise.versions": json.dumps(versions()),
-        "scalewise.recipe": recipe.model_dump_json(), _DIFFUSERS_KEY: json.dumps(adapter),
-    }  # fmt: skip
+        "format": "pt",
+        "scalewise.timesteps": json.dumps(schedule.timesteps),
+        "scalewise.scales": json.dumps([str(s) for s in schedule.scales]),
+        "scalewise.rank": str(recipe.lora.rank),
+        "scalewise.alpha": str(alpha),
+        "scalewise.base": recipe.model.base,
+        "scalewise.versions": json.dumps(versions()),
+        "scalewise.recipe": recipe.model_dump_json(),
+        _DIFFUSERS_KEY: json.dumps(adapter),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file({f"{prefix}.{k}": v.to(dtype).contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    save_file(
+        {f"{prefix}.{k}": v.to(dtype).contiguous() for k, v in tensors.items()}, temporary, metadata=metadata
+    )
     os.replace(temporary, path)
 
 
@@ -73,9 +93,13 @@ def load_student(path: str | Path) -> Student:
     if file.is_dir():
         file = file / "student.safetensors"
     if not file.exists():
-        raise StudentError(f"There is no student at {path}; give a .safetensors file or the folder of a finished run.")
+        raise StudentError(
+            f"There is no student at {path}; give a .safetensors file or the folder of a finished run."
+        )
     if file.suffix != ".safetensors":
-        raise StudentError(f"{file} is not a safetensors file; others (pickles) are never loaded. Convert it first.")
+        raise StudentError(
+            f"{file} is not a safetensors file; others (pickles) are never loaded. Convert it first."
+        )
     try:
         with safe_open(file, "pt") as opened:
             head = opened.metadata() or {}
@@ -84,8 +108,14 @@ def load_student(path: str | Path) -> Student:
         raise StudentError(f"{file} is damaged ({error}); fetch or train it again.") from error
     if "scalewise.timesteps" not in head:
         raise StudentError(f"{file} carries no schedule in its metadata, so it was not written by scalewise.")
-    schedule = ScaleSchedule.build(json.loads(head["scalewise.timesteps"]), json.loads(head["scalewise.scales"]))
+    schedule = ScaleSchedule.build(
+        json.loads(head["scalewise.timesteps"]), json.loads(head["scalewise.scales"])
+    )
     return Student(
-        tensors, schedule, int(head["scalewise.rank"]), float(head["scalewise.alpha"]), head["scalewise.base"],
+        tensors,
+        schedule,
+        int(head["scalewise.rank"]),
+        float(head["scalewise.alpha"]),
+        head["scalewise.base"],
         json.loads(head["scalewise.recipe"]),
-    )  # fmt: skip
+    )

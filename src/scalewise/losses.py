@@ -35,7 +35,8 @@ def mmd_linear(
 
 
 def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float = 100.0) -> Tensor:
-    """Unbiased MMD^2 with a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) over each image's tokens (ablation A).
+    """Unbiased MMD^2 with a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) over each image's tokens (ablation
+    A).
 
     Features [N, L, D] -> mean over images of eq. 1, self-pairs left out.
     """
@@ -53,7 +54,8 @@ def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float = 100.0) -> Tensor:
 
 
 def dmd_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
-    """Direction in which DMD moves the samples x [N, ...] (as DMD2): p_real - p_fake over mean |p_real| per sample.
+    """Direction in which DMD moves the samples x [N, ...] (as DMD2): p_real - p_fake over mean |p_real| per
+    sample.
 
     p_real = x - x0_real and p_fake = x - x0_fake are what the teacher and the fake model would take away; where
     the weight is not finite the gradient is 0.

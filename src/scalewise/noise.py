@@ -47,7 +47,9 @@ class NoiseProcess(ABC):
 
 
 class FlowMatching(NoiseProcess):
-    """SD3.5, FLUX, Wan2.1: x_t = (1 - sigma) x0 + sigma eps, sigma = t / 1000; the network predicts v = eps - x0."""
+    """SD3.5, FLUX, Wan2.1: x_t = (1 - sigma) x0 + sigma eps, sigma = t / 1000; the network predicts v = eps -
+    x0.
+    """
 
     predicts: ClassVar[str] = "velocity"
 
@@ -78,7 +80,9 @@ class VariancePreserving(NoiseProcess):
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
         self.abar = torch.as_tensor(alphas_cumprod, dtype=torch.float32)
         if self.abar.ndim != 1 or bool((self.abar.diff() >= 0).any()):
-            raise ValueError("alphas_cumprod must be one falling list of values, one for each training level.")
+            raise ValueError(
+                "alphas_cumprod must be one falling list of values, one for each training level."
+            )
 
     def _abar(self, t: Tensor) -> Tensor:
         table = self.abar.to(t.device)

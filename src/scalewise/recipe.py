@@ -25,7 +25,9 @@ class Frozen(BaseModel):
 
 
 class Levels(Frozen):
-    """Where a loss draws its noise levels t: uniformly in [low, high], or from the teacher's schedule within it."""
+    """Where a loss draws its noise levels t: uniformly in [low, high], or from the teacher's schedule within
+    it.
+    """
 
     draw: Literal["uniform", "schedule"] = "uniform"
     low: float = Field(0.0, ge=0, le=1000)
@@ -45,7 +47,9 @@ class Levels(Frozen):
         if self.low >= self.high:
             raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
         if self.draw == "schedule" and not self.entries():
-            raise ValueError(f"no level of the {self.steps}-step schedule lies in [{self.low:g}, {self.high:g}]")
+            raise ValueError(
+                f"no level of the {self.steps}-step schedule lies in [{self.low:g}, {self.high:g}]"
+            )
         return self
 
 
@@ -54,7 +58,9 @@ class ModelRecipe(Frozen):
 
     base: str = Field("mini", description="'mini', a folder in diffusers' layout, or a hub id")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_sequence_length: int | None = Field(None, ge=1, description="T5 tokens; None = the family's usual number")
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="T5 tokens; None = the family's usual number"
+    )
 
 
 class TeacherRecipe(Frozen):
@@ -138,7 +144,11 @@ class LossRecipe(Frozen):
     @property
     def needs_fake(self) -> bool:
         """Tell whether a fake model has to be trained."""
-        return self.dmd.weight > 0 or self.gan.weight > 0 or (self.mmd.weight > 0 and self.mmd.features == "fake")
+        return (
+            self.dmd.weight > 0
+            or self.gan.weight > 0
+            or (self.mmd.weight > 0 and self.mmd.features == "fake")
+        )
 
     @property
     def needs_head(self) -> bool:
@@ -150,7 +160,9 @@ class LossRecipe(Frozen):
         if not (self.mmd.weight or self.dmd.weight or self.gan.weight):
             raise ValueError("all loss weights are 0; give mmd, dmd or gan a weight")
         if self.mmd.features == "fake" and not (self.dmd.weight or self.gan.weight):
-            raise ValueError("mmd.features=fake without dmd and gan trains a fake model for nothing; use teacher")
+            raise ValueError(
+                "mmd.features=fake without dmd and gan trains a fake model for nothing; use teacher"
+            )
         return self
 
 
@@ -159,8 +171,12 @@ class DataRecipe(Frozen):
 
     path: str = Field("mini", description="'mini', a set made by `scalewise generate`, or a folder of images")
     downscale: Literal["pixel", "latent"] = Field("pixel", description="latent: the ablation of section 4.1")
-    shape: Literal["crop", "buckets"] = Field("crop", description="how images that are not of the full size are cut")
-    caption_from_name: bool = Field(False, description="take an image's file name for its caption if it has none")
+    shape: Literal["crop", "buckets"] = Field(
+        "crop", description="how images that are not of the full size are cut"
+    )
+    caption_from_name: bool = Field(
+        False, description="take an image's file name for its caption if it has none"
+    )
 
 
 class OptimizerRecipe(Frozen):
@@ -183,12 +199,16 @@ class TrainRecipe(Frozen):
     seed: int = 0
     precision: Literal["float32", "bf16"] = Field("bf16", description="bf16 = autocast")
     gradient_checkpointing: bool = False
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the student's average; None = no average")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the student's average; None = no average"
+    )
     checkpoint_every: int = Field(100, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     sample_every: int = Field(0, ge=0, description="iterations between sample grids; 0 = only at the end")
     sample_prompts: tuple[str, ...] = ()
-    step_choice: Literal["round-robin", "sampled"] = Field("round-robin", description="how the schedule's step is picked")
+    step_choice: Literal["round-robin", "sampled"] = Field(
+        "round-robin", description="how the schedule's step is picked"
+    )
 
 
 class Recipe(Frozen):
@@ -233,7 +253,9 @@ class Recipe(Frozen):
         for assignment in assignments:
             dotted, sign, text = assignment.partition("=")
             if not sign:
-                raise RecipeError(f"Override {assignment!r} needs the form key=value, as in train.iterations=200.")
+                raise RecipeError(
+                    f"Override {assignment!r} needs the form key=value, as in train.iterations=200."
+                )
             try:
                 _assign(values, dotted.strip(), yaml.safe_load(text))
             except yaml.YAMLError as error:

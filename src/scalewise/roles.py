@@ -8,6 +8,7 @@ end up in two optimizers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,25 +25,44 @@ TEACHER = "teacher"
 class Roles:
     """LoRA adapters named by role on a frozen module; `role()` selects which of them a forward uses."""
 
-    def __init__(self, module: nn.Module, names: Sequence[str], *, rank: int, targets: Sequence[str],
-                 alpha: float | None = None, seed: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        *,
+        rank: int,
+        targets: Sequence[str],
+        alpha: float | None = None,
+        seed: int = 0,
+    ) -> None:
         """Freeze `module` and give it one adapter per name (A gaussian, B zero: nothing changes at first)."""
         if TEACHER in names:
-            raise ValueError(f"{TEACHER!r} is the frozen base and cannot be an adapter; name the role otherwise.")
+            raise ValueError(
+                f"{TEACHER!r} is the frozen base and cannot be an adapter; name the role otherwise."
+            )
         self.module, self.names = module, tuple(names)
         module.requires_grad_(False)
         module.eval()
         # The teacher's layers must be wrapped even when no role is trained yet.
-        config = LoraConfig(r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(targets),
-                            init_lora_weights="gaussian", lora_dropout=0.0)  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha if alpha is not None else rank,
+            target_modules=list(targets),
+            init_lora_weights="gaussian",
+            lora_dropout=0.0,
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft warns of a second adapter on one module, which is just what is wanted here.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             torch.manual_seed(seed)
             for name in self.names:
                 inject_adapter_in_model(config, module, name)
         self.config = config
         self._layers = [(n, m) for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
         if self.names and not self._layers:
-            raise ValueError(f"No module matches the LoRA targets {list(targets)}; name modules of this model.")
+            raise ValueError(
+                f"No module matches the LoRA targets {list(targets)}; name modules of this model."
+            )
         self._parameters = {name: self._collect(name) for name in self.names}
         for parameters in self._parameters.values():
             for parameter in parameters.values():
@@ -91,7 +111,8 @@ class Roles:
             else:
                 layer.set_adapter(name)
                 layer._disable_adapters = False
-        # peft has just changed requires_grad; a pending backward pass of another role would lose its gradients.
+        # peft has just changed requires_grad; a pending backward pass of another role would lose its
+        # gradients.
         for parameters in self._parameters.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -128,8 +149,12 @@ class Roles:
             )
         for key, parameter in own.items():
             if parameter.shape != tensors[key].shape:
+                axis = 0 if ".lora_A." in key else 1
+                there, here = tensors[key].shape[axis], parameter.shape[axis]
+                remedy = f"set lora.rank to {there}" if there != here else "it was made for another base"
                 raise ValueError(
                     f"The LoRA does not fit: {key} is {list(tensors[key].shape)} in the file and "
-                    f"{list(parameter.shape)} here; set lora.rank to {min(tensors[key].shape)} or take another file."
+                    f"{list(parameter.shape)} here; {remedy}, or take another file."
                 )
+        for key, parameter in own.items():  # only now: a refused file leaves the role as it was
             parameter.copy_(tensors[key])

@@ -1,10 +1,11 @@
-"""A run on disk: one folder with its recipe, versions, log, checkpoints, sample grids and the finished student."""
+"""A run on disk: one folder with its recipe, versions, log, checkpoints, sample grids and the finished
+student.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,19 +24,27 @@ from scalewise.trainer import Trainer
 
 
 class RunFolder:
-    """Layout: recipe.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, samples/, student.safetensors."""
+    """Layout: recipe.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, samples/,
+    student.safetensors.
+    """
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool) -> None:
         """Create the folder; one that holds a run already is continued just when asked for."""
         self.path, self.recipe = path, recipe
         if (path / "recipe.yaml").exists() and not resume:
-            raise RecipeError(f"{path} holds a run already; continue it with --resume, or give another --out.")
+            raise RecipeError(
+                f"{path} holds a run already; continue it with --resume, or give another --out."
+            )
         if not parallel.is_main():
             return
         (path / "samples").mkdir(parents=True, exist_ok=True)
         (path / "recipe.yaml").write_text(recipe.to_yaml())
-        machine = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads(),
-                   "device": str(build.device())}  # fmt: skip
+        machine = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": str(build.device()),
+        }
         (path / "versions.json").write_text(json.dumps(versions() | machine, indent=1))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -71,8 +80,12 @@ class Log:
         self._board.close()
 
 
-def distill(recipe: Recipe, out: Path, progress: build.Progress, *, resume: bool = False) -> Iterator[Numbers]:
-    """Train a recipe's student into a folder; yields the rows of the log, with a first one that says where it starts."""
+def distill(
+    recipe: Recipe, out: Path, progress: build.Progress, *, resume: bool = False
+) -> Iterator[Numbers]:
+    """Train a recipe's student into a folder; yields the rows of the log, with a first one that says where it
+    starts.
+    """
     folder = RunFolder(out, recipe, resume=resume)
     data = build.prepare_data(recipe, progress, extra_prompts=recipe.train.sample_prompts)
     trainer = build.build_trainer(recipe, data, out)
@@ -81,7 +94,9 @@ def distill(recipe: Recipe, out: Path, progress: build.Progress, *, resume: bool
         if found:
             trainer.resume(found)
         else:
-            warnings.warn(f"{out} has no checkpoint to resume from; training starts at iteration 0.", stacklevel=2)
+            warnings.warn(
+                f"{out} has no checkpoint to resume from; training starts at iteration 0.", stacklevel=2
+            )
     main = parallel.is_main()
     if main:
         folder.cut_log(trainer.iteration)
@@ -120,16 +135,20 @@ def draw_samples(trainer: Trainer, data: build.Data) -> Path | None:
     seeds = [derive(recipe.train.seed, "grid", i) for i in range(len(prompts))]
     cond = data.prompts.condition(prompts).to(trainer.backbone.device)
     schedule = recipe.schedule.build()
-    decoder = build.load(recipe, ["vae"])  # held only for the grid: training keeps the denoiser alone in memory
+    decoder = build.load(
+        recipe, ["vae"]
+    )  # held only for the grid: training keeps the denoiser alone in memory
     with using_average(trainer):
-        steps = [to_bytes(decoder.decode(x0)) for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)]
+        steps = [
+            to_bytes(decoder.decode(x0)) for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)
+        ]
     pictures = [step[i] for i in range(len(prompts)) for step in steps]
     path = trainer.folder / "samples" / f"iteration-{trainer.iteration:06d}.png"
     sheet(pictures, columns=len(steps)).save(path)
     return path
 
 
-class using_average:  # noqa: N801 - reads as a statement
+class using_average:
     """Within it the student's live weights are replaced by the ones that will be shipped."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -141,4 +160,3 @@ class using_average:  # noqa: N801 - reads as a statement
 
     def __exit__(self, *_: object) -> None:
         self.roles.load("student", self.live)
-

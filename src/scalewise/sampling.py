@@ -30,9 +30,15 @@ class Noise(Protocol):
 
 
 def sample_scale_wise(
-    predict: Predict, schedule: ScaleSchedule, process: NoiseProcess, noise: Noise, *, channels: int,
-    video: bool = False, device: torch.device | str = "cpu",
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    predict: Predict,
+    schedule: ScaleSchedule,
+    process: NoiseProcess,
+    noise: Noise,
+    *,
+    channels: int,
+    video: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (i, x0 at s_i) for every step; the last x0 is the sample.
 
     x0 is upscaled (never x_t), then noised afresh to the next level, also when the scale does not change
@@ -51,9 +57,15 @@ def sample_scale_wise(
 
 
 def sample_ode(
-    predict: Predict, sigmas: Sequence[float], scale: Scale, noise: Noise, *, channels: int, video: bool = False,
+    predict: Predict,
+    sigmas: Sequence[float],
+    scale: Scale,
+    noise: Noise,
+    *,
+    channels: int,
+    video: bool = False,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (i, x0) of Euler steps along the flow-matching ODE; `sigmas` end with 0, where x is x0 itself.
 
     dx/dsigma = (x - x0) / sigma. Working on x0 keeps the one question to the model.
@@ -68,28 +80,53 @@ def sample_ode(
 
 
 def student_steps(
-    backbone: Backbone, schedule: ScaleSchedule, cond: Condition, seeds: Sequence[int], *, role: str = "student"
+    backbone: Backbone,
+    schedule: ScaleSchedule,
+    cond: Condition,
+    seeds: Sequence[int],
+    *,
+    role: str = "student",
 ) -> Iterator[tuple[int, Tensor]]:
     """Sample with a student: one forward a step, no guidance; sample i depends on its seed alone."""
     predict = partial(_ask, backbone, cond, role=role, guidance=1.0, uncond=None)
     model = backbone.model
-    return _without_gradients(sample_scale_wise(
-        predict, schedule, model.noise, SampleNoise(seeds), channels=model.channels, video=model.video,
-        device=backbone.device,
-    ))  # fmt: skip
+    return _without_gradients(
+        sample_scale_wise(
+            predict,
+            schedule,
+            model.noise,
+            SampleNoise(seeds),
+            channels=model.channels,
+            video=model.video,
+            device=backbone.device,
+        )
+    )
 
 
 def teacher_steps(
-    backbone: Backbone, scale: Scale, cond: Condition, seeds: Sequence[int], *, steps: int, guidance: float,
+    backbone: Backbone,
+    scale: Scale,
+    cond: Condition,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
     uncond: Condition | None = None,
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[int, Tensor]]:
     """Sample with the teacher: its own schedule of `steps` steps, with guidance."""
     predict = partial(_ask, backbone, cond, role=TEACHER, guidance=guidance, uncond=uncond)
     model = backbone.model
-    return _without_gradients(sample_ode(
-        predict, model.teacher_sigmas(steps), scale, SampleNoise(seeds), channels=model.channels, video=model.video,
-        device=backbone.device,
-    ))  # fmt: skip
+    return _without_gradients(
+        sample_ode(
+            predict,
+            model.teacher_sigmas(steps),
+            scale,
+            SampleNoise(seeds),
+            channels=model.channels,
+            video=model.video,
+            device=backbone.device,
+        )
+    )
 
 
 def last(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
@@ -102,7 +139,14 @@ def last(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
 
 
 def _ask(
-    backbone: Backbone, cond: Condition, x_t: Tensor, t: Tensor, *, role: str, guidance: float, uncond: Condition | None
+    backbone: Backbone,
+    cond: Condition,
+    x_t: Tensor,
+    t: Tensor,
+    *,
+    role: str,
+    guidance: float,
+    uncond: Condition | None,
 ) -> Tensor:
     return backbone.predict_x0(x_t, t, cond, role=role, guidance=guidance, uncond=uncond)
 

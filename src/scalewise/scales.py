@@ -23,7 +23,9 @@ class Scale:
 
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1:
-            raise ValueError(f"A scale needs sizes of at least 1, not {self.frames}x{self.height}x{self.width}.")
+            raise ValueError(
+                f"A scale needs sizes of at least 1, not {self.frames}x{self.height}x{self.width}."
+            )
 
     @classmethod
     def parse(cls, text: str | int | Scale) -> Scale:
@@ -72,7 +74,9 @@ class Step:
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """Immutable steps (t_i, s_i): t falls, no scale shrinks, the last scale is the full size (paper, section 4.1)."""
+    """Immutable steps (t_i, s_i): t falls, no scale shrinks, the last scale is the full size (paper, section
+    4.1).
+    """
 
     steps: tuple[Step, ...]
 
@@ -93,7 +97,9 @@ class ScaleSchedule:
                 raise ValueError(f"Timestep {step.t:g} lies outside (0, 1000]; timesteps are 1000 x sigma.")
         for before, after in itertools.pairwise(self.steps):
             if after.t >= before.t:
-                raise ValueError(f"Timestep {after.t:g} follows {before.t:g}; timesteps must fall from step to step.")
+                raise ValueError(
+                    f"Timestep {after.t:g} follows {before.t:g}; timesteps must fall from step to step."
+                )
             if not after.scale.covers(before.scale):
                 raise ValueError(
                     f"Scale {after.scale} follows {before.scale}; scales must not shrink, "
@@ -155,16 +161,24 @@ class ScaleSchedule:
         return ScaleSchedule(tuple(Step(step.t, scaled(step.scale)) for step in self.steps))
 
     def check(self, *, patch: int, full: Scale | None = None, largest: Scale | None = None) -> None:
-        """Refuse scales that the model cannot take: indivisible by the patch, or larger than its position table."""
+        """Refuse scales that the model cannot take: indivisible by the patch, or larger than its position
+        table.
+        """
         for scale in self.scales:
             for axis in scale.size:
                 if axis % patch:
                     near = patch * max(1, round(axis / patch))
-                    raise ValueError(f"Scale {scale} is not divisible by the patch size {patch}; {near} would be.")
+                    raise ValueError(
+                        f"Scale {scale} is not divisible by the patch size {patch}; {near} would be."
+                    )
             if largest and not largest.covers(scale):
-                raise ValueError(f"Scale {scale} is larger than {largest}, the largest this model has positions for.")
+                raise ValueError(
+                    f"Scale {scale} is larger than {largest}, the largest this model has positions for."
+                )
         if full and self.full != full:
-            raise ValueError(f"The last scale is {self.full}, but the data's full size is {full}; end with {full}.")
+            raise ValueError(
+                f"The last scale is {self.full}, but the data's full size is {full}; end with {full}."
+            )
 
     def tokens(self, patch: int) -> int:
         """Image tokens of one sample, summed over the steps."""
@@ -175,7 +189,9 @@ class ScaleSchedule:
 
 
 def _cover(one: Scale, other: Scale) -> Scale:
-    return Scale(*(max(a, b) for a, b in zip((one.frames, *one.size), (other.frames, *other.size), strict=True)))
+    return Scale(
+        *(max(a, b) for a, b in zip((one.frames, *one.size), (other.frames, *other.size), strict=True))
+    )
 
 
 def upscale_latents(x0: Tensor, scale: Scale) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
+class _Stop(Exception):
     """Raised by the hook when nothing after the block is wanted."""
 
 

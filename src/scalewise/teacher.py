@@ -1,4 +1,6 @@
-"""The synthetic set: pictures that the teacher draws with its standard settings, stored as latents of every scale."""
+"""The synthetic set: pictures that the teacher draws with its standard settings, stored as latents of every
+scale.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ from scalewise.scales import Scale
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample number `index` of a set: the same whatever the batch size and however often it was stopped."""
+    """Seed of sample number `index` of a set: the same whatever the batch size and however often it was
+    stopped.
+    """
     return derive(seed, "synthetic", index)
 
 
-def latents_of_all_scales(model: ModelAdapter, latents: Tensor, scales: Sequence[Scale]) -> dict[Scale, Tensor]:
+def latents_of_all_scales(
+    model: ModelAdapter, latents: Tensor, scales: Sequence[Scale]
+) -> dict[Scale, Tensor]:
     """Latents of every smaller scale, made in pixel space: decode, downscale by area, encode (section 4.1)."""
     full = max(scales, key=lambda scale: scale.cells)
     pixels = model.decode(latents)
@@ -35,8 +41,17 @@ def latents_of_all_scales(model: ModelAdapter, latents: Tensor, scales: Sequence
     return out
 
 
-def generate(backbone: Backbone, recipe: Recipe, prompts: Sequence[str], out: Path, *, count: int, batch: int,
-             seed: int = 0, shard_rows: int = 256) -> Iterator[int]:  # fmt: skip
+def generate(
+    backbone: Backbone,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    count: int,
+    batch: int,
+    seed: int = 0,
+    shard_rows: int = 256,
+) -> Iterator[int]:
     """Draw `count` samples, sample i with prompt i modulo their number, and yield how many are done.
 
     A stopped call goes on after its last whole shard; settings that would change the samples are compared.
@@ -45,13 +60,23 @@ def generate(backbone: Backbone, recipe: Recipe, prompts: Sequence[str], out: Pa
     scales = sorted(set(recipe.schedule.build().scales))
     full = max(scales, key=lambda scale: scale.cells)
     settings = {
-        "teacher_steps": recipe.teacher.steps, "guidance": recipe.teacher.guidance, "seed": seed, "count": count,
-        "prompts": len(prompts), "prompts_key": derive(*prompts), "precision": backbone.precision,
-    }  # fmt: skip
+        "teacher_steps": recipe.teacher.steps,
+        "guidance": recipe.teacher.guidance,
+        "seed": seed,
+        "count": count,
+        "prompts": len(prompts),
+        "prompts_key": derive(*prompts),
+        "precision": backbone.precision,
+    }
     writer = LatentSetWriter(
-        out, scales=scales, channels=model.channels, kind="synthetic", base=recipe.model.base, settings=settings,
+        out,
+        scales=scales,
+        channels=model.channels,
+        kind="synthetic",
+        base=recipe.model.base,
+        settings=settings,
         shard_rows=shard_rows,
-    )  # fmt: skip
+    )
     uncond = model.encode_prompts([""])
     yield writer.done
     for start in range(writer.done, count, batch):
@@ -60,7 +85,13 @@ def generate(backbone: Backbone, recipe: Recipe, prompts: Sequence[str], out: Pa
         seeds = [sample_seed(seed, i) for i in indices]
         cond = model.encode_prompts(captions)
         steps = teacher_steps(
-            backbone, full, cond, seeds, steps=recipe.teacher.steps, guidance=recipe.teacher.guidance, uncond=uncond
+            backbone,
+            full,
+            cond,
+            seeds,
+            steps=recipe.teacher.steps,
+            guidance=recipe.teacher.guidance,
+            uncond=uncond,
         )
         with torch.no_grad():
             writer.add(indices, captions, seeds, latents_of_all_scales(model, last(steps), scales))

@@ -100,7 +100,9 @@ class Trainer:
         self.student = Side(list(backbone.parameters("student").values()), optimizer, optimizer.lr)
         self.fake: Side | None = None
         if recipe.loss.needs_fake:
-            owned = list(backbone.parameters("fake").values()) + list(self.head.parameters() if self.head else ())
+            owned = list(backbone.parameters("fake").values()) + list(
+                self.head.parameters() if self.head else ()
+            )
             self.fake = Side(owned, optimizer, optimizer.fake_lr or optimizer.lr)
         self.average = Average(backbone.parameters("student"), recipe.train.ema) if recipe.train.ema else None
         self.checkpoints = self.folder / "checkpoints"
@@ -123,7 +125,11 @@ class Trainer:
                 self.iteration += 1
                 row["seconds"] = time.perf_counter() - started
                 yield {"iteration": self.iteration, **row}
-                if self._stop or self.iteration % train.checkpoint_every == 0 or self.iteration == train.iterations:
+                if (
+                    self._stop
+                    or self.iteration % train.checkpoint_every == 0
+                    or self.iteration == train.iterations
+                ):
                     self.save()
                 if self._stop:
                     raise TrainingStopped(
@@ -135,11 +141,15 @@ class Trainer:
         row: Numbers = {}
         for update in range(self.updates):
             student = update == self.updates - 1
-            side, compute = (self.student, self.step.student_step) if student else (self.fake, self.step.fake_step)
+            side, compute = (
+                (self.student, self.step.student_step) if student else (self.fake, self.step.fake_step)
+            )
             assert side is not None
             numbers = self._accumulate(compute, update)
             norm = side.update(self.iteration)
-            row |= parallel.mean_scalars(numbers) | {("student" if student else "fake") + "/gradient_norm": norm}
+            row |= parallel.mean_scalars(numbers) | {
+                ("student" if student else "fake") + "/gradient_norm": norm
+            }
         if self.average:
             self.average.update(self.iteration)
         return row
@@ -160,10 +170,16 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        state: dict[str, Any] = {"iteration": self.iteration, "student": self.backbone.roles.state("student"),
-                                 "student_optimizer": self.student.optimizer.state_dict()}  # fmt: skip
+        state: dict[str, Any] = {
+            "iteration": self.iteration,
+            "student": self.backbone.roles.state("student"),
+            "student_optimizer": self.student.optimizer.state_dict(),
+        }
         if self.fake:
-            state |= {"fake": self.backbone.roles.state("fake"), "fake_optimizer": self.fake.optimizer.state_dict()}
+            state |= {
+                "fake": self.backbone.roles.state("fake"),
+                "fake_optimizer": self.fake.optimizer.state_dict(),
+            }
         if self.head:
             state["head"] = self.head.state_dict()
         if self.average:
@@ -182,7 +198,9 @@ class Trainer:
         return path
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint; one of another recipe is refused, but for the number of iterations and the like."""
+        """Go on from a checkpoint; one of another recipe is refused, but for the number of iterations and the
+        like.
+        """
         state, meta = checkpoint.load(path)
         difference = _difference(meta["recipe"], self.recipe.model_dump(mode="json"))
         if difference:
@@ -228,12 +246,21 @@ class Trainer:
     def _explain(self, error: LossError) -> str:
         last = checkpoint.latest(self.checkpoints)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
-        return f"{error} at iteration {self.iteration + 1}; {kept}. Lower optimizer.lr or use precision float32."
+        return (
+            f"{error} at iteration {self.iteration + 1}; {kept}. Lower optimizer.lr or use precision float32."
+        )
 
 
 # What may differ between a checkpoint's recipe and the run that resumes it without changing a single bit.
-_FREE = {"name", "about", "train.iterations", "train.checkpoint_every", "train.keep_checkpoints",
-         "train.sample_every", "train.sample_prompts"}  # fmt: skip
+_FREE = {
+    "name",
+    "about",
+    "train.iterations",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.sample_every",
+    "train.sample_prompts",
+}
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> str:

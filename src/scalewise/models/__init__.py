@@ -13,7 +13,16 @@ from scalewise.models.sd3 import SD3
 
 FAMILIES: dict[str, type[ModelAdapter]] = {family.family: family for family in (SD3,)}
 
-__all__ = ["ALL_PARTS", "FAMILIES", "Condition", "ModelAdapter", "ModelError", "Part", "family_of", "load_model"]
+__all__ = [
+    "ALL_PARTS",
+    "FAMILIES",
+    "Condition",
+    "ModelAdapter",
+    "ModelError",
+    "Part",
+    "family_of",
+    "load_model",
+]
 
 
 def family_of(base: str | Path) -> type[ModelAdapter]:
@@ -21,18 +30,27 @@ def family_of(base: str | Path) -> type[ModelAdapter]:
     index = Path(base) / "model_index.json"
     if not index.exists():
         if Path(base).exists() or str(base).startswith((".", "/")):
-            raise ModelError(f"{base} is no model folder: it has no model_index.json. Give a folder in diffusers' layout.")
+            raise ModelError(
+                f"{base} is no model folder: it has no model_index.json. Give a folder in diffusers' layout."
+            )
         index = _from_hub(str(base))
     name = json.loads(index.read_text()).get("_class_name", "")
     for family in FAMILIES.values():
         if name in family.pipeline_classes:
             return family
     known = ", ".join(n for f in FAMILIES.values() for n in f.pipeline_classes)
-    raise ModelError(f"{base} is a {name or 'model of no named class'}, which no family here handles; known are {known}.")
+    raise ModelError(
+        f"{base} is a {name or 'model of no named class'}, which no family here handles; known are {known}."
+    )
 
 
-def load_model(base: str | Path, *, dtype: torch.dtype = torch.float32, parts: Sequence[Part] = ALL_PARTS,
-               max_sequence_length: int | None = None) -> ModelAdapter:  # fmt: skip
+def load_model(
+    base: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    parts: Sequence[Part] = ALL_PARTS,
+    max_sequence_length: int | None = None,
+) -> ModelAdapter:
     """Load the parts of a model that are asked for, whatever its family."""
     return family_of(base).load(base, dtype=dtype, parts=parts, max_sequence_length=max_sequence_length)
 

@@ -34,7 +34,10 @@ class Condition:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """Move, and cast what is floating point."""
         return Condition(
-            {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in self.tensors.items()}
+            {
+                k: v.to(device=device, dtype=dtype if v.is_floating_point() else None)
+                for k, v in self.tensors.items()
+            }
         )
 
     @staticmethod
@@ -66,19 +69,31 @@ class ModelAdapter(ABC):
     base: str
     denoiser: nn.Module
     patch: int
+    """Latent cells along each side of a token."""
     channels: int
+    """Channels C of a latent."""
     vae_factor: int
+    """Pixels along each side of a latent cell."""
+    blocks: int
+    """Number of blocks that can be tapped."""
+    width: int
+    """Width D of a block's tokens."""
+    full_scale: Scale
+    """The latent size that the model was made for."""
+    largest_scale: Scale | None
+    """The largest latent that the model has positions for; None = no limit."""
 
     @classmethod
     @abstractmethod
-    def load(cls, base: str | Path, *, dtype: torch.dtype = torch.float32, parts: Sequence[Part] = ALL_PARTS,
-             max_sequence_length: int | None = None) -> ModelAdapter:  # fmt: skip
+    def load(
+        cls,
+        base: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        parts: Sequence[Part] = ALL_PARTS,
+        max_sequence_length: int | None = None,
+    ) -> ModelAdapter:
         """Load the parts asked for from a folder in diffusers' layout or the hub; safetensors only."""
-
-    @classmethod
-    @abstractmethod
-    def patch_of(cls, base: str | Path) -> int:
-        """Patch size of a model, read from its configuration without loading weights."""
 
     @classmethod
     @abstractmethod
@@ -109,16 +124,6 @@ class ModelAdapter(ABC):
     def block(self, index: int) -> nn.Module:
         """The transformer block whose features are tapped."""
 
-    @property
-    @abstractmethod
-    def blocks(self) -> int:
-        """Number of blocks that can be tapped."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """Width D of a block's tokens."""
-
     @abstractmethod
     def image_tokens(self, output: Any) -> Tensor:
         """Pick the image stream [N, L, D] out of a block's output."""
@@ -126,16 +131,6 @@ class ModelAdapter(ABC):
     @abstractmethod
     def teacher_sigmas(self, steps: int) -> list[float]:
         """Noise levels of the teacher's own schedule of `steps` steps, with the closing 0."""
-
-    @property
-    @abstractmethod
-    def full_scale(self) -> Scale:
-        """The latent size that the model was made for."""
-
-    @property
-    @abstractmethod
-    def largest_scale(self) -> Scale | None:
-        """The largest latent that the model has positions for; None = no limit."""
 
     @abstractmethod
     def release(self, *parts: Part) -> None:

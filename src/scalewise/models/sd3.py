@@ -1,14 +1,21 @@
-"""Stable Diffusion 3 and 3.5 (Medium with its dual attention, Large), and the mini, which has the same layout."""
+"""Stable Diffusion 3 and 3.5 (Medium with its dual attention, Large), and the mini, which has the same
+layout.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor, nn
 
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
@@ -30,24 +37,44 @@ class SD3(ModelAdapter):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")  # as released
 
     def __init__(
-        self, pipeline: StableDiffusion3Pipeline, *, base: str, max_sequence_length: int | None = None
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        config: Mapping[str, Any],
+        *,
+        base: str,
+        vae_factor: int,
+        max_sequence_length: int | None = None,
     ) -> None:
+        """`config` is the denoiser's: sizes are known also while the denoiser itself is not loaded."""
         self.pipeline, self.base, self.noise = pipeline, base, FlowMatching()
-        tokenizer = pipeline.tokenizer_3
+        self.patch, self.channels = int(config["patch_size"]), int(config["in_channels"])
+        self.blocks = int(config["num_layers"])
+        self.width = int(config["num_attention_heads"] * config["attention_head_dim"])
+        self.full_scale = Scale(1, config["sample_size"], config["sample_size"])
+        positions = int(config["pos_embed_max_size"]) * self.patch
+        self.largest_scale: Scale | None = Scale(1, positions, positions)
+        self.vae_factor = vae_factor
         # SwD tokenises to 512; a T5 that was made for less says so.
+        tokenizer = pipeline.tokenizer_3
         limit = 512 if tokenizer is None else min(512, tokenizer.model_max_length)
         self.max_sequence_length = max_sequence_length or limit
-        self.vae_factor = int(pipeline.vae_scale_factor)
 
     @classmethod
-    def load(cls, base: str | Path, *, dtype: torch.dtype = torch.float32, parts: Sequence[Part] = ALL_PARTS,
-             max_sequence_length: int | None = None) -> SD3:  # fmt: skip
+    def load(
+        cls,
+        base: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        parts: Sequence[Part] = ALL_PARTS,
+        max_sequence_length: int | None = None,
+    ) -> SD3:
         left_out = {name: None for part in ALL_PARTS if part not in parts for name in _PARTS[part]}
         try:
             pipeline = StableDiffusion3Pipeline.from_pretrained(
                 str(base), dtype=dtype, use_safetensors=True, **left_out
             )
-            factor = 2 ** (len(AutoencoderKL.load_config(str(base), subfolder="vae")["block_out_channels"]) - 1)
+            config = SD3Transformer2DModel.load_config(str(base), subfolder="transformer")
+            levels = len(AutoencoderKL.load_config(str(base), subfolder="vae")["block_out_channels"])
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"Cannot load the model {base}: {reason}") from error
@@ -55,13 +82,10 @@ class SD3(ModelAdapter):
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
                 component.eval()
-        model = cls(pipeline, base=str(base), max_sequence_length=max_sequence_length)
-        model.vae_factor = factor  # known also without the VAE itself
-        return model
-
-    @classmethod
-    def patch_of(cls, base: str | Path) -> int:
-        return int(SD3Transformer2DModel.load_config(str(base), subfolder="transformer")["patch_size"])
+        factor = 2 ** (levels - 1)
+        return cls(
+            pipeline, config, base=str(base), vae_factor=factor, max_sequence_length=max_sequence_length
+        )
 
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder, safe_serialization=True)
@@ -69,32 +93,6 @@ class SD3(ModelAdapter):
     @property
     def denoiser(self) -> nn.Module:  # type: ignore[override]
         return self._need("transformer", "denoiser")
-
-    @property
-    def patch(self) -> int:  # type: ignore[override]
-        return int(self.denoiser.config.patch_size)  # type: ignore[union-attr,arg-type]
-
-    @property
-    def channels(self) -> int:  # type: ignore[override]
-        return int(self.denoiser.config.in_channels)  # type: ignore[union-attr,arg-type]
-
-    @property
-    def blocks(self) -> int:
-        return len(self.denoiser.transformer_blocks)  # type: ignore[arg-type]
-
-    @property
-    def width(self) -> int:
-        return int(self.denoiser.inner_dim)  # type: ignore[arg-type]
-
-    @property
-    def full_scale(self) -> Scale:
-        size = int(self.denoiser.config.sample_size)  # type: ignore[union-attr,arg-type]
-        return Scale(1, size, size)
-
-    @property
-    def largest_scale(self) -> Scale:
-        size = int(self.denoiser.config.pos_embed_max_size) * self.patch  # type: ignore[union-attr,arg-type]
-        return Scale(1, size, size)
 
     @property
     def device(self) -> torch.device:
@@ -115,9 +113,13 @@ class SD3(ModelAdapter):
         self._need("text_encoder", "text")
         self._warn_of_overflow(prompts)
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False,
+            list(prompts),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
-        )  # fmt: skip
+        )
         return Condition({"tokens": tokens, "pooled": pooled})
 
     def _warn_of_overflow(self, prompts: Sequence[str]) -> None:
@@ -128,8 +130,9 @@ class SD3(ModelAdapter):
             if length > limit:
                 warnings.warn(
                     f"The prompt {prompt[:60]!r} has {length} tokens, but the text encoder reads {limit}; "
-                    "its end is ignored. Shorten it.", stacklevel=3,
-                )  # fmt: skip
+                    "its end is ignored. Shorten it.",
+                    stacklevel=3,
+                )
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -147,9 +150,12 @@ class SD3(ModelAdapter):
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         kind = self.denoiser.dtype
         return self.denoiser(  # type: ignore[no-any-return]
-            hidden_states=x_t.to(kind), timestep=t.float(), encoder_hidden_states=cond.tensors["tokens"].to(kind),
-            pooled_projections=cond.tensors["pooled"].to(kind), return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=x_t.to(kind),
+            timestep=t.float(),
+            encoder_hidden_states=cond.tensors["tokens"].to(kind),
+            pooled_projections=cond.tensors["pooled"].to(kind),
+            return_dict=False,
+        )[0]
 
     def block(self, index: int) -> nn.Module:
         if not 0 <= index < self.blocks:
@@ -178,15 +184,32 @@ class SD3(ModelAdapter):
             torch.manual_seed(seed)
             texts = miniature.clip_and_t5(joint_width=16)
             transformer = SD3Transformer2DModel(
-                sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=8,
-                num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-                pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0, 1),
-            )  # fmt: skip
+                sample_size=8,
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=4,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                caption_projection_dim=16,
+                pooled_projection_dim=32,
+                pos_embed_max_size=12,
+                qk_norm="rms_norm",
+                dual_attention_layers=(0, 1),
+            )
             vae = AutoencoderKL(
-                block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                scaling_factor=1.3, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
-            )  # fmt: skip
+                block_out_channels=(8, 8),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                scaling_factor=1.3,
+                shift_factor=0.1,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            )
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **texts
         )
@@ -195,4 +218,4 @@ class SD3(ModelAdapter):
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
                 component.eval()
-        return cls(pipeline, base="tiny-sd3")
+        return cls(pipeline, transformer.config, base="tiny-sd3", vae_factor=2)

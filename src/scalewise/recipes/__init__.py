@@ -26,4 +26,6 @@ def find_recipe(name: str) -> Recipe:
         if not Path(name).exists():
             raise RecipeError(f"There is no recipe file {name}.")
         return Recipe.from_yaml(Path(name))
-    raise RecipeError(f"Unknown recipe {name!r}; {nearest(name, list(RECIPES))} `scalewise recipes` lists them all.")
+    raise RecipeError(
+        f"Unknown recipe {name!r}; {nearest(name, list(RECIPES))} `scalewise recipes` lists them all."
+    )

@@ -6,7 +6,9 @@ from typing import Any
 
 
 def paper_loss(feature_block: int) -> dict[str, Any]:
-    """Paper: squared distance of per-image means, the teacher's features, levels drawn uniformly from [0, 600]."""
+    """Paper: squared distance of per-image means, the teacher's features, levels drawn uniformly from [0,
+    600].
+    """
     return {
         "feature_block": feature_block,
         "mmd": {"penalty": "squared", "features": "teacher", "levels": {"high": 600.0}},
@@ -17,10 +19,17 @@ def paper_loss(feature_block: int) -> dict[str, Any]:
 
 
 def released_loss(feature_block: int) -> dict[str, Any]:
-    """Released trainer: pseudo-Huber with c = 0.001, the fake model's features, entries 18..27 of its 28 levels."""
+    """Released trainer: pseudo-Huber with c = 0.001, the fake model's features, entries 18..27 of its 28
+    levels.
+    """
     return {
         "feature_block": feature_block,
-        "mmd": {"penalty": "huber", "c": 0.001, "features": "fake", "levels": {"draw": "schedule", "high": 603.0}},
+        "mmd": {
+            "penalty": "huber",
+            "c": 0.001,
+            "features": "fake",
+            "levels": {"draw": "schedule", "high": 603.0},
+        },
         "dmd": {"weight": 1.0, "guidance": 4.5, "levels": {"draw": "schedule", "high": 790.5}},
         "gan": {"weight": 0.005, "discriminator_weight": 0.01},
         "fake": {"updates": 5, "levels": {"draw": "schedule"}},

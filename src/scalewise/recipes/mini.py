@@ -14,22 +14,35 @@ _SCALES = ("8x8", "10x10", "12x12", "16x16")
 _BLOCK = 3  # of 6: the middle
 
 _PROMPTS = (
-    "a red apple, fluent style", "a dog face, noto style", "a red crab, fluent style", "a sunflower, fluent style",
-    "a rocket, flat fluent style", "a guitar, noto style", "a house, fluent style", "a crying face, noto style",
-)  # fmt: skip
+    "a red apple, fluent style",
+    "a dog face, noto style",
+    "a red crab, fluent style",
+    "a sunflower, fluent style",
+    "a rocket, flat fluent style",
+    "a guitar, noto style",
+    "a house, fluent style",
+    "a crying face, noto style",
+)
 
 
 def _recipe(name: str, about: str, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
-        "name": name, "about": about,
+        "name": name,
+        "about": about,
         "schedule": {"timesteps": _TIMESTEPS, "scales": _SCALES},
         "lora": {"rank": 64},
         "loss": released_loss(_BLOCK),
         # The mini is small and starts far from its few-step student: rates of large models would take days.
         "optimizer": {"lr": 3e-4, "warmup": 10, "clip": 10.0, "betas": (0.9, 0.99)},
-        "train": {"iterations": 600, "batch": 16, "ema": 0.98, "checkpoint_every": 50, "sample_every": 100,
-                  "sample_prompts": _PROMPTS},
-    }  # fmt: skip
+        "train": {
+            "iterations": 600,
+            "batch": 16,
+            "ema": 0.98,
+            "checkpoint_every": 50,
+            "sample_every": 100,
+            "sample_prompts": _PROMPTS,
+        },
+    }
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
     return Recipe.from_mapping(values, origin=name)
@@ -42,7 +55,9 @@ def full() -> Recipe:
 
 def paper() -> Recipe:
     """Scale-wise, four steps, full loss in the paper's form."""
-    return _recipe("mini-paper", "scale-wise, 4 steps, full loss in the paper's form", loss=paper_loss(_BLOCK))
+    return _recipe(
+        "mini-paper", "scale-wise, 4 steps, full loss in the paper's form", loss=paper_loss(_BLOCK)
+    )
 
 
 def mmd_only() -> Recipe:
@@ -50,7 +65,9 @@ def mmd_only() -> Recipe:
     loss = released_loss(_BLOCK)
     loss["mmd"]["features"] = "teacher"
     loss |= {"dmd": {"weight": 0.0}, "gan": {"weight": 0.0}}
-    return _recipe("mini-mmd", "scale-wise, 4 steps, MMD alone: about a seventh of the cost of an iteration", loss=loss)
+    return _recipe(
+        "mini-mmd", "scale-wise, 4 steps, MMD alone: about a seventh of the cost of an iteration", loss=loss
+    )
 
 
 def full_scale() -> Recipe:
@@ -69,6 +86,8 @@ def demo() -> Recipe:
     changes = mmd_only()
     loss = changes.loss.model_dump(mode="json")
     return _recipe(
-        "mini-demo", "what `scalewise demo` trains: MMD alone, some minutes on two cores", loss=loss,
+        "mini-demo",
+        "what `scalewise demo` trains: MMD alone, some minutes on two cores",
+        loss=loss,
         train={"iterations": 300, "sample_every": 0, "checkpoint_every": 50},
-    )  # fmt: skip
+    )

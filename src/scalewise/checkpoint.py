@@ -1,0 +1,334 @@
+"""Checkpoints as plain data: nested state dicts saved atomically as safetensors and JSON, never pickle.
+
+A checkpoint is a folder with three files beside its manifest: `tensors.safetensors`, `state.json` (the
+nesting, with the tensors' names in it) and `meta.json`. `manifest.json`, written last, holds their sizes and
+SHA-256; a folder without it was never finished. Everything is written into a hidden sibling and renamed at the
+end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+TENSORS, STATE, META, MANIFEST = "tensors.safetensors", "state.json", "meta.json", "manifest.json"
+EARLIER = "Delete it and resume from an earlier one."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names the file and says what to do."""
+
+
+def save(folder: Path, state: dict[str, object], *, meta: dict[str, Any]) -> None:
+    """Write `state` and `meta` as the checkpoint `folder`; one already there is replaced once this is complete.
+
+    `state` nests dicts (keys of any plain kind), lists, tuples, tensors, numbers, strings, bools and None;
+    `load` gives all of it back exactly, but for devices, requires_grad and memory shared between tensors.
+    `meta` is anything JSON can hold.
+
+    Raises CheckpointError for other types, and when the disk is full; earlier checkpoints are then untouched.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    documents = {STATE: {"format": FORMAT, "state": _encode(state, "", tensors)}, META: meta}
+    texts = {name: json.dumps(value, indent=1) for name, value in documents.items()}
+    temporary = _temporary(folder)
+    _restore(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir()
+        _write(temporary, texts, tensors)
+        _swap_in(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_disk_full(error):
+            needed = sum(map(len, texts.values())) + sum(t.nbytes for t in tensors.values())
+            free = shutil.disk_usage(folder.parent).free
+            raise CheckpointError(
+                f"The disk is full: the checkpoint {folder} needs {needed:,} bytes and {free:,} are free. It was "
+                "not saved, earlier checkpoints are untouched; free space or keep fewer of them, and resume."
+            ) from error
+        raise
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (state, meta) of a checkpoint, tensors on the CPU, after checking every file's size and SHA-256.
+
+    Raises CheckpointError when the folder is missing, was never finished or is damaged.
+    """
+    folder = Path(folder)
+    verify(folder)
+    tensors = load_file(folder / TENSORS)
+    skeleton = json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]
+    return _decode(skeleton, tensors), json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def verify(folder: Path, *, content: bool = True) -> None:
+    """Raise CheckpointError unless every file is there as it was written; content=False skips the SHA-256."""
+    folder = Path(folder)
+    _restore(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"There is no checkpoint {folder}; give the folder of a finished one, such as step-000100."
+        )
+    for name, expected in _read_manifest(folder).items():
+        fault = _fault(folder / name, expected, content)
+        if fault:
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} {fault}. {EARLIER}")
+
+
+def latest(root: Path, *, prefix: str = "step-") -> Path | None:
+    """Return the complete checkpoint with the highest step in `root`, or None; warns of those it skips."""
+    for folder in _by_step(Path(root), prefix):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warnings.warn(f"Skipping a checkpoint. {error}", stacklevel=2)
+        else:
+            return folder
+    return None
+
+
+def prune(root: Path, keep: int, *, prefix: str = "step-") -> None:
+    """Delete all but the newest `keep` complete checkpoints, and the left-overs of saves that were killed.
+
+    Damaged checkpoints do not count as kept; those newer than the oldest kept one stay to be looked at.
+    """
+    if keep < 1:
+        raise CheckpointError(f"Cannot keep {keep} checkpoints; keep at least 1.")
+    kept = 0
+    for folder in _by_step(Path(root), prefix):
+        if kept < keep:
+            kept += _looks_complete(folder)
+        else:
+            # Renamed first, so that a deletion cut short leaves nothing that looks like a checkpoint.
+            shutil.rmtree(_temporary(folder), ignore_errors=True)
+            os.replace(folder, _temporary(folder))
+    for leftover in Path(root).glob(f".{prefix}*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+# --- Files that are wholly there or not there at all; the data formats use these too ---
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a hidden sibling of `path`, bring it to the disk, then rename it to `path`."""
+    temporary = _temporary(path)
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a write failed for want of space (or quota)."""
+    if isinstance(error, SafetensorError):  # written in Rust: the number is only in the text
+        return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders and orders renames itself
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+# --- Writing and replacing a folder ---
+
+
+def _write(folder: Path, texts: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    _unshare(tensors)
+    save_file(tensors, folder / TENSORS)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    files = {}
+    for name in (TENSORS, *texts):
+        _sync(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+    write_atomically(folder / MANIFEST, lambda path: path.write_text(manifest, encoding="utf-8"))
+
+
+def _swap_in(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder to its name; one that has the name steps aside, since it cannot be overwritten."""
+    try:
+        if folder.exists():
+            os.replace(folder, _aside(folder))
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    finally:
+        _restore(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _restore(folder: Path) -> None:
+    """Put back the checkpoint that stepped aside if its successor never came; drop it if it did."""
+    aside = _aside(folder)
+    if not aside.exists():
+        return
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            os.replace(aside, folder)
+
+
+# --- Finding and checking ---
+
+
+def _by_step(root: Path, prefix: str) -> list[Path]:
+    """The folders named prefix + number, highest number first."""
+    for aside in root.glob(f".{prefix}*.old"):
+        _restore(aside.with_name(aside.name.removeprefix(".").removesuffix(".old")))
+    pattern = re.compile(re.escape(prefix) + r"(\d+)")
+    steps = {p: int(m[1]) for p in root.glob(f"{prefix}*") if (m := pattern.fullmatch(p.name)) and p.is_dir()}
+    return sorted(steps, key=lambda p: steps[p], reverse=True)
+
+
+def _looks_complete(folder: Path) -> bool:
+    try:
+        verify(folder, content=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"The checkpoint {folder} was never finished: it has no {MANIFEST}. {EARLIER}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: dict(manifest["files"][name]) for name in (TENSORS, STATE, META)}
+        written_as = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"The checkpoint {folder} is damaged: {MANIFEST} is no manifest. {EARLIER}"
+        ) from error
+    if written_as != FORMAT:
+        raise CheckpointError(
+            f"The checkpoint {folder} has format {written_as}, not {FORMAT}; use the version that wrote it."
+        )
+    return files
+
+
+def _fault(path: Path, expected: dict[str, Any], content: bool) -> str:
+    """Say how a file differs from what its manifest expects, or nothing."""
+    if not path.exists():
+        return "is missing"
+    size = path.stat().st_size
+    if size != expected.get("bytes"):
+        return f"has {size:,} bytes instead of {expected.get('bytes'):,}"
+    if content and sha256(path) != expected.get("sha256"):
+        return "does not have the checksum it was written with"
+    return ""
+
+
+# --- Nested state <-> a JSON skeleton and flat tensors ---
+
+
+def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Turn nested state into JSON; what JSON lacks becomes a dict with one tag, tensors go into `tensors`."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):  # finite floats survive JSON exactly
+        return value if math.isfinite(value) else {"float": repr(float(value))}
+    if isinstance(value, Tensor):
+        return {"tensor": _store(value, path, tensors)}
+    if isinstance(value, dict):
+        inner = {key: _encode(item, _join(path, key), tensors) for key, item in value.items()}
+        if all(type(key) is str for key in inner):
+            return {"dict": inner}
+        return {"items": [[_encode(key, path, tensors), item] for key, item in inner.items()]}
+    if isinstance(value, list | tuple):
+        items = _encode_all(value, path, tensors)
+        return items if isinstance(value, list) else {"tuple": items}
+    raise CheckpointError(
+        f"Cannot save {path or 'the state'}: a {type(value).__name__} is neither a tensor nor plain data; "
+        "turn it into tensors, numbers, strings, lists or dicts first."
+    )
+
+
+def _encode_all(values: Sequence[object], path: str, tensors: dict[str, Tensor]) -> list[Any]:
+    return [_encode(item, _join(path, i), tensors) for i, item in enumerate(values)]
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def _store(value: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    """Keep a tensor, contiguous and on the CPU, under a name of its own."""
+    if value.is_sparse or value.is_meta or value.is_quantized:
+        raise CheckpointError(f"Cannot save {path}: it is not a dense tensor with values; make it one first.")
+    name, copies = path or "tensor", 1
+    while name in tensors:  # "a/b" may be one key or two
+        name, copies = f"{path}#{copies}", copies + 1
+    tensors[name] = value.detach().cpu().contiguous()
+    return name
+
+
+def _unshare(tensors: dict[str, Tensor]) -> None:
+    """Copy tensors that lie in another one's memory, which safetensors refuses to write."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensors[name] = tensor.clone()
+        seen.add(storage)
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `_encode`."""
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    if tag == "tensor":
+        return tensors[content]
+    if tag == "float":
+        return float(content)
+    if tag == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    if tag == "dict":
+        return {key: _decode(item, tensors) for key, item in content.items()}
+    return {_decode(key, tensors): _decode(item, tensors) for key, item in content}

@@ -1,0 +1,298 @@
+"""Who takes part in a comparison, and how each of them draws the same prompts from the same seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from torch import Tensor
+
+from scalewise import mini
+from scalewise.backbone import Backbone, Precision
+from scalewise.lora import Student, load_student
+from scalewise.models.base import Condition, ModelAdapter
+from scalewise.pictures import to_bytes
+from scalewise.recipe import Recipe
+from scalewise.rng import derive
+from scalewise.roles import TEACHER
+from scalewise.sampling import last, student_steps, teacher_steps
+from scalewise.scales import ScaleSchedule
+
+Kind = Literal["teacher", "undistilled", "student", "folder"]
+Sampler = Callable[[Condition, Condition, Sequence[int]], Iterator[tuple[int, Tensor]]]
+"""(captions' condition, unconditional one, seeds) -> (step, x0) of every step."""
+
+FORMS = "teacher, teacher:STEPS, undistilled, undistilled:full, student:PATH or folder:PATH"
+_ROLE = "contender"
+
+
+class ContenderError(ValueError):
+    """A contender that cannot take part; the message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to draw pictures."""
+
+    name: str
+    kind: Kind
+    steps: int = 0
+    """Forwards of the denoiser, or pairs of them with guidance; 0 for a folder."""
+    guidance: float = 1.0
+    schedule: ScaleSchedule | None = None
+    """Its last scale is the size drawn; the teacher takes nothing else from it. None for a folder."""
+    path: Path | None = None
+    """The student's file or run, or the folder of pictures."""
+
+    @property
+    def about(self) -> str:
+        """How it draws, in a few words."""
+        if self.schedule is None:
+            return f"pictures from {self.path}"
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
+        if self.kind == "teacher":
+            return f"{steps} at {self.schedule.full}, guidance {self.guidance:g}"
+        scales = [str(scale) for scale in self.schedule.scales]
+        return f"{steps} at {scales[0] if len(set(scales)) == 1 else ' → '.join(scales)}"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What every contender draws: image i shows captions[i] from seeds[i]."""
+
+    captions: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, captions: Sequence[str], *, each: int = 1, seed: int = 0) -> Prompts:
+        """Every caption `each` times, every image from a seed of its own."""
+        repeated = tuple(caption for caption in captions for _ in range(each))
+        return cls(repeated, tuple(derive(seed, "evaluation", i) for i in range(len(repeated))))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, part: slice) -> Prompts:
+        return Prompts(self.captions[part], self.seeds[part])
+
+    @property
+    def unique(self) -> tuple[str, ...]:
+        """The different captions, in order of appearance."""
+        return tuple(dict.fromkeys(self.captions))
+
+    @property
+    def number(self) -> Tensor:
+        """Which of the unique captions each image has, [N]."""
+        place = {caption: i for i, caption in enumerate(self.unique)}
+        return torch.tensor([place[caption] for caption in self.captions])
+
+
+def parse_contender(text: str, recipe: Recipe) -> Contender:
+    """Read a contender as written on the command line, optionally with a label: "4 steps=teacher:4"."""
+    label, form = "", text
+    if match := re.fullmatch(r"([^:=]+)=(.*)", text):
+        label, form = match[1].strip(), match[2]
+    word, _, rest = form.partition(":")
+    readers = {"teacher": _teacher, "undistilled": _undistilled, "student": _student, "folder": _folder}
+    if word not in readers:
+        raise ContenderError(
+            f"{text!r} is no contender; write {FORMS}, optionally with a label before it (name=...)."
+        )
+    contender = readers[word](rest, recipe)
+    return replace(contender, name=label) if label else contender
+
+
+def parse_contenders(texts: Sequence[str], recipe: Recipe) -> list[Contender]:
+    """Read several contenders; their names have to differ."""
+    found = [parse_contender(text, recipe) for text in texts]
+    names = [contender.name for contender in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ContenderError(f"Two contenders are called {twice!r}; label them, as in mine=student:PATH.")
+    return found
+
+
+def _teacher(rest: str, recipe: Recipe) -> Contender:
+    if rest and not re.fullmatch(r"[1-9]\d*", rest):
+        raise ContenderError(f"'teacher:{rest}' needs a number of steps, as in teacher:4.")
+    steps = int(rest or recipe.teacher.steps)
+    name = f"teacher, {steps} steps" if rest else "teacher"
+    full = recipe.schedule.build().at_full_scale()
+    return Contender(name, "teacher", steps, recipe.teacher.guidance, full)
+
+
+def _undistilled(rest: str, recipe: Recipe) -> Contender:
+    if rest not in ("", "full"):
+        raise ContenderError(f"'undistilled:{rest}' is unknown; write undistilled or undistilled:full.")
+    schedule = recipe.schedule.build()
+    if rest:
+        return Contender(
+            "undistilled, full scale", "undistilled", len(schedule), 1.0, schedule.at_full_scale()
+        )
+    return Contender("undistilled", "undistilled", len(schedule), 1.0, schedule)
+
+
+def _student(rest: str, recipe: Recipe) -> Contender:
+    if not rest:
+        raise ContenderError("'student' needs a file or the folder of a run, as in student:runs/mini.")
+    path = Path(mini.resolve(rest, mini.STUDENT))
+    # Read at once: a missing file shall not show after an hour of the teacher's drawing.
+    schedule = load_student(path).schedule
+    return Contender("student", "student", len(schedule), 1.0, schedule, path)
+
+
+def _folder(rest: str, recipe: Recipe) -> Contender:
+    if not rest or not Path(rest).is_dir():
+        raise ContenderError(f"'folder:{rest}' is no folder here; give one that holds pictures.")
+    return Contender(Path(rest).resolve().name, "folder", path=Path(rest))
+
+
+@contextmanager
+def enter(
+    model: ModelAdapter, contender: Contender, *, precision: Precision = "float32"
+) -> Iterator[Sampler]:
+    """Give the contender's sampler; a student's adapter is on the model just for the time within."""
+    assert contender.schedule is not None, "a folder does not draw"
+    held: AbstractContextManager[Backbone]
+    if contender.kind == "student":
+        assert contender.path is not None
+        held = adapted(model, load_student(contender.path), precision=precision)
+    else:
+        held = nullcontext(Backbone(model, precision=precision))
+    with held as backbone:
+        if contender.kind == "teacher":
+            yield partial(_as_teacher, backbone, contender)
+        else:
+            role = _ROLE if contender.kind == "student" else TEACHER
+            yield partial(_as_student, backbone, contender.schedule, role)
+
+
+def _as_teacher(
+    backbone: Backbone, contender: Contender, cond: Condition, uncond: Condition, seeds: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    assert contender.schedule is not None
+    return teacher_steps(
+        backbone, contender.schedule.full, cond, seeds, steps=contender.steps, guidance=contender.guidance,
+        uncond=uncond,
+    )  # fmt: skip
+
+
+def _as_student(
+    backbone: Backbone,
+    schedule: ScaleSchedule,
+    role: str,
+    cond: Condition,
+    uncond: Condition,
+    seeds: Sequence[int],
+) -> Iterator[tuple[int, Tensor]]:
+    return student_steps(backbone, schedule, cond, seeds, role=role)
+
+
+@contextmanager
+def adapted(model: ModelAdapter, student: Student, *, precision: Precision = "float32") -> Iterator[Backbone]:
+    """Put a student's adapter on the model and take it off again: students of other ranks may follow.
+
+    Afterwards the denoiser holds its own modules as before, so that it costs what it cost before, too.
+    """
+    targets = sorted({name.rsplit(".lora_", 1)[0] for name in student.tensors})
+    try:
+        backbone = Backbone(
+            model, [_ROLE], rank=student.rank, alpha=student.alpha, targets=targets, precision=precision
+        )
+        backbone.roles.load(_ROLE, student.tensors)
+        yield backbone
+    finally:
+        _take_off(model.denoiser)
+
+
+def _take_off(module: torch.nn.Module) -> None:
+    """Remove the adapter, and the wrappers that hold no other one."""
+    for path, layer in list(module.named_modules()):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        layer.delete_adapter(_ROLE)
+        if not layer.lora_A:
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, layer.get_base_layer())
+    configs: dict[str, Any] = getattr(module, "peft_config", {})
+    configs.pop(_ROLE, None)
+
+
+@torch.no_grad()
+def draw(
+    model: ModelAdapter,
+    contender: Contender,
+    prompts: Prompts,
+    *,
+    batch: int = 16,
+    precision: Precision = "float32",
+) -> np.ndarray:
+    """Draw all prompts: bytes [N, H, W, 3]. Image i depends on its caption and seed, not on the batch size."""
+    if contender.kind == "folder":
+        return read_folder(contender, prompts)
+    uncond = model.encode_prompts([""])
+    parts = []
+    with enter(model, contender, precision=precision) as sampler:
+        for start in range(0, len(prompts), batch):
+            some = prompts[start : start + batch]
+            x0 = last(sampler(model.encode_prompts(some.captions), uncond, some.seeds))
+            parts.append(to_bytes(model.decode(x0)))
+    return np.concatenate(parts)
+
+
+@torch.no_grad()
+def draw_steps(
+    model: ModelAdapter, contender: Contender, prompts: Prompts, *, precision: Precision = "float32"
+) -> list[np.ndarray]:
+    """Draw a few prompts and decode x0 of every step: bytes [N, h_i, w_i, 3], growing with the scales."""
+    cond, uncond = model.encode_prompts(prompts.captions), model.encode_prompts([""])
+    with enter(model, contender, precision=precision) as sampler:
+        return [to_bytes(model.decode(x0)) for _, x0 in sampler(cond, uncond, prompts.seeds)]
+
+
+def read_folder(contender: Contender, prompts: Prompts) -> np.ndarray:
+    """Read a folder's pictures, bytes [N, H, W, 3]: 0.png, 1.png, ... by number, otherwise by caption."""
+    assert contender.path is not None
+    paths = _by_number(contender.path, len(prompts)) or _by_caption(contender.path, prompts)
+    pictures = []
+    for path in paths:
+        with Image.open(path) as opened:
+            pictures.append(np.asarray(opened.convert("RGB")))
+        if pictures[-1].shape != pictures[0].shape:
+            sizes = " and ".join(f"{p.shape[1]}x{p.shape[0]}" for p in (pictures[0], pictures[-1]))
+            raise ContenderError(
+                f"{contender.path} holds pictures of {sizes} pixels; bring them to one size."
+            )
+    return np.stack(pictures)
+
+
+def _by_number(folder: Path, count: int) -> list[Path]:
+    """Paths of 0 .. count - 1, or nothing if one is missing."""
+    numbered = {int(path.stem): path for path in sorted(folder.glob("*.png")) if path.stem.isdigit()}
+    return [numbered[i] for i in range(count)] if all(i in numbered for i in range(count)) else []
+
+
+def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:
+    from scalewise.data.folder import scan_images
+
+    found: dict[str, list[Path]] = {}
+    entries, _ = scan_images(folder, caption_from_name=True)
+    for image in entries:
+        found.setdefault(image.caption, []).append(image.path)
+    paths = []
+    for caption in prompts.captions:
+        if not found.get(caption):
+            raise ContenderError(
+                f"{folder} has too few pictures with the caption {caption!r}; name them 0.png to "
+                f"{len(prompts) - 1}.png in the order of the prompts, or give them captions."
+            )
+        paths.append(found[caption].pop(0))
+    return paths

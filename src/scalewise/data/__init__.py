@@ -1,0 +1,24 @@
+"""Data on disk: sets of latents at every scale, image folders, cached prompts."""
+
+from __future__ import annotations
+
+from scalewise.data.cache import PromptCache, encode_folder, open_sets
+from scalewise.data.folder import ImageEntry, Skipped, assign_buckets, bucket_sizes, load_pixels, scan_images
+from scalewise.data.latents import LatentSet, LatentSetWriter
+from scalewise.data.shards import DataError, Progress
+
+__all__ = [
+    "DataError",
+    "ImageEntry",
+    "LatentSet",
+    "LatentSetWriter",
+    "Progress",
+    "PromptCache",
+    "Skipped",
+    "assign_buckets",
+    "bucket_sizes",
+    "encode_folder",
+    "load_pixels",
+    "open_sets",
+    "scan_images",
+]

@@ -1,0 +1,78 @@
+"""What every data format here is made of: files that appear whole, and an index that knows their checksums."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scalewise.checkpoint import is_disk_full, sha256, write_atomically
+
+Progress = Callable[[int, int], None]
+"""Called with the number done and the number to do."""
+
+
+class DataError(ValueError):
+    """Data that cannot be read or written as asked; the message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One finished file of a set: its name, rows, size in bytes and SHA-256."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, rows: int) -> Shard:
+        """Describe a file that has just been written."""
+        return cls(path.name, rows, path.stat().st_size, sha256(path))
+
+    def fault(self, folder: Path, *, content: bool = True) -> str:
+        """Say what is wrong with the file, or nothing; content=False skips the checksum."""
+        path = folder / self.file
+        if not path.exists():
+            return "is missing"
+        if path.stat().st_size != self.bytes:
+            return f"has {path.stat().st_size:,} bytes instead of {self.bytes:,}"
+        if content and sha256(path) != self.sha256:
+            return "does not have the checksum it was written with"
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a dict."""
+        return asdict(self)
+
+
+@contextmanager
+def disk_full_explained(folder: Path, needed: int, safe: str) -> Iterator[None]:
+    """Turn "no space left" into a DataError that says how much is missing and what is `safe`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise DataError(
+            f"The disk is full: writing to {folder} needs {needed:,} bytes and {shutil.disk_usage(folder).free:,} "
+            f"are free. {safe}; free space and run the same command again: it goes on from there."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; DataError when it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}); delete {path.parent} and make it anew.") from error

@@ -1,0 +1,189 @@
+"""Compare contenders on the same prompts and seeds: figures with intervals, and differences to the first of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalewise.backbone import Precision
+from scalewise.bench import Parts, Subject
+from scalewise.contenders import (
+    Contender,
+    Prompts,
+    draw,
+    draw_steps,
+    enter,
+    parse_contender,
+    parse_contenders,
+)
+from scalewise.metrics import METRICS, ClipScorer, Interval, Seen, measure
+from scalewise.models.base import ModelAdapter
+from scalewise.sampling import last
+
+__all__ = [
+    "Contender", "Judge", "Prompts", "Result", "Row", "draw", "draw_steps", "evaluate", "load_rows",
+    "parse_contender", "parse_contenders", "save_rows", "subject", "table",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one contender."""
+
+    name: str
+    kind: str
+    about: str
+    images: int
+    values: dict[str, Interval]
+    compared_with: str = ""
+    differences: dict[str, Interval] = field(default_factory=dict)
+    """This contender's figures less the compared one's, over the same prompts."""
+
+    def verdict(self, metric: str) -> str:
+        """ "better" or "worse" than the compared contender, or "" where the difference may be chance."""
+        difference = self.differences.get(metric)
+        if difference is None or not difference.excludes(0):
+            return ""
+        return "better" if (difference.value < 0) == (METRICS[metric].better == "lower") else "worse"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as stored in JSON and shown in reports; an interval is [value, low, high]."""
+        return {
+            "name": self.name, "kind": self.kind, "about": self.about, "images": self.images,
+            "values": {k: v.to_list() for k, v in self.values.items()},
+            "compared_with": self.compared_with,
+            "differences": {k: v.to_list() for k, v in self.differences.items()},
+            "verdicts": {k: self.verdict(k) for k in self.differences},
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """Read what `to_dict` gave."""
+        plain = {k: values[k] for k in ("name", "kind", "about", "images", "compared_with")}
+        intervals = {k: {m: Interval(*v) for m, v in values[k].items()} for k in ("values", "differences")}
+        return cls(**plain, **intervals)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contender's figures and its pictures, bytes [N, H, W, 3]."""
+
+    row: Row
+    images: np.ndarray
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A scorer with real pictures to compare with, and captions to tell a prompt from."""
+
+    scorer: ClipScorer
+    reference: Tensor | None = None
+    """The scorer's features of real pictures [M, D]; without them there is no Frechet distance."""
+    pool: Sequence[str] = ()
+    """Further captions: prompt match needs 50 different ones, those of the prompts included."""
+
+    def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
+        """Features of images (bytes [N, H, W, 3]) that were drawn for the prompts."""
+        assert len(images) == len(prompts), "one image for each prompt"
+        captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
+        features = self.scorer.pictures(images)
+        return Seen(features, prompts.number, self.scorer.texts(captions), self.reference)
+
+    def judge(
+        self, contender: Contender, images: np.ndarray, prompts: Prompts, first: Result | None = None
+    ) -> Result:
+        """Take all figures of a contender's images, and their differences to those of `first`."""
+        seen = self.see(images, prompts)
+        differences = measure(seen, against=first.seen) if first else {}
+        row = Row(contender.name, contender.kind, contender.about, len(images), measure(seen),
+                  first.row.name if first else "", differences)  # fmt: skip
+        return Result(row, images, seen)
+
+
+def evaluate(
+    model: ModelAdapter, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *, batch: int = 16,
+    precision: Precision = "float32",
+) -> Iterator[Result]:  # fmt: skip
+    """Draw and judge one contender after the other; the first is what the others are compared with."""
+    first: Result | None = None
+    for contender in contenders:
+        images = draw(model, contender, prompts, batch=batch, precision=precision)
+        result = judge.judge(contender, images, prompts, first)
+        first = first or result
+        yield result
+
+
+def subject(
+    model: ModelAdapter, contender: Contender, caption: str, *, precision: Precision = "float32"
+) -> Subject:
+    """What `bench` times: the contender drawing one caption. A student's adapter is applied, not merged."""
+    return Subject(contender.name, partial(_parts, model, contender, caption, precision))
+
+
+@contextmanager
+def _parts(
+    model: ModelAdapter, contender: Contender, caption: str, precision: Precision, batch: int
+) -> Iterator[Parts]:
+    held: dict[str, Any] = {}
+
+    def text() -> None:
+        held["cond"] = model.encode_prompts([caption] * batch)
+        held["uncond"] = model.encode_prompts([""]) if contender.guidance != 1 else held["cond"]
+
+    def vae() -> None:
+        model.decode(held["x0"])
+
+    with torch.no_grad(), enter(model, contender, precision=precision) as sampler:
+
+        def denoiser() -> None:
+            held["x0"] = last(sampler(held["cond"], held["uncond"], range(batch)))
+
+        yield {"text": text, "denoiser": denoiser, "vae": vae}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A table in markdown: every figure with its interval, and whether it differs from the first contender's."""
+    shown = [metric for name, metric in METRICS.items() if any(name in row.values for row in rows)]
+    arrows = {"lower": "↓", "higher": "↑"}
+    lines = [["", "drawn with", "images", *(f"{metric.title} {arrows[metric.better]}" for metric in shown)],
+             ["---", "---", "---:", *["---:"] * len(shown)]]  # fmt: skip
+    for row in rows:
+        cells = [_cell(row, metric.name, metric.show) for metric in shown]
+        lines.append([row.name, row.about, f"{row.images:,}", *cells])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    compared = next((row.compared_with for row in rows if row.compared_with), "")
+    note = (
+        f"better, worse: than {compared}, by a paired difference whose 95% interval leaves out 0."
+        if compared
+        else ""
+    )
+    return f"{text}\n\n95% intervals over prompts. {note}".rstrip() + "\n"
+
+
+def _cell(row: Row, metric: str, show: Callable[[float], str]) -> str:
+    if metric not in row.values:
+        return "-"
+    found = row.values[metric]
+    return f"{show(found.value)} [{show(found.low)}, {show(found.high)}] {row.verdict(metric)}".rstrip()
+
+
+def save_rows(rows: Sequence[Row], folder: Path) -> None:
+    """Write figures.json and figures.md into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+    (folder / "figures.md").write_text(table(rows))
+
+
+def load_rows(folder: Path) -> list[Row]:
+    """Read what `save_rows` wrote."""
+    return [Row.from_dict(values) for values in json.loads((folder / "figures.json").read_text())]

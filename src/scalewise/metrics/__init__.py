@@ -1,0 +1,39 @@
+"""Figures of drawn images. A metric is one file that offers a `Metric`, and a line here."""
+
+from __future__ import annotations
+
+from scalewise.metrics import clip, diversity, frechet
+from scalewise.metrics.base import Metric, Seen, Statistic
+from scalewise.metrics.clip import ClipScorer
+from scalewise.metrics.intervals import Interval, bootstrap_interval
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (frechet.METRIC, *clip.METRICS, diversity.METRIC)
+}
+
+__all__ = ["METRICS", "ClipScorer", "Interval", "Metric", "Seen", "bootstrap_interval", "measure"]
+
+
+def measure(
+    seen: Seen, *, against: Seen | None = None, rounds: int = 200, seed: int = 0
+) -> dict[str, Interval]:
+    """Take every metric that `seen` allows, with its 95% interval over prompts.
+
+    With `against`, images of the same prompts by another contender: the *differences* seen - against, over
+    the same halves of the prompts. They say far more than two intervals side by side: hard prompts are hard
+    for both.
+    """
+    found: dict[str, Interval] = {}
+    for name, metric in METRICS.items():
+        ours = metric.statistic(seen)
+        theirs = metric.statistic(against) if against else None
+        if ours is None or (against and theirs is None):
+            continue
+        figure = _difference(ours, theirs) if theirs else ours
+        interval = bootstrap_interval(figure, seen.prompts, rounds=rounds, seed=seed)
+        found[name] = interval if theirs else interval.within(*metric.bounds)
+    return found
+
+
+def _difference(ours: Statistic, theirs: Statistic) -> Statistic:
+    return lambda prompts: ours(prompts) - theirs(prompts)

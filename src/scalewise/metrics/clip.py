@@ -1,0 +1,169 @@
+"""A CLIP model as judge: features of images and captions, CLIP score, match of images with prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalewise.metrics.base import Metric, Seen, Statistic
+from scalewise.rng import generator
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+CHUNK = 64
+_PREPROCESSING = "preprocessor_config.json"
+
+
+class ClipScorer:
+    """A `transformers.CLIPModel` that embeds images and captions as rows of length 1."""
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, *, mean: Sequence[float] = (0.5,) * 3,
+                 std: Sequence[float] = (0.5,) * 3) -> None:  # fmt: skip
+        """`mean` and `std` normalise pixels in [0, 1]; 0.5 and 0.5 leave [-1, 1] as it is."""
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.size = int(model.config.vision_config.image_size)
+        positions = int(model.config.text_config.max_position_embeddings)
+        self.max_tokens = min(tokenizer.model_max_length, positions)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ClipScorer:
+        """Read a folder with a CLIPModel, its tokenizer and preprocessor_config.json; computes in float32."""
+        from transformers import CLIPModel, CLIPTokenizer
+
+        folder = Path(folder)
+        for needed in ("config.json", _PREPROCESSING):
+            if not (folder / needed).exists():
+                raise ValueError(
+                    f"{folder} is no scorer: it has no {needed}. "
+                    "Give a folder of a CLIPModel with tokenizer and image processor."
+                )
+        settings = json.loads((folder / _PREPROCESSING).read_text())
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        return cls(model.to(device), tokenizer, mean=settings["image_mean"], std=settings["image_std"])
+
+    def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+        """Write the folder that `load` reads and that transformers' own classes read, too."""
+        weights = {name: value.to(dtype) for name, value in self.model.state_dict().items()}
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+        settings = {
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"shortest_edge": self.size}, "resample": 3,  # bicubic
+            "do_center_crop": True, "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
+        }  # fmt: skip
+        (folder / _PREPROCESSING).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        """Embed images [N, 3, H, W] in [-1, 1]: rows of length 1, float32 [N, D] on the CPU.
+
+        They are brought to the model's size (shorter side, then the centre) by antialiased bicubic resizing,
+        and go through in chunks of the same size whatever N is.
+        """
+        parts = [self._embed(chunk.to(self.device).float()) for chunk in pixels.split(CHUNK)]
+        return torch.cat(parts).cpu()
+
+    def pictures(self, images: np.ndarray) -> Tensor:
+        """Embed images as bytes [N, H, W, 3]; only a chunk at a time is turned into floats."""
+        chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+        return torch.cat([self.images(from_bytes(chunk)) for chunk in chunks])
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        fitted = (fit(pixels, self.size) + 1) / 2
+        pooled = self.model.vision_model((fitted - mean) / std).pooler_output
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Embed captions: rows of length 1, float32 [M, D] on the CPU; overlong ones are cut."""
+        parts = []
+        for start in range(0, len(prompts), CHUNK):
+            tokens = self.tokenizer(
+                list(prompts[start : start + CHUNK]), padding="max_length", max_length=self.max_tokens,
+                truncation=True, return_tensors="pt",
+            ).input_ids  # fmt: skip
+            pooled = self.model.text_model(tokens.to(self.device)).pooler_output
+            parts.append(F.normalize(self.model.text_projection(pooled).float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+
+def from_bytes(images: np.ndarray) -> Tensor:
+    """Turn uint8 [N, H, W, 3] into pixels [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fit(pixels: Tensor, size: int) -> Tensor:
+    """Resize [N, 3, H, W] in [-1, 1] so that the shorter side is `size`, and take the central square."""
+    height, width = pixels.shape[-2:]
+    if min(height, width) != size:
+        scaled = [max(size, round(side * size / min(height, width))) for side in (height, width)]
+        pixels = F.interpolate(pixels, size=scaled, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size].clamp(-1, 1)
+
+
+def clip_score(images: Tensor, texts: Tensor) -> float:
+    """100 times the mean cosine between images [N, D] and their own captions [N, D]."""
+    return 100 * float(F.cosine_similarity(images.double(), texts.double(), dim=-1).mean())
+
+
+def prompt_match(images: Tensor, captions: Tensor, own: Tensor, *, of: int = 50, seed: int = 0) -> Tensor:
+    """Tell for each image [N, D] whether its caption ranks first among `of` different ones: bool [N].
+
+    captions [K, D] are all different, own [N] says which of them each image was drawn for. The other `of` -
+    1 are drawn at random for each image, from its number and the seed alone. Chance is 1 / `of`; a tie is a
+    miss.
+    """
+    if len(captions) < of:
+        raise ValueError(
+            f"Prompt match among {of} captions needs {of} different ones, not {len(captions)}; "
+            "give more captions."
+        )
+    hits = []
+    for i, mine in enumerate(own.tolist()):
+        others = torch.randperm(len(captions) - 1, generator=generator("prompt match", seed, i))[: of - 1]
+        others += others >= mine
+        similarity = captions[others] @ images[i]
+        hits.append(bool(captions[mine] @ images[i] > similarity.max()))
+    return torch.tensor(hits)
+
+
+def _score(seen: Seen) -> Statistic:
+    return seen.mean_of(100 * (seen.images * seen.captions[seen.prompt]).sum(-1))
+
+
+def _match(seen: Seen) -> Statistic | None:
+    if len(seen.captions) < 50:
+        return None
+    return seen.mean_of(prompt_match(seen.images, seen.captions, seen.prompt))
+
+
+METRICS = (
+    Metric(
+        name="clip_score", title="CLIP score", better="higher", statistic=_score, bounds=(-100, 100), digits=1,
+        about="100 times the cosine between a picture and its caption in the scorer's features",
+    ),
+    Metric(
+        name="prompt_match", title="Prompt match", better="higher", statistic=_match, bounds=(0, 1),
+        percent=True,
+        about="share of pictures whose own caption fits better than 49 others drawn at random; chance is 2%",
+    ),
+)  # fmt: skip
