@@ -43,7 +43,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Order statistics, which assume no distribution; of fewer than 6 values it is their range, below 95%."""
+        """Order statistics, which assume no distribution; of fewer than 6 values their range, below 95%."""
         ordered, count = sorted(values), len(values)
         # P(median outside [k-th smallest, k-th largest]) = 2 P(Binomial(n, 1/2) < k); take the largest k below 5%.
         outside, cut = 2 * 0.5**count, 0

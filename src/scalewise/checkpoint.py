@@ -2,8 +2,7 @@
 
 A checkpoint is a folder with three files beside its manifest: `tensors.safetensors`, `state.json` (the
 nesting, with the tensors' names in it) and `meta.json`. `manifest.json`, written last, holds their sizes and
-SHA-256; a folder without it was never finished. Everything is written into a hidden sibling and renamed at the
-end.
+SHA-256; a folder without it was never finished. Everything is written into a hidden sibling, then renamed.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def save(folder: Path, state: dict[str, object], *, meta: dict[str, Any]) -> None:
-    """Write `state` and `meta` as the checkpoint `folder`; one already there is replaced once this is complete.
+    """Write state and meta as the checkpoint `folder`; one already there is replaced when this is complete.
 
     `state` nests dicts (keys of any plain kind), lists, tuples, tensors, numbers, strings, bools and None;
     `load` gives all of it back exactly, but for devices, requires_grad and memory shared between tensors.
@@ -61,8 +60,8 @@ def save(folder: Path, state: dict[str, object], *, meta: dict[str, Any]) -> Non
             needed = sum(map(len, texts.values())) + sum(t.nbytes for t in tensors.values())
             free = shutil.disk_usage(folder.parent).free
             raise CheckpointError(
-                f"The disk is full: the checkpoint {folder} needs {needed:,} bytes and {free:,} are free. It was "
-                "not saved, earlier checkpoints are untouched; free space or keep fewer of them, and resume."
+                f"The disk is full: the checkpoint {folder} needs {needed:,} bytes and {free:,} are free. It "
+                "was not saved, earlier ones are untouched; free space or keep fewer of them, and resume."
             ) from error
         raise
 
@@ -185,7 +184,7 @@ def _write(folder: Path, texts: dict[str, str], tensors: dict[str, Tensor]) -> N
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder to its name; one that has the name steps aside, since it cannot be overwritten."""
+    """Rename a finished folder to its name; one that has the name steps aside first."""
     try:
         if folder.exists():
             os.replace(folder, _aside(folder))

@@ -235,7 +235,7 @@ def draw(
     batch: int = 16,
     precision: Precision = "float32",
 ) -> np.ndarray:
-    """Draw all prompts: bytes [N, H, W, 3]. Image i depends on its caption and seed, not on the batch size."""
+    """Draw all prompts: bytes [N, H, W, 3]. Image i depends on its caption and seed, not on the batch."""
     if contender.kind == "folder":
         return read_folder(contender, prompts)
     uncond = model.encode_prompts([""])

@@ -1,4 +1,4 @@
-"""Compare contenders on the same prompts and seeds: figures with intervals, and differences to the first of them."""
+"""Compare contenders on the same prompts and seeds: figures with intervals, differences to the first one."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _parts(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A table in markdown: every figure with its interval, and whether it differs from the first contender's."""
+    """A table in markdown: every figure with its interval, and whether it differs from the first one's."""
     shown = [metric for name, metric in METRICS.items() if any(name in row.values for row in rows)]
     arrows = {"lower": "↓", "higher": "↑"}
     lines = [["", "drawn with", "images", *(f"{metric.title} {arrows[metric.better]}" for metric in shown)],

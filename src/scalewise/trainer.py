@@ -87,7 +87,6 @@ class Trainer:
     batches: Batches
     folder: Path
     iteration: int = 0
-    on_checkpoint: Callable[[Path], None] | None = None
     _stop: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -192,8 +191,6 @@ class Trainer:
         if parallel.is_main():
             checkpoint.save(path, self.state(), meta={"recipe": self.recipe.model_dump(mode="json")})
             checkpoint.prune(self.checkpoints, self.recipe.train.keep_checkpoints)
-            if self.on_checkpoint:
-                self.on_checkpoint(path)
         parallel.barrier()
         return path
 

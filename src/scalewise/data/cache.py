@@ -38,10 +38,18 @@ SHARD_BYTES = 256 * 2**20
 
 
 def encode_folder(
-    adapter: ModelAdapter, folder: Path | str, out: Path | str, *, full: Scale,
-    scales_for: Callable[[Scale], Iterable[Scale]], mode: BucketMode = "crop", batch: int = 8, least: int = 1,
-    caption_from_name: bool = False, progress: Progress | None = None,
-) -> list[LatentSet]:  # fmt: skip
+    adapter: ModelAdapter,
+    folder: Path | str,
+    out: Path | str,
+    *,
+    full: Scale,
+    scales_for: Callable[[Scale], Iterable[Scale]],
+    mode: BucketMode = "crop",
+    batch: int = 8,
+    least: int = 1,
+    caption_from_name: bool = False,
+    progress: Progress | None = None,
+) -> list[LatentSet]:
     """Encode an image folder into one set per bucket, `out/<full size>/`, with latents at every scale.
 
     Each scale's latents come from pixels that were downscaled (area) before encoding: downscaling latents
@@ -51,8 +59,13 @@ def encode_folder(
     """
     root, out = Path(folder), Path(out)
     sizes = [full] if mode == "crop" else bucket_sizes(full, adapter.patch)
-    plan = {"base": adapter.base, "mode": mode, "least": least, "caption_from_name": caption_from_name,
-            "scales": [list(map(str, scales_for(size))) for size in sizes]}  # fmt: skip
+    plan = {
+        "base": adapter.base,
+        "mode": mode,
+        "least": least,
+        "caption_from_name": caption_from_name,
+        "scales": [list(map(str, scales_for(size))) for size in sizes],
+    }
     fingerprint = fingerprint_folder(root, plan)
     if _is_encoded(out, fingerprint):
         return open_sets(out)
@@ -65,9 +78,13 @@ def encode_folder(
     before = 0
     for size, images in buckets.items():
         writer = LatentSetWriter(
-            out / str(size), scales=list(scales_for(size)), channels=adapter.channels, kind="images",
-            base=adapter.base, settings={"fingerprint": fingerprint, "mode": mode, "full": str(size)},
-        )  # fmt: skip
+            out / str(size),
+            scales=list(scales_for(size)),
+            channels=adapter.channels,
+            kind="images",
+            base=adapter.base,
+            settings={"fingerprint": fingerprint, "mode": mode, "full": str(size)},
+        )
         for done in _encode_bucket(adapter, images, writer, size=size, batch=batch):
             if progress:
                 progress(before + done, len(entries))
@@ -185,13 +202,19 @@ class PromptCache:
 
     @classmethod
     def build(
-        cls, adapter: ModelAdapter, captions: Iterable[str], path: Path | str, *, fingerprint: str, batch: int = 16,
+        cls,
+        adapter: ModelAdapter,
+        captions: Iterable[str],
+        path: Path | str,
+        *,
+        fingerprint: str,
+        batch: int = 16,
         progress: Progress | None = None,
-    ) -> PromptCache:  # fmt: skip
+    ) -> PromptCache:
         """Encode the captions, and "", that the cache at `path` lacks, and open it.
 
-        `fingerprint` names whatever changes the encoding (model, token limit): a cache with another one is made
-        anew. A killed build goes on from its finished files, a damaged file is encoded again.
+        `fingerprint` names whatever changes the encoding (model, token limit): a cache with another one is
+        made anew. A killed build goes on from its finished files, a damaged file is encoded again.
         """
         folder = Path(path)
         shards = _usable(folder, fingerprint)
@@ -223,7 +246,7 @@ class PromptCache:
         """Conditions of captions, one row each."""
         if unknown := [caption for caption in captions if caption not in self._where]:
             raise DataError(
-                f"The prompt {unknown[0]!r} is not in the cache {self.folder}; build the cache with every caption."
+                f"The prompt {unknown[0]!r} is not in the cache {self.folder}; build it with every caption."
             )
         places = [self._where[caption] for caption in captions]
         files = [(self._tensors[number], row) for number, row in places]

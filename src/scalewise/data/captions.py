@@ -15,10 +15,10 @@ METADATA = ("metadata.jsonl", "captions.json", "metadata.csv")
 
 
 class CaptionSource:
-    """Finds the caption of an image: `<stem>.txt` first, then metadata files, then (if allowed) the file's name."""
+    """Finds an image's caption: in `<stem>.txt`, else in a metadata file, else (if allowed) in its name."""
 
     def __init__(self, metadata: list[Path], *, from_name: bool = False) -> None:
-        """`metadata` files name images relative to their own folder (file_name) with their text or caption."""
+        """The metadata files name images relative to their own folder (file_name), with a text or caption."""
         self.from_name = from_name
         self.listed = {path: words for file in metadata for path, words in _read(file) if words}
 

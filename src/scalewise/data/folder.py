@@ -25,12 +25,11 @@ from scalewise.scales import Scale
 BucketMode = Literal["crop", "buckets"]
 READABLE = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Images that people keep beside the others; counted so that nobody wonders where they went.
-UNSUPPORTED = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".raw", ".dng", ".cr2",
-               ".nef", ".arw"}  # fmt: skip
+UNSUPPORTED = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".raw", ".dng"}
 if features.check("avif"):
     READABLE.add(".avif")
     UNSUPPORTED.remove(".avif")
-# Width : height of the buckets beside the full size's own; from these on, cropping loses at most about a tenth.
+# Width : height of the buckets beside the full size's own; between two of them, cropping loses about a tenth.
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
 
 
@@ -69,9 +68,9 @@ class Skipped:
 def scan_images(folder: Path | str, *, caption_from_name: bool = False) -> tuple[list[ImageEntry], Skipped]:
     """Find every captioned, readable image under `folder`, and count the others by reason.
 
-    Captions come from `<stem>.txt`, else from metadata.jsonl, captions.json or metadata.csv (file_name and text or
-    caption), else, only with caption_from_name, from the file's name. Each image is decoded once, since a truncated
-    one shows itself only then.
+    Captions come from `<stem>.txt`, else from metadata.jsonl, captions.json or metadata.csv (file_name, and
+    text or caption), else, only with caption_from_name, from the file's name. Each image is decoded once,
+    since a truncated one shows itself only then.
 
     Raises DataError when the folder is missing or holds no usable image.
     """
@@ -115,9 +114,9 @@ def assign_buckets(
 ) -> dict[Scale, list[ImageEntry]]:
     """Sort images by the latent size they will have.
 
-    "crop": all get the full size. "buckets": each gets the nearest aspect ratio (by its logarithm) among sizes of
-    about the full one's area, divisible by the patch; buckets of fewer than `least` images are given up to the
-    next nearest, smallest first.
+    "crop": all get the full size. "buckets": each gets the nearest aspect ratio (by its logarithm) among
+    sizes of about the full one's area, divisible by the patch; buckets of fewer than `least` images are
+    dissolved, smallest first, and their images go to the next nearest.
     """
     images = list(entries)
     if mode == "crop":
@@ -136,7 +135,7 @@ def assign_buckets(
 
 
 def bucket_sizes(full: Scale, patch: int) -> list[Scale]:
-    """Latent sizes of about the full one's area at a handful of aspect ratios, the full size itself among them."""
+    """Latent sizes of about the full one's area at a handful of aspect ratios, itself among them."""
     area = full.height * full.width
     sizes = {_aspect(full): full}
     for ratio in ASPECTS:
@@ -147,7 +146,7 @@ def bucket_sizes(full: Scale, patch: int) -> list[Scale]:
 
 
 def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
-    """Read an image as [3, H, W] in [-1, 1]: upright, over white, scaled to cover (H, W) and cropped at its centre."""
+    """Read an image as [3, H, W] in [-1, 1]: upright, over white, covering (H, W), cropped to its centre."""
     height, width = size
     try:
         with Image.open(entry.path) as file:
@@ -159,7 +158,7 @@ def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
     scale = max(height / image.height, width / image.width)
     left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
     box = (left, top, left + width / scale, top + height / scale)
-    # LANCZOS antialiases; reducing_gap shrinks big photographs by box averages first, which is quicker and as good.
+    # LANCZOS antialiases; reducing_gap shrinks big photographs by box averages first: quicker and as good.
     image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 

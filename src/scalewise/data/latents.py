@@ -1,8 +1,8 @@
 """Latents on disk: the teacher's synthetic sets and encoded image folders, every sample at every scale.
 
 A set is a folder of `shard-00000.arrow`, ... and `set.json`, which lists the finished shards. Arrow files are
-memory-mapped, so a set may be larger than memory. A row's latents are the raw bytes of a float16 tensor: exact,
-and 32 rows of 16x128x128 read in about 5 ms, where datasets' Array3D took eight times as long and gave float32.
+memory-mapped, so a set may be larger than memory. A row's latents are the raw bytes of a float16 tensor: 32
+random rows of 16x128x128 are read in 6 ms on one core, a third of what the Array3D of datasets takes.
 """
 
 from __future__ import annotations
@@ -76,9 +76,13 @@ class SetHeader:
                 raise DataError(
                     f"{path} has format {raw['format']}, not {FORMAT}; use the version of its writer."
                 )
-            lists = {"scales": tuple(map(Scale.parse, raw["scales"])),
-                     "shards": tuple(Shard(**shard) for shard in raw["shards"])}  # fmt: skip
-            plain = {name: raw[name] for name in ("kind", "channels", "base", "settings", "complete")}
+            lists: dict[str, Any] = {
+                "scales": tuple(map(Scale.parse, raw["scales"])),
+                "shards": tuple(Shard(**shard) for shard in raw["shards"]),
+            }
+            plain: dict[str, Any] = {
+                name: raw[name] for name in ("kind", "channels", "base", "settings", "complete")
+            }
             return cls(**plain, **lists)
         except (KeyError, TypeError) as error:
             raise DataError(
@@ -87,7 +91,7 @@ class SetHeader:
 
 
 class LatentSet:
-    """A finished (or growing) set, read row by row; rows are in the order of their `index`, however they were made."""
+    """A set to read from; rows are in the order of their `index`, in whatever order they were made."""
 
     def __init__(self, folder: Path, header: SetHeader) -> None:
         self.folder, self.header = folder, header
@@ -162,15 +166,22 @@ class LatentSet:
 
 
 class LatentSetWriter:
-    """Writes a set shard by shard; after a kill, a writer with the same settings goes on from the finished shards."""
+    """Writes a set shard by shard; after a kill, another writer goes on from the finished shards."""
 
     def __init__(
-        self, path: Path | str, *, scales: Sequence[Scale], channels: int, kind: Kind, base: str,
-        settings: Mapping[str, Any], shard_rows: int = 256,
-    ) -> None:  # fmt: skip
+        self,
+        path: Path | str,
+        *,
+        scales: Sequence[Scale],
+        channels: int,
+        kind: Kind,
+        base: str,
+        settings: Mapping[str, Any],
+        shard_rows: int = 256,
+    ) -> None:
         """Begin or resume the set at `path`.
 
-        Raises DataError when a set with other settings is there already, or when one of its shards is damaged. A
+        Raises DataError when a set with other settings is there already, or when a shard of it is damaged. A
         finished shard that was deleted is made again: `missing` lists its rows.
         """
         self.folder, self.shard_rows = Path(path), shard_rows
@@ -200,7 +211,11 @@ class LatentSetWriter:
         """Add samples: latents {scale: [N, C, (T,) H, W]} of every scale of the set, stored as float16."""
         self._check(indices, captions, seeds)
         cells = {_column(scale): self._cells(latents, scale, len(indices)) for scale in self.header.scales}
-        rows = {"index": list(map(int, indices)), "caption": list(captions), "seed": list(map(int, seeds))}
+        rows: dict[str, list[Any]] = {
+            "index": list(map(int, indices)),
+            "caption": list(captions),
+            "seed": list(map(int, seeds)),
+        }
         columns: dict[str, list[Any]] = {**rows, **cells}
         for name, values in columns.items():
             self._waiting[name].extend(values)

@@ -1,4 +1,4 @@
-"""What every data format here is made of: files that appear whole, and an index that knows their checksums."""
+"""What the data formats here are made of: files that appear whole, and an index with their checksums."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def disk_full_explained(folder: Path, needed: int, safe: str) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
+        free = shutil.disk_usage(folder).free
         raise DataError(
-            f"The disk is full: writing to {folder} needs {needed:,} bytes and {shutil.disk_usage(folder).free:,} "
-            f"are free. {safe}; free space and run the same command again: it goes on from there."
+            f"The disk is full: writing to {folder} needs {needed:,} bytes and {free:,} are free. {safe}; "
+            "free space and run the same command again: it goes on from there."
         ) from error
 
 

@@ -158,7 +158,8 @@ def _match(seen: Seen) -> Statistic | None:
 
 METRICS = (
     Metric(
-        name="clip_score", title="CLIP score", better="higher", statistic=_score, bounds=(-100, 100), digits=1,
+        name="clip_score", title="CLIP score", better="higher", statistic=_score, bounds=(-100, 100),
+        digits=1,
         about="100 times the cosine between a picture and its caption in the scorer's features",
     ),
     Metric(

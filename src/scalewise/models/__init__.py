@@ -34,7 +34,10 @@ def family_of(base: str | Path) -> type[ModelAdapter]:
                 f"{base} is no model folder: it has no model_index.json. Give a folder in diffusers' layout."
             )
         index = _from_hub(str(base))
-    name = json.loads(index.read_text()).get("_class_name", "")
+    try:
+        name = json.loads(index.read_text()).get("_class_name", "")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{index} does not describe a model ({error}); fetch the model again.") from error
     for family in FAMILIES.values():
         if name in family.pipeline_classes:
             return family

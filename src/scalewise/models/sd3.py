@@ -16,6 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
@@ -75,7 +76,7 @@ class SD3(ModelAdapter):
             )
             config = SD3Transformer2DModel.load_config(str(base), subfolder="transformer")
             levels = len(AutoencoderKL.load_config(str(base), subfolder="vae")["block_out_channels"])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"Cannot load the model {base}: {reason}") from error
         for component in pipeline.components.values():

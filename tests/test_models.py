@@ -1,0 +1,306 @@
+"""The contract that every model family keeps, run over the registry on the families' random miniatures."""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scalewise import models
+from scalewise.backbone import Backbone
+from scalewise.models import ALL_PARTS, Condition, ModelError, family_of, load_model
+from scalewise.scales import Scale
+from scalewise.taps import tap
+
+PROMPTS = ["a red apple", "a dog"]
+SIZES = [Scale(1, 4, 4), Scale(1, 8, 8), Scale(1, 4, 12), Scale(1, 12, 8)]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latents(model, scale: Scale) -> torch.Tensor:
+    return draw(*scale.shape(2, model.channels, video=model.video))
+
+
+def pixels(model, scale: Scale) -> torch.Tensor:
+    return draw(2, 3, scale.height * model.vae_factor, scale.width * model.vae_factor).clamp(-1, 1)
+
+
+def modules(model) -> list[nn.Module]:
+    return [c for c in model.pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+T = torch.tensor([900.0, 300.0])
+
+
+@pytest.fixture(params=models.FAMILIES)
+def family(request):
+    return models.FAMILIES[request.param]
+
+
+@pytest.fixture
+def model(family):
+    return family.tiny()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_miniature_is_a_function_of_its_seed(family):
+    before = torch.random.get_rng_state()
+    one, same, other = (family.tiny(seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    weights = [torch.cat([p.flatten() for p in m.denoiser.parameters()]) for m in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_saved_model_comes_back_the_same_from_the_hubs_folder_layout(family, model, folder):
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] in family.pipeline_classes
+    loaded = load_model(folder)
+    assert type(loaded) is family
+    x_t, cond = latents(model, SIZES[1]), model.encode_prompts(PROMPTS)
+    again = loaded.encode_prompts(PROMPTS)
+    assert all(torch.equal(again.tensors[key], value) for key, value in cond.tensors.items())
+    assert torch.equal(loaded.predict(x_t, T, cond), model.predict(x_t, T, cond))
+    seen = model.encode(pixels(model, SIZES[1]))
+    assert torch.equal(loaded.encode(pixels(model, SIZES[1])), seen)
+    assert torch.equal(loaded.decode(seen), model.decode(seen))
+    assert loaded.teacher_sigmas(7) == model.teacher_sigmas(7)
+    for field in ("patch", "channels", "vae_factor", "blocks", "width", "full_scale", "largest_scale"):
+        assert getattr(loaded, field) == getattr(model, field), field
+
+
+def test_a_loaded_model_is_frozen_and_without_dropout(folder):
+    for module in modules(load_model(folder)):
+        assert not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_a_model_is_loaded_in_the_type_asked_for(folder):
+    loaded = load_model(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.denoiser.parameters()} == {torch.bfloat16}
+    cond = loaded.encode_prompts(PROMPTS)
+    assert loaded.predict(latents(loaded, SIZES[0]), T, cond).dtype == torch.bfloat16
+    assert loaded.encode(pixels(loaded, SIZES[0])).dtype == torch.float32
+
+
+def use(model, part: str, x: torch.Tensor) -> torch.Tensor:
+    """Something that takes just this part of a model; x are latents."""
+    if part == "vae":
+        return model.decode(x)
+    if part == "text":
+        return torch.cat([value.flatten() for value in model.encode_prompts(PROMPTS).tensors.values()])
+    return model.predict(x, T, type(model).tiny().encode_prompts(PROMPTS))
+
+
+@pytest.mark.parametrize("part", ALL_PARTS)
+def test_parts_can_be_left_out(model, folder, part):
+    loaded, x = load_model(folder, parts=[part]), latents(model, SIZES[1])
+    assert loaded.vae_factor == model.vae_factor
+    assert torch.equal(use(loaded, part, x), use(model, part, x))
+    for missing in set(ALL_PARTS) - {part}:
+        with pytest.raises(AssertionError, match=f"the {missing} of .* was not loaded"):
+            use(loaded, missing, x)
+
+
+@pytest.mark.parametrize("part", ALL_PARTS)
+def test_released_parts_are_freed(model, part):
+    cond = model.encode_prompts(PROMPTS)
+    before = [weakref.ref(module) for module in modules(model)]
+    model.release(part)
+    gc.collect()
+    gone = [ref for ref in before if ref() is None]
+    assert 0 < len(gone) < len(before)
+    assert len(modules(model)) == len(before) - len(gone)
+    if part != "denoiser":
+        assert model.predict(latents(model, SIZES[0]), T, cond).isfinite().all()
+
+
+def test_prompts_too_long_are_warned_of_and_shorter_ones_are_not(model):
+    long = "a very long caption about a red apple and a dog and a rocket"
+    with pytest.warns(UserWarning, match=r"'a very long caption.*tokens, but the text encoder reads \d+") as caught:
+        cond = model.encode_prompts(["a dog", long])
+    assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
+    assert len(cond) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode_prompts(["a dog"])
+
+
+def test_a_prompts_condition_does_not_depend_on_its_neighbours(model):
+    together, alone = model.encode_prompts(PROMPTS), model.encode_prompts(PROMPTS[1:])
+    for key, value in together[1].tensors.items():
+        torch.testing.assert_close(value, alone.tensors[key], rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(v, together[0].tensors[k], atol=1e-2) for k, v in together[1].tensors.items())
+
+
+def test_conditions_are_picked_joined_repeated_and_cast_along_the_batch():
+    cond = Condition({"tokens": draw(3, 5, 4), "mask": torch.arange(3).view(3, 1)})
+    assert len(cond) == 3
+    assert len(cond[1]) == 1
+    assert torch.equal(cond[[2, 0]].tensors["mask"], torch.tensor([[2], [0]]))
+    joined = Condition.cat([cond[:1], cond[1:]])
+    assert all(torch.equal(joined.tensors[k], v) for k, v in cond.tensors.items())
+    assert torch.equal(cond[2].expand(4).tensors["mask"], torch.full((4, 1), 2))
+    cast = cond.to(dtype=torch.bfloat16)
+    assert (cast.tensors["tokens"].dtype, cast.tensors["mask"].dtype) == (torch.bfloat16, torch.int64)
+
+
+@pytest.mark.parametrize("scale", SIZES, ids=str)
+def test_pictures_and_latents_have_the_sizes_they_should(model, scale):
+    x = pixels(model, scale)
+    z = model.encode(x)
+    assert z.shape == scale.shape(2, model.channels, video=model.video)
+    assert torch.equal(model.encode(x), z)  # the mode, not a draw
+    decoded = model.decode(20 * z)
+    assert decoded.shape == x.shape
+    assert decoded.abs().max() <= 1
+
+
+def test_the_denoiser_predicts_in_latent_layout_at_every_size(model):
+    cond = model.encode_prompts(PROMPTS)
+    for scale in SIZES:
+        x_t = latents(model, scale)
+        prediction = model.predict(x_t, T, cond)
+        assert prediction.shape == x_t.shape
+        x0 = model.noise.x0(prediction, x_t, T)
+        torch.testing.assert_close(model.noise.prediction(x0, x_t, T), prediction, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", SIZES, ids=str)
+def test_the_token_count_is_the_number_of_tokens_that_a_tap_finds(model, scale):
+    cond = model.encode_prompts(PROMPTS)
+    for block in range(model.blocks):
+        with tap(model.block(block), model.image_tokens, stop=True) as found:
+            model.predict(latents(model, scale), T, cond)
+        assert found.tokens.shape == (2, model.token_count(scale), model.width)
+
+
+@pytest.mark.parametrize("offset", [-1, 0])
+def test_a_block_that_is_not_there_is_refused_with_those_that_are(model, offset):
+    index = -1 if offset else model.blocks
+    with pytest.raises(ModelError, match=f"no block {index}; this model has blocks 0 to {model.blocks - 1}"):
+        model.block(index)
+
+
+def test_every_lora_target_matches_a_layer_of_every_block(model):
+    Backbone(model, ("student",), rank=2)
+    adapted = [name for name, module in model.denoiser.named_modules() if hasattr(module, "lora_A")]
+    for target in model.lora_targets:
+        assert any(name.endswith("." + target) for name in adapted), target
+    for index in range(model.blocks):
+        inside = [n for n, m in model.block(index).named_modules() if hasattr(m, "lora_A")]
+        assert {t for t in model.lora_targets if any(n.endswith(t) for n in inside)} == set(model.lora_targets)
+
+
+def test_gradient_checkpointing_calls_the_given_function_once_a_block(model):
+    calls = []
+
+    def function(block, *inputs):
+        calls.append(block)
+        return block(*inputs)
+
+    x_t, cond = latents(model, SIZES[0]), model.encode_prompts(PROMPTS)
+    expected = model.predict(x_t, T, cond)
+    model.enable_checkpointing(function)
+    assert torch.equal(model.predict(x_t, T, cond), expected)
+    assert calls == [model.block(i) for i in range(model.blocks)]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_the_teachers_levels_are_those_of_diffusers_scheduler(model, steps):
+    scheduler = model.pipeline.scheduler
+    scheduler.set_timesteps(steps)
+    assert model.teacher_sigmas(steps) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_sizes_of_the_miniature_are_consistent(model):
+    assert model.largest_scale is None or model.largest_scale.covers(model.full_scale)
+    assert model.full_scale.height % model.patch == 0
+    assert model.device == torch.device("cpu")
+    assert model.to("cpu") is model
+
+
+class Trap:
+    """A pickle that leaves a mark where it is opened."""
+
+    def __init__(self, mark) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("component", ["transformer", "unet", "text_encoder", "vae"])
+def test_folders_that_hold_pickles_only_are_refused_and_the_pickles_are_never_opened(folder, tmp_path, component):
+    if not (folder / component).exists():
+        pytest.skip(f"this family has no {component}")
+    next((folder / component).glob("*.safetensors")).unlink()
+    for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
+        (folder / component / name).write_bytes(pickle.dumps(Trap(tmp_path / "opened")))
+    with pytest.raises(ModelError, match="Cannot load the model"):
+        load_model(folder)
+    assert not (tmp_path / "opened").exists()
+    pickle.loads((folder / component / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "opened").exists()  # the trap works
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("component", ["transformer", "unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut_short], ids=["missing", "cut short"])
+def test_a_model_whose_weights_are_missing_or_damaged_is_refused_in_one_line(folder, component, damage):
+    if not (folder / component).exists():
+        pytest.skip(f"this family has no {component}")
+    damage(next((folder / component).glob("*.safetensors")))
+    with pytest.raises(ModelError, match="Cannot load the model") as raised:
+        load_model(folder)
+    assert "\n" not in str(raised.value)
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_an_index_that_is_not_json_of_a_model_is_refused(folder, text):
+    (folder / "model_index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model_index\.json .*fetch the model again"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["AudioLDMPipeline", ""])
+def test_an_architecture_that_no_family_handles_is_named_with_those_that_are(tmp_path, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name} if name else {}))
+    with pytest.raises(ModelError, match=name or "no named class") as raised:
+        family_of(tmp_path)
+    for family in models.FAMILIES.values():
+        assert all(pipeline in str(raised.value) for pipeline in family.pipeline_classes)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        family_of(tmp_path)
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        load_model(tmp_path / "missing")
+
+
+def test_a_model_that_the_hub_does_not_know_is_refused_with_its_answer(monkeypatch):
+    def answer(*_):
+        raise OSError("401 Client Error\nmore")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
+    with pytest.raises(ModelError, match="'nobody/nothing'.*401 Client Error Give a folder.*gated"):
+        family_of("nobody/nothing")

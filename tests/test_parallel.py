@@ -1,0 +1,126 @@
+"""Two gloo processes do what one does."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from scalewise import parallel
+
+WORLD = 2
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(rank: int, work: Callable[[int, Path], None], folder: Path, port: int) -> None:
+    """Run in each process: what torchrun sets, then the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        torch.set_num_threads(1)
+        assert parallel.init_from_env("cpu") == torch.device("cpu")
+        assert parallel.init_from_env("cpu") == torch.device("cpu")  # a second call changes nothing
+        work(rank, folder)
+        parallel.barrier()
+        parallel.shutdown()
+
+
+def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> list[object]:
+    """Run the work in two processes; returns what each saved as `<rank>.pt`."""
+    mp.spawn(start, (work, folder, free_port()), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def model_and_data() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    return model, torch.randn(12, 7, dtype=torch.float64)
+
+
+def gradients_of_a_share(rank: int, folder: Path) -> None:
+    model, data = model_and_data()
+    model(data[list(parallel.split(len(data)))]).square().mean().backward()
+    parallel.mean_gradients(model.parameters())
+    torch.save([parameter.grad for parameter in model.parameters()], folder / f"{rank}.pt")
+
+
+def test_two_processes_have_the_mean_gradient_of_the_whole_batch(tmp_path):
+    model, data = model_and_data()
+    model(data).square().mean().backward()
+    for gradients in in_two_processes(gradients_of_a_share, tmp_path):
+        for mine, theirs in zip(model.parameters(), gradients, strict=True):
+            assert torch.allclose(mine.grad, theirs, rtol=0, atol=1e-15)
+
+
+def odd_gradients(rank: int, folder: Path) -> None:
+    """One gradient on both ranks, one on rank 0 only, one on neither; a bfloat16 one; numbers; the rest."""
+    both, first, none = (nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+    half = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    both.grad = torch.full((3, 2), float(rank)).T  # not contiguous
+    half.grad = torch.full((4,), 3.0 * rank, dtype=torch.bfloat16)
+    if rank == 0:
+        first.grad = torch.full((2, 3), 8.0)
+    parallel.mean_gradients(parameter for parameter in (both, first, none, half))
+    numbers = parallel.mean_scalars({"b": rank, "a": 10.0 * rank, "nan": float("nan") if rank else 1.0})
+    result = {
+        "gradients": [both.grad, first.grad, half.grad],
+        "none": none.grad is None,
+        "numbers": numbers,
+        "who": (parallel.rank(), parallel.world(), parallel.is_main()),
+        "split": list(parallel.split(5)),
+    }
+    torch.save(result, folder / f"{rank}.pt")
+
+
+def test_missing_gradients_count_as_zero_and_numbers_are_averaged(tmp_path):
+    for rank, result in enumerate(in_two_processes(odd_gradients, tmp_path)):
+        both, first, half = result["gradients"]
+        assert both.shape == (2, 3) and torch.equal(both, torch.full((2, 3), 0.5))
+        assert torch.equal(first, torch.full((2, 3), 4.0))
+        assert half.dtype == torch.bfloat16 and half.tolist() == [1.5] * 4
+        assert result["none"]  # missing everywhere: it stays missing, as in one process
+        numbers = result["numbers"]
+        assert list(numbers) == ["b", "a", "nan"] and numbers["b"] == 0.5 and numbers["a"] == 5.0
+        assert numbers["nan"] != numbers["nan"]  # every process learns of one process's NaN
+        assert result["who"] == (rank, 2, rank == 0)
+        assert result["split"] == [[0, 2, 4], [1, 3]][rank]
+
+
+def test_a_single_process_sends_nothing_and_changes_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parallel.init_from_env("cpu") == torch.device("cpu")
+    assert (parallel.rank(), parallel.world(), parallel.is_main()) == (0, 1, True)
+    parameter, untouched = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    parameter.grad = gradient = torch.tensor([1.0, 2.0])
+    parallel.mean_gradients([parameter, untouched])
+    assert parameter.grad is gradient and gradient.tolist() == [1.0, 2.0] and untouched.grad is None
+    assert parallel.mean_scalars({"loss": 2}) == {"loss": 2.0}
+    assert parallel.split(3) == range(3)
+    parallel.barrier()
+    parallel.shutdown()
+
+
+def test_torchrun_with_one_process_needs_no_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    parallel.init_from_env("cpu")
+    assert not torch.distributed.is_initialized()
+
+
+def test_more_processes_than_gpus_is_said_with_the_remedy(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="Process 3 .* there are 2. Start torchrun with --nproc-per-node 2"):
+        parallel.init_from_env("cuda")

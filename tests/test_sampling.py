@@ -1,0 +1,158 @@
+"""Samplers: the teacher's equals diffusers' pipeline, the student's equals its components called by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scalewise.models import SD3
+from scalewise.noise import FlowMatching
+from scalewise.rng import SampleNoise
+from scalewise.sampling import last, sample_ode, sample_scale_wise, student_steps, teacher_steps
+from scalewise.scales import Scale, ScaleSchedule, upscale_latents
+
+PROMPTS = ["a red apple", "a dog"]
+PROCESS = FlowMatching()
+
+
+class Recorder:
+    """A model of known answers that keeps what it was asked; x0 = 0.5 x_t + 0.1 unless told otherwise."""
+
+    def __init__(self, answer=lambda x_t: 0.5 * x_t + 0.1) -> None:
+        self.answer, self.asked = answer, []
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.asked.append((x_t, t.tolist()))
+        return self.answer(x_t)
+
+
+def silence(shape, device="cpu") -> torch.Tensor:
+    return torch.zeros(2, *shape)
+
+
+def run(predict, schedule: ScaleSchedule, noise, **options) -> list[torch.Tensor]:
+    return [x0 for _, x0 in sample_scale_wise(predict, schedule, PROCESS, noise, channels=3, **options)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12)])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_teacher_samples_what_diffusers_pipeline_samples(make_backbone, height, width, guidance):
+    backbone, scale, seeds = make_backbone("student"), Scale(1, height, width), [3, 4]
+    cond, uncond = backbone.model.encode_prompts(PROMPTS), backbone.model.encode_prompts([""])
+    ours = last(teacher_steps(backbone, scale, cond, seeds, steps=5, guidance=guidance, uncond=uncond))
+    theirs = SD3.tiny()  # one without adapters
+    result = theirs.pipeline(
+        PROMPTS, negative_prompt=["", ""], latents=SampleNoise(seeds)((4, height, width)), num_inference_steps=5,
+        guidance_scale=guidance, height=2 * height, width=2 * width, output_type="latent",
+        max_sequence_length=theirs.max_sequence_length,
+    )  # fmt: skip
+    assert ours.shape == (2, 4, height, width)
+    torch.testing.assert_close(ours, result.images, rtol=1e-4, atol=1e-4)
+
+
+def test_decoded_pictures_are_those_of_diffusers_pipeline(model):
+    latents = SampleNoise([0, 1])((4, 8, 12))
+    theirs = model.pipeline(
+        PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=1.0, height=16, width=24, output_type="pt",
+        max_sequence_length=model.max_sequence_length,
+    ).images  # fmt: skip
+    final = model.pipeline(
+        PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=1.0, height=16, width=24,
+        output_type="latent", max_sequence_length=model.max_sequence_length,
+    ).images  # fmt: skip
+    torch.testing.assert_close((model.decode(final) + 1) / 2, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ode_sampler_follows_the_straight_path_of_a_known_x0():
+    truth = SampleNoise([8, 9])((3, 4, 6))
+    steps = list(sample_ode(lambda x_t, t: truth, [1.0, 0.7, 0.2, 0.0], Scale(1, 4, 6), SampleNoise([0, 1]), channels=3))
+    assert [i for i, _ in steps] == [0, 1, 2]
+    recorder = Recorder(lambda x_t: truth)
+    last(sample_ode(recorder, [1.0, 0.7, 0.2, 0.0], Scale(1, 4, 6), SampleNoise([0, 1]), channels=3))
+    eps = SampleNoise([0, 1])((3, 4, 6))
+    for (x_t, t), sigma in zip(recorder.asked, [1.0, 0.7, 0.2], strict=True):
+        assert t == pytest.approx([1000 * sigma] * 2)
+        torch.testing.assert_close(x_t, (1 - sigma) * truth + sigma * eps, rtol=1e-5, atol=1e-5)
+
+
+def test_one_step_is_one_prediction_from_pure_noise(make_backbone):
+    backbone, schedule = make_backbone("student"), ScaleSchedule.build([1000], ["8x12"])
+    cond = backbone.model.encode_prompts(PROMPTS)
+    steps = list(student_steps(backbone, schedule, cond, [3, 4]))
+    with torch.no_grad():
+        x0 = backbone.predict_x0(SampleNoise([3, 4])((4, 8, 12)), torch.full((2,), 1000.0), cond, role="student")
+    assert [i for i, _ in steps] == [0]
+    assert torch.equal(steps[0][1], x0)
+
+
+def test_a_constant_schedule_is_plain_multistep_sampling(make_backbone):
+    backbone = make_backbone("student", "fake")
+    schedule = ScaleSchedule.build([1000, 895.9, 602.1], [8, 8, 8])
+    cond, noise = backbone.model.encode_prompts(PROMPTS), SampleNoise([3, 4])
+    x = noise((4, 8, 8))
+    found = {role: list(student_steps(backbone, schedule, cond, [3, 4], role=role)) for role in ("student", "fake")}
+    with torch.no_grad():
+        for i, t in enumerate([1000.0, 895.9, 602.1]):
+            x0 = backbone.predict_x0(x, torch.full((2,), t), cond, role="student")
+            assert torch.equal(found["student"][i][1], x0)
+            sigma = torch.tensor([895.9, 602.1, 0.0])[i] / 1000
+            x = (1 - sigma) * x0 + sigma * noise((4, 8, 8))
+    assert not torch.allclose(found["student"][-1][1], found["fake"][-1][1], atol=1e-2)
+
+
+def test_every_step_works_at_its_own_scale_and_level():
+    schedule, predict = ScaleSchedule.build([1000, 800, 600], ["4x6", "6x6", "8x12"]), Recorder()
+    outputs = run(predict, schedule, SampleNoise([0, 1]))
+    shapes = [(2, 3, 4, 6), (2, 3, 6, 6), (2, 3, 8, 12)]
+    assert [tuple(x0.shape) for x0 in outputs] == shapes
+    assert [tuple(x_t.shape) for x_t, _ in predict.asked] == shapes
+    assert [t for _, t in predict.asked] == [[1000.0] * 2, [800.0] * 2, [600.0] * 2]
+
+
+def test_x0_is_upscaled_and_not_the_noisy_latent():
+    # Without noise, what the next step sees is the upscaled x0, weighted for its level, and nothing of x_t.
+    answers = iter([SampleNoise([5, 6])((3, 4, 6)), SampleNoise([7, 8])((3, 6, 8)), torch.zeros(2, 3, 8, 12)])
+    predict = Recorder(lambda x_t: next(answers))
+    outputs = run(predict, ScaleSchedule.build([1000, 800, 600], ["4x6", "6x8", "8x12"]), silence)
+    for i, (sigma, scale) in enumerate([(0.8, Scale(1, 6, 8)), (0.6, Scale(1, 8, 12))]):
+        x_t, _ = predict.asked[i + 1]
+        torch.testing.assert_close(x_t, (1 - sigma) * upscale_latents(outputs[i], scale))
+
+
+@pytest.mark.parametrize("scales", [["4x6", "4x6", "4x6"], ["4x6", "6x8", "8x12"]])
+def test_fresh_noise_is_added_after_every_step_also_when_the_scale_stays(scales):
+    predict, noise = Recorder(torch.zeros_like), SampleNoise([0, 1])
+    run(predict, ScaleSchedule.build([1000, 800, 600], scales), noise)
+    expected = SampleNoise([0, 1])
+    for (x_t, _), scale, sigma in zip(predict.asked, scales, [1.0, 0.8, 0.6], strict=True):
+        eps = expected((3, *Scale.parse(scale).size))
+        torch.testing.assert_close(x_t, sigma * eps)  # noised after upscaling: unsmoothed, and new at each step
+
+
+def test_video_grows_in_time_too():
+    schedule, predict = ScaleSchedule.build([1000, 800], ["2x4x6", "3x8x8"]), Recorder()
+    outputs = run(predict, schedule, silence, video=True)
+    assert [tuple(x0.shape) for x0 in outputs] == [(2, 3, 2, 4, 6), (2, 3, 3, 8, 8)]
+    torch.testing.assert_close(predict.asked[1][0], 0.2 * upscale_latents(outputs[0], Scale(3, 8, 8)))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_samplers_keep_no_graph_and_leave_the_callers_gradient_mode_alone(make_backbone, asked):
+    backbone = make_backbone("student")
+    cond, schedule = backbone.model.encode_prompts(PROMPTS), ScaleSchedule.build([1000, 800], [4, 8])
+    with torch.set_grad_enabled(asked):
+        samplers = (
+            student_steps(backbone, schedule, cond, [0, 1]),
+            teacher_steps(backbone, Scale(1, 4, 4), cond, [0, 1], steps=2, guidance=1.0),
+        )
+        for steps in samplers:
+            for _, x0 in steps:
+                assert not x0.requires_grad
+                assert torch.is_grad_enabled() == asked
+    assert backbone.roles.current == "teacher"
+
+
+def test_the_last_x0_is_the_sample():
+    assert torch.equal(last(iter([(0, torch.zeros(1)), (1, torch.ones(1))])), torch.ones(1))
+    with pytest.raises(AssertionError, match="at least one step"):
+        last(iter([]))
