@@ -63,7 +63,7 @@ def make_step(make_backbone):
         with torch.random.fork_rng():
             torch.manual_seed(7)
             head = DiscriminatorHead(backbone.model.width) if loss.needs_head else None
-        return DistillStep(backbone, loss, head)
+        return DistillStep(backbone, loss, head=head)
 
     return make
 
@@ -301,7 +301,7 @@ def test_mmd_alone_builds_no_fake_model_and_no_head(make_step, batch):
 @pytest.mark.parametrize(("name", "head"), [("dmd alone", DiscriminatorHead(16)), ("gan alone", None)])
 def test_a_head_belongs_to_a_gan_loss_and_to_no_other(make_backbone, name, head):
     with pytest.raises(AssertionError, match="belongs to a GAN loss"):
-        DistillStep(make_backbone("student", "fake"), LOSSES[name], head)
+        DistillStep(make_backbone("student", "fake"), LOSSES[name], head=head)
 
 
 def broken(x: torch.Tensor) -> torch.Tensor:
@@ -359,7 +359,7 @@ class Rows:
 def test_two_half_batches_accumulate_to_the_whole_batch(make_step, batch, monkeypatch, compute, role):
     # The released form, whose terms are all means over images.
     monkeypatch.setattr(distill, "_noise_like", lambda x, rng: rng.noise(x))
-    monkeypatch.setattr(distill, "draw_levels", lambda levels, count, rng, device: rng.levels(levels))
+    monkeypatch.setattr(distill, "draw_levels", lambda levels, count, rng, *, device: rng.levels(levels))
     whole, parts = make_step(LOSSES["released"]), make_step(LOSSES["released"])
     getattr(whole, compute)(batch, Rows(slice(None)))
     for rows in (slice(0, 2), slice(2, 4)):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(rank: int, work: Callable[[int, Path], None], folder: Path, port: int) -> None:
-    """Run in each process: what torchrun sets, then the work."""
+def start(rank: int, folder: Path, port: int) -> None:
+    """Run in each process: what torchrun sets, then the work, whose results are saved."""
     with pytest.MonkeyPatch.context() as patch:
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
         for name, value in environment.items():
@@ -32,14 +32,16 @@ def start(rank: int, work: Callable[[int, Path], None], folder: Path, port: int)
         torch.set_num_threads(1)
         assert parallel.init_from_env("cpu") == torch.device("cpu")
         assert parallel.init_from_env("cpu") == torch.device("cpu")  # a second call changes nothing
-        work(rank, folder)
+        torch.save({"share": gradients_of_a_share(), "odd": odd_gradients(rank)}, folder / f"{rank}.pt")
         parallel.barrier()
         parallel.shutdown()
 
 
-def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> list[object]:
-    """Run the work in two processes; returns what each saved as `<rank>.pt`."""
-    mp.spawn(start, (work, folder, free_port()), nprocs=WORLD)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes got; they start once, since that takes seconds."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(start, (folder, free_port()), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
@@ -49,22 +51,22 @@ def model_and_data() -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(12, 7, dtype=torch.float64)
 
 
-def gradients_of_a_share(rank: int, folder: Path) -> None:
+def gradients_of_a_share() -> list[torch.Tensor]:
     model, data = model_and_data()
     model(data[list(parallel.split(len(data)))]).square().mean().backward()
     parallel.mean_gradients(model.parameters())
-    torch.save([parameter.grad for parameter in model.parameters()], folder / f"{rank}.pt")
+    return [parameter.grad for parameter in model.parameters()]
 
 
-def test_two_processes_have_the_mean_gradient_of_the_whole_batch(tmp_path):
+def test_two_processes_have_the_mean_gradient_of_the_whole_batch(results):
     model, data = model_and_data()
     model(data).square().mean().backward()
-    for gradients in in_two_processes(gradients_of_a_share, tmp_path):
-        for mine, theirs in zip(model.parameters(), gradients, strict=True):
+    for result in results:
+        for mine, theirs in zip(model.parameters(), result["share"], strict=True):
             assert torch.allclose(mine.grad, theirs, rtol=0, atol=1e-15)
 
 
-def odd_gradients(rank: int, folder: Path) -> None:
+def odd_gradients(rank: int) -> dict[str, Any]:
     """One gradient on both ranks, one on rank 0 only, one on neither; a bfloat16 one; numbers; the rest."""
     both, first, none = (nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
     half = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
@@ -74,18 +76,17 @@ def odd_gradients(rank: int, folder: Path) -> None:
         first.grad = torch.full((2, 3), 8.0)
     parallel.mean_gradients(parameter for parameter in (both, first, none, half))
     numbers = parallel.mean_scalars({"b": rank, "a": 10.0 * rank, "nan": float("nan") if rank else 1.0})
-    result = {
+    return {
         "gradients": [both.grad, first.grad, half.grad],
         "none": none.grad is None,
         "numbers": numbers,
         "who": (parallel.rank(), parallel.world(), parallel.is_main()),
         "split": list(parallel.split(5)),
     }
-    torch.save(result, folder / f"{rank}.pt")
 
 
-def test_missing_gradients_count_as_zero_and_numbers_are_averaged(tmp_path):
-    for rank, result in enumerate(in_two_processes(odd_gradients, tmp_path)):
+def test_missing_gradients_count_as_zero_and_numbers_are_averaged(results):
+    for rank, result in enumerate(each["odd"] for each in results):
         both, first, half = result["gradients"]
         assert both.shape == (2, 3) and torch.equal(both, torch.full((2, 3), 0.5))
         assert torch.equal(first, torch.full((2, 3), 4.0))

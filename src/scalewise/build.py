@@ -79,7 +79,7 @@ class Data:
     prompts: PromptCache
 
 
-def prepare_data(recipe: Recipe, progress: Progress, extra_prompts: Iterable[str] = ()) -> Data:
+def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[str] = ()) -> Data:
     """Open or make the latent sets, and embed every caption once."""
     path = Path(mini.resolve(recipe.data.path, mini.DATA))
     if (path / "set.json").exists() or not path.is_dir():

@@ -157,6 +157,9 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     speed: Annotated[bool, typer.Option(help="Measure milliseconds per image too.")] = True,
+    scorer: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP model that judges (default for the mini: its own).")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and tables.")] = Path("evaluation"),
 ) -> None:
     """Compare teachers, students and folders on the same prompts and seeds.
@@ -166,7 +169,15 @@ def evaluate(
     from scalewise.commands import run_evaluate
 
     run_evaluate(
-        _recipe(recipe, None), contenders, prompts, count=count, batch=batch, seed=seed, speed=speed, out=out
+        _recipe(recipe, None),
+        contenders,
+        prompts,
+        count=count,
+        batch=batch,
+        seed=seed,
+        speed=speed,
+        scorer=scorer,
+        out=out,
     )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.table import Table
+from torch import Tensor
 
 from scalewise import build, console, mini, parallel
 from scalewise.lora import load_student
 from scalewise.pictures import to_bytes
 from scalewise.recipe import Recipe, RecipeError
-from scalewise.recipes import find_recipe
 from scalewise.runs import distill
-from scalewise.sampling import student_steps, teacher_steps
+from scalewise.sampling import last, student_steps, teacher_steps
 from scalewise.teacher import generate
 
 
@@ -47,9 +48,8 @@ def sample_pictures(
     else:
         steps, total = student_steps(backbone, chosen.schedule, cond, seeds), len(chosen.schedule)
     with console.progress("drawing", total) as done:
-        for i, x0 in steps:
-            done(i + 1)
-    pictures = to_bytes(backbone.model.decode(x0))
+        latents = last(counted(steps, done))
+    pictures = to_bytes(backbone.model.decode(latents))
     seconds = time.perf_counter() - started
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -58,6 +58,13 @@ def sample_pictures(
         files.append(out / f"{name}-{own}.png")
         Image.fromarray(picture).save(files[-1])
     return files, seconds
+
+
+def counted(steps: Iterator[tuple[int, Tensor]], done: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:
+    """Pass a sampler's steps through and report each."""
+    for i, x0 in steps:
+        done(i + 1)
+        yield i, x0
 
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
@@ -134,6 +141,7 @@ def run_evaluate(
     batch: int,
     seed: int,
     speed: bool,
+    scorer: Path | None,
     out: Path,
 ) -> None:
     """Draw and score every contender on the same prompts and seeds."""
@@ -141,17 +149,14 @@ def run_evaluate(
 
     texts = read_prompts(prompts, recipe.model.base, "test")[:count]
     outcome = study.compare(
-        recipe, contenders, texts, batch=batch, seed=seed, speed=speed, out=out, progress=console.progress
+        recipe,
+        contenders,
+        texts,
+        console.progress,
+        batch=batch,
+        seed=seed,
+        speed=speed,
+        scorer=scorer,
+        out=out,
     )
     console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
-
-
-__all__ = [
-    "find_recipe",
-    "print_dry_run",
-    "read_prompts",
-    "run_distill",
-    "run_evaluate",
-    "run_generate",
-    "sample_pictures",
-]

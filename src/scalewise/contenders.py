@@ -234,6 +234,7 @@ def draw(
     *,
     batch: int = 16,
     precision: Precision = "float32",
+    done: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """Draw all prompts: bytes [N, H, W, 3]. Image i depends on its caption and seed, not on the batch."""
     if contender.kind == "folder":
@@ -245,6 +246,7 @@ def draw(
             some = prompts[start : start + batch]
             x0 = last(sampler(model.encode_prompts(some.captions), uncond, some.seeds))
             parts.append(to_bytes(model.decode(x0)))
+            done(min(start + batch, len(prompts)))
     return np.concatenate(parts)
 
 

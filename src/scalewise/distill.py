@@ -47,7 +47,7 @@ class Batch:
 class DistillStep:
     """Computes the gradients of a fake-model update and of a student update; owns no optimizer."""
 
-    def __init__(self, backbone: Backbone, loss: LossRecipe, head: nn.Module | None = None) -> None:
+    def __init__(self, backbone: Backbone, loss: LossRecipe, *, head: nn.Module | None = None) -> None:
         """`head` is the discriminator; it is needed just when the recipe gives the GAN a weight."""
         assert (head is not None) == loss.needs_head, "a discriminator head belongs to a GAN loss"
         self.backbone, self.loss, self.head = backbone, loss, head
@@ -74,7 +74,7 @@ class DistillStep:
         """
         with torch.no_grad():
             fake = self._student(batch, rng)
-        t = draw_levels(self.loss.fake.levels, len(fake), rng, fake.device)
+        t = draw_levels(self.loss.fake.levels, len(fake), rng, device=fake.device)
         eps = _noise_like(fake, rng)
         x_t = self.process.add_noise(fake, eps, t)
         if self.head is None:
@@ -110,7 +110,7 @@ class DistillStep:
         if mmd.clean:  # ablation C
             t, eps = torch.zeros(len(leaf), device=leaf.device), torch.zeros_like(leaf)
         else:
-            t, eps = draw_levels(mmd.levels, len(leaf), rng, leaf.device), _noise_like(leaf, rng)
+            t, eps = draw_levels(mmd.levels, len(leaf), rng, device=leaf.device), _noise_like(leaf, rng)
         with torch.no_grad():
             real = self._features(self.process.add_noise(batch.target, eps, t), t, batch.cond, mmd.features)
         with self.backbone.roles.role(mmd.features):
@@ -130,7 +130,7 @@ class DistillStep:
         dmd, gan, numbers = self.loss.dmd, self.loss.gan, Numbers()
         if dmd.weight == 0 and gan.weight == 0:
             return numbers
-        t, eps = draw_levels(dmd.levels, len(leaf), rng, leaf.device), _noise_like(leaf, rng)
+        t, eps = draw_levels(dmd.levels, len(leaf), rng, device=leaf.device), _noise_like(leaf, rng)
         if gan.weight > 0:
             assert self.head is not None
             with self.backbone.roles.role("fake"):
@@ -157,7 +157,9 @@ class DistillStep:
         return self.backbone.predict_x0_and_features(x_t, t, cond, role="fake", block=self.loss.feature_block)
 
 
-def draw_levels(levels: Levels, count: int, rng: Generator, device: torch.device | str = "cpu") -> Tensor:
+def draw_levels(
+    levels: Levels, count: int, rng: Generator, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """Draw noise levels t [count]: uniform in [low, high], or entries of the teacher's schedule within it."""
     entries = levels.entries()
     if entries:

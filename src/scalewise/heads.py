@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -11,7 +13,7 @@ class DiscriminatorHead(nn.Sequential):
     def __init__(self, width: int, *, depth: int = 4) -> None:
         widths = [round(width + (1 - width) * i / depth) for i in range(depth + 1)]
         layers: list[nn.Module] = []
-        for now, then in zip(widths[:-1], widths[1:], strict=True):
+        for now, then in pairwise(widths):
             layers += [nn.LayerNorm(now), nn.GELU(), nn.Linear(now, then)]
         super().__init__(*layers)
 

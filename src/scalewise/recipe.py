@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -74,7 +74,7 @@ class ScheduleRecipe(Frozen):
     """Timesteps (1000 x sigma, falling) paired with latent scales ("16", "16x24" or "21x60x104")."""
 
     timesteps: tuple[float, ...]
-    scales: tuple[str, ...]
+    scales: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...]  # YAML reads 16 as a number
     full_scale: bool = Field(False, description="work at the last scale in every step (the baseline)")
 
     def build(self) -> ScaleSchedule:
@@ -290,7 +290,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
         place = place.get(parent) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:
         raise RecipeError(f"Unknown recipe key {dotted!r}; {nearest(dotted, field_names())}")
-    if isinstance(place[last], dict) and not isinstance(value, dict):
+    if isinstance(place[last], dict):  # a mapping too: it would silently reset what it leaves out
         inside = ", ".join(f"{dotted}.{k}" for k in place[last])
         raise RecipeError(f"Recipe key {dotted!r} is a group; set one of {inside}.")
     place[last] = value

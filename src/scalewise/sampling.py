@@ -6,6 +6,7 @@ same code. `predict` stands for the model: (x_t, t [N]) -> x0.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
@@ -131,11 +132,9 @@ def teacher_steps(
 
 def last(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
     """Run a sampler to its end and return the finished latents."""
-    x0 = None
-    for _, x0 in steps:
-        pass
-    assert x0 is not None, "a sampler has at least one step"
-    return x0
+    newest = deque(steps, maxlen=1)
+    assert newest, "a sampler has at least one step"
+    return newest[0][1]
 
 
 def _ask(

@@ -92,7 +92,7 @@ class Trainer:
     def __post_init__(self) -> None:
         recipe, backbone = self.recipe, self.backbone
         self.head = build_head(backbone, recipe)
-        self.step = DistillStep(backbone, recipe.loss, self.head)
+        self.step = DistillStep(backbone, recipe.loss, head=self.head)
         if recipe.train.gradient_checkpointing:
             backbone.enable_checkpointing()
         optimizer = recipe.optimizer
@@ -260,12 +260,12 @@ _FREE = {
 }
 
 
-def _difference(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> str:
+def _difference(one: dict[str, Any], other: dict[str, Any], *, prefix: str = "") -> str:
     """Describe the first field in which two recipes differ, or return ""."""
     for key in one.keys() | other.keys():
         name, a, b = f"{prefix}{key}", one.get(key), other.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            if found := _difference(a, b, f"{name}."):
+            if found := _difference(a, b, prefix=f"{name}."):
                 return found
         elif a != b and name not in _FREE:
             return f"{name} is {json.dumps(a)} there and {json.dumps(b)} here"

@@ -1,0 +1,146 @@
+"""A comparison on disk: pictures, figures with intervals, times, all from the same prompts and seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scalewise import bench, build, mini
+from scalewise.contenders import Contender, Prompts, draw, parse_contenders
+from scalewise.evaluate import Judge, Result, Row, save_rows, subject, table
+from scalewise.metrics import ClipScorer, Seen, measure
+from scalewise.models import ModelAdapter
+from scalewise.recipe import Recipe, RecipeError
+from scalewise.rng import permutation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found."""
+
+    results: list[Result]
+    rows: list[Row]
+    timings: list[bench.Timing]
+
+    @property
+    def markdown(self) -> str:
+        """Both tables."""
+        text = table(self.rows)
+        return f"{text}\n{bench.table(self.timings)}" if self.timings else text
+
+
+def judge_of(recipe: Recipe, scorer: Path | None = None, pool: Sequence[str] = ()) -> Judge:
+    """The mini's own judge, or a CLIP model's folder for other bases."""
+    if scorer is None and recipe.model.base != "mini":
+        raise RecipeError(
+            "Give --scorer FOLDER with a CLIP model in transformers' layout; only the mini has its own."
+        )
+    if scorer is not None:
+        return Judge(ClipScorer.load(scorer), None, pool)
+    features = load_file(mini.REFERENCE)
+    return Judge(ClipScorer.load(mini.SCORER), features["test"].float(), [*mini.captions("test"), *pool])
+
+
+def real_rows(judge: Judge) -> list[Row]:
+    """What real pictures reach by the same judge: those held out, and as many that the teacher was trained
+    on.
+
+    The Frechet distance of real to real is the floor for this number of pictures; the prompt match of real
+    ones
+    is the ceiling that the scorer allows.
+    """
+    features = {k: v.float() for k, v in load_file(mini.REFERENCE).items()}
+    held_out, trained = features["test"], features["train"]
+    chosen = permutation(len(trained), "real")[: len(held_out)]
+    captions = mini.captions("train")
+    rows = []
+    for name, about, images, texts, reference in (
+        ("real, held out", "pictures that nothing was trained on", held_out, mini.captions("test"), None),
+        (
+            "real, trained on",
+            "a random part of the training pictures",
+            trained[chosen],
+            [captions[i] for i in chosen],
+            held_out,
+        ),
+    ):
+        seen = _seen(judge, images, texts, reference)
+        rows.append(Row(name, "real", about, len(images), measure(seen)))
+    return rows
+
+
+def _seen(judge: Judge, images: Tensor, captions: Sequence[str], reference: Tensor | None) -> Seen:
+    prompts = Prompts(tuple(captions), tuple(range(len(captions))))
+    everything = list(dict.fromkeys([*prompts.unique, *judge.pool]))
+    return Seen(images, prompts.number, judge.scorer.texts(everything), reference)
+
+
+def compare(
+    recipe: Recipe,
+    contenders: Sequence[str],
+    texts: Sequence[str],
+    progress: build.Progress,
+    *,
+    out: Path,
+    batch: int = 16,
+    seed: int = 0,
+    speed: bool = True,
+    rounds: int = 7,
+    scorer: Path | None = None,
+) -> Outcome:
+    """Draw, judge and time every contender; writes pictures, figures.json, figures.md and timings.json to
+    `out`.
+    """
+    parsed = parse_contenders(contenders, recipe)
+    prompts, judge = Prompts.of(texts, seed=seed), judge_of(recipe, scorer, texts)
+    model = build.load(recipe, ("denoiser", "vae", "text"))
+    precision = recipe.train.precision
+    results: list[Result] = []
+    for contender in parsed:
+        with progress(f"drawing: {contender.name}", len(prompts)) as done:
+            images = draw(model, contender, prompts, batch=batch, precision=precision, done=done)
+        _save_pictures(images, out / "pictures" / _file_name(contender.name))
+        results.append(judge.judge(contender, images, prompts, results[0] if results else None))
+    rows = [r.row for r in results] + (real_rows(judge) if recipe.model.base == "mini" and not scorer else [])
+    save_rows(rows, out)
+    timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if speed else []
+    if timings:
+        (out / "timings.json").write_text(json.dumps([t.to_dict() for t in timings], indent=1) + "\n")
+    return Outcome(results, rows, timings)
+
+
+def time_all(
+    model: ModelAdapter,
+    recipe: Recipe,
+    contenders: Sequence[Contender],
+    caption: str,
+    progress: build.Progress,
+    *,
+    rounds: int = 7,
+) -> list[bench.Timing]:
+    """Milliseconds per image at batch 1 and 8, all contenders taking turns."""
+    drawing = [c for c in contenders if c.kind != "folder"]
+    subjects = [subject(model, c, caption, precision=recipe.train.precision) for c in drawing]
+    if not subjects:
+        return []
+    with progress("timing", 2 * (rounds + 1)) as done, torch.no_grad():
+        clock = bench.device_clock(str(model.device))
+        return bench.bench(subjects, batches=(1, 8), rounds=rounds, clock=clock, done=done)
+
+
+def _save_pictures(images: np.ndarray, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(images):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")

@@ -1,0 +1,166 @@
+"""The shape of the package: who may import whom, and how long things may grow."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "scalewise"
+FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
+
+# A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as long as
+# no circle arises. A package stands for all of its files, which are free among themselves.
+RANKS = {
+    0: {"scales", "noise", "losses", "rng", "parallel", "checkpoint", "console", "pictures", "mini"},
+    1: {"recipe", "spectrum", "taps", "roles", "heads", "models"},
+    2: {"backbone", "data", "lora", "recipes"},
+    3: {"sampling", "distill"},
+    4: {"batches", "teacher"},
+    5: {"trainer", "build", "runs", "contenders", "evaluate", "metrics", "bench", "study", "report", "pipelines"},
+    6: {"commands", "demo"},
+    7: {"cli"},
+    8: {"__main__"},
+}
+FREE = 5
+RANK = {name: rank for rank, names in RANKS.items() for name in names}
+
+MODULES = {name for name in (Path(file).with_suffix("").parts[0] for file in FILES) if name != "__init__"}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Names of the package's own modules that a file imports, also inside functions."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "scalewise" and not rest.startswith("__"):
+                yield rest.split(".")[0]
+
+
+def imports_by_module() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {module: set() for module in MODULES}
+    for file, tree in FILES.items():
+        module = Path(file).with_suffix("").parts[0]
+        if module != "__init__":
+            found[module] |= set(imported(tree)) - {module}
+    return found
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for file, tree in FILES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{file}:{node.lineno} {node.name}", node
+
+
+def calls() -> Iterator[tuple[str, str]]:
+    """Every call: where it stands, and what is called as it is written, such as "torch.load"."""
+    for file, tree in FILES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                yield f"{file}:{node.lineno}", ast.unparse(node.func)
+
+
+def test_every_module_has_a_rank():
+    assert MODULES - RANK.keys() == set(), "give the module a place in RANKS"
+
+
+def test_a_module_imports_only_lower_ranks():
+    wrong = [
+        f"{module} (rank {RANK[module]}) imports {other} (rank {RANK[other]})"
+        for module, others in imports_by_module().items()
+        for other in sorted(others)
+        if RANK[other] > RANK[module] or (RANK[other] == RANK[module] < FREE)
+    ]
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    try:
+        TopologicalSorter(imports_by_module()).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_importing_the_package_imports_none_of_its_modules():
+    assert list(imported(FILES["__init__.py"])) == []
+
+
+def test_losses_know_nothing_but_tensors():
+    assert imports_by_module()["losses"] == set()
+
+
+def test_files_stay_within_400_lines():
+    lengths = {file: len((ROOT / file).read_text().splitlines()) for file in FILES}
+    assert {file: length for file, length in lengths.items() if length > 400} == {}
+
+
+def test_functions_stay_within_60_lines_and_the_training_loop_within_120():
+    long = {
+        where: length
+        for where, node in functions()
+        if (length := node.end_lineno - node.lineno + 1)
+        > (120 if where.startswith("trainer.py") and node.name == "fit" else 60)
+    }
+    assert long == {}
+
+
+def is_command(node: ast.FunctionDef) -> bool:
+    """Tell whether typer makes a command of a function; its parameters are then the command's options."""
+    return any(ast.unparse(d).startswith(("app.", "cli.")) for d in node.decorator_list)
+
+
+def test_functions_take_at_most_5_positional_parameters():
+    many = {}
+    for where, node in functions():
+        names = [a.arg for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")]
+        if len(names) > 5 and not is_command(node):
+            many[where] = names
+    assert many == {}
+
+
+def test_optional_parameters_after_the_second_are_given_by_name():
+    unnamed = {}
+    for where, node in functions():
+        names = [a.arg for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")]
+        late = [n for i, n in enumerate(names) if i >= 2 and i >= len(names) - len(node.args.defaults)]
+        if late and not is_command(node):
+            unnamed[where] = late
+    assert unnamed == {}
+
+
+def test_nothing_is_printed_past_the_console():
+    assert [where for where, name in calls() if name == "print"] == []
+
+
+def test_nothing_is_ever_unpickled():
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    for file, tree in FILES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & forbidden, file
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in forbidden, file
+                assert node.module != "torch" or not {a.name for a in node.names} & {"load", "save"}, file
+    unsafe = {"torch.load", "torch.save", "np.load", "numpy.load", "torch.hub.load", "yaml.load", "yaml.unsafe_load", "eval", "exec"}
+    assert [(where, name) for where, name in calls() if name in unsafe] == []
+
+
+def test_no_work_is_left_as_a_note():
+    notes = [
+        f"{file}:{number}"
+        for file in FILES
+        for number, line in enumerate((ROOT / file).read_text().splitlines(), 1)
+        if re.search(r"\b(TODO|FIXME|XXX|HACK)\b|raise NotImplementedError", line)
+    ]
+    assert notes == []

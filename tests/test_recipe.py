@@ -1,0 +1,168 @@
+"""Recipes: values that survive YAML, take dotted overrides, and refuse what cannot be meant."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from scalewise.recipe import Levels, LossRecipe, MmdRecipe, Recipe, RecipeError, field_names, nearest
+from scalewise.scales import ScaleSchedule
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe.from_mapping(
+        {"name": "test", "schedule": {"timesteps": [1000.0, 895.9, 602.15], "scales": ["8", "8x12", "16x24"]}}
+    )
+
+
+def test_a_recipe_survives_yaml(recipe, tmp_path):
+    changed = recipe.override(
+        ["about='Grün: \"quoted\" # and so on'", "optimizer.lr=3e-4", "train.ema=0.98", "lora.targets=[to_q, net.2]"]
+    )
+    assert changed.about == 'Grün: "quoted" # and so on'
+    assert changed.optimizer.lr == 3e-4
+    path = tmp_path / "recipe.yaml"
+    path.write_text(changed.to_yaml(), encoding="utf-8")
+    assert Recipe.from_yaml(path) == changed
+    assert Recipe.from_yaml(path) != recipe
+
+
+def test_every_field_of_a_recipe_is_written(recipe):
+    text = recipe.to_yaml()
+    assert all(f"{name.split('.')[-1]}:" in text for name in field_names())
+
+
+def test_a_recipe_builds_its_schedule(recipe):
+    assert recipe.schedule.build() == ScaleSchedule.build([1000, 895.9, 602.15], ["8x8", "8x12", "16x24"])
+    full = recipe.override(["schedule.full_scale=true"]).schedule.build()
+    assert [str(scale) for scale in full.scales] == ["16x24"] * 3
+
+
+def test_dotted_overrides_set_just_their_field(recipe):
+    changed = recipe.override(
+        ["train.iterations=200", "loss.dmd.weight=0", "lora.targets=[to_q, to_k]", "optimizer.betas=[0.9, 0.99]",
+         "schedule.scales=[8, 8x16, 16x24]", "model.max_sequence_length=null", "about=a = b"]
+    )  # fmt: skip
+    assert changed.train.iterations == 200
+    assert changed.loss.dmd.weight == 0
+    assert changed.lora.targets == ("to_q", "to_k")
+    assert changed.optimizer.betas == (0.9, 0.99)
+    assert changed.about == "a = b"
+    before, after = recipe.model_dump(), changed.model_dump()
+    assert after["train"] | {"iterations": 3000} == before["train"]
+    assert after["loss"]["gan"] == before["loss"]["gan"]
+    assert recipe.train.iterations == 3000  # the recipe itself is a value
+
+
+def test_the_last_of_two_overrides_of_one_field_holds(recipe):
+    assert recipe.override(["train.batch=2", "train.batch=3"]).train.batch == 3
+
+
+@pytest.mark.parametrize(
+    ("assignment", "parts"),
+    [
+        ("train.iteration=5", "Unknown recipe key 'train.iteration'; did you mean 'train.iterations'"),
+        ("loss.mmd.wieght=5", "Unknown recipe key 'loss.mmd.wieght'; did you mean 'loss.mmd.weight'"),
+        ("lr=5", "Unknown recipe key 'lr'; did you mean 'optimizer.lr'"),
+        ("train.batch.size=5", "Unknown recipe key 'train.batch.size'; did you mean 'train.batch'"),
+        ("zzzzzzzz=1", "Unknown recipe key 'zzzzzzzz'; known are: name, about, model.base"),
+        ("loss.mmd=3", "'loss.mmd' is a group; set one of loss.mmd.weight, loss.mmd.kernel"),
+        ("loss.mmd={weight: 2}", "'loss.mmd' is a group; set one of loss.mmd.weight"),
+        ("train=null", "'train' is a group; set one of train.iterations"),
+        ("train.iterations", "'train.iterations' needs the form key=value, as in train.iterations=200"),
+        ("train.iterations=[1", r"'train.iterations=\[1' has a value that is not YAML"),
+        ("train.iterations=0", "train.iterations = 0: Input should be greater than or equal to 1"),
+        ("train.iterations=many", "train.iterations = 'many': Input should be a valid integer"),
+        ("train.ema=1", "train.ema = 1: Input should be less than 1"),
+        ("loss.mmd.penalty=l2", "loss.mmd.penalty = 'l2': Input should be 'squared', 'huber' or 'abs'"),
+        ("loss.dmd.guidance=0.5", "loss.dmd.guidance = 0.5: Input should be greater than or equal to 1"),
+        ("schedule.scales=[8, 8]", "schedule: 3 timesteps do not pair with 2 scales"),
+        ("schedule.scales=[8, 16, 8x24]", "schedule: Scale 8x24 follows 16x16; .* at least 16x24"),
+        ("schedule.timesteps=[1000, 600, 895]", "schedule: Timestep 895 follows 600"),
+        ("loss.mmd.levels.low=700", "loss.mmd.levels: low 700 must lie below high 600"),
+        ("loss.dmd.levels.low=790.4", r"no level of the 28-step schedule lies in \[790.4, 790.5\]"),
+    ],
+)  # fmt: skip
+def test_a_bad_override_is_refused_with_what_would_be_right(recipe, assignment, parts):
+    with pytest.raises(RecipeError, match=parts):
+        recipe.override([assignment])
+
+
+def test_an_unknown_key_of_a_file_is_refused_with_the_nearest(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml().replace("iterations:", "iteratons:"))
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: unknown key 'train\.iteratons'; did you mean 'train\.iterations'"):
+        Recipe.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "does not hold a mapping"),
+        ("", "does not hold a mapping"),
+        ("name: [", "Cannot read the recipe file"),
+        ("name: x\n", "schedule: Field required"),
+        ("name: x\nschedule: 3\n", "schedule = 3"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as raised:
+        Recipe.from_yaml(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="Cannot read the recipe file .*missing.yaml"):
+        Recipe.from_yaml(tmp_path / "missing.yaml")
+
+
+def test_recipes_cannot_be_changed_in_place(recipe):
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.train.iterations = 5
+
+
+@pytest.mark.parametrize(
+    ("weights", "fake", "head"),
+    [((1, 1, 1), True, True), ((1, 0, 0), False, False), ((0, 1, 0), True, False), ((0, 0, 1), True, True)],
+)
+def test_a_fake_model_and_a_head_are_needed_by_dmd_and_gan_alone(weights, fake, head):
+    mmd, dmd, gan = ({"weight": weight} for weight in weights)
+    loss = LossRecipe.model_validate({"mmd": mmd, "dmd": dmd, "gan": gan})
+    assert (loss.needs_fake, loss.needs_head) == (fake, head)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["loss.mmd.weight=0", "loss.dmd.weight=0", "loss.gan.weight=0"], "all loss weights are 0; give mmd, dmd or gan"),
+        (["loss.mmd.features=fake", "loss.dmd.weight=0", "loss.gan.weight=0"], "trains a fake model for nothing; use teacher"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_makes_no_sense_is_refused(recipe, assignments, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe.override(assignments)
+
+
+def test_the_released_levels_of_mmd_are_entries_18_to_27_of_the_28_step_schedule():
+    levels = Levels(draw="schedule", high=603)
+    assert [round(t) for t in levels.entries()] == [602, 561, 515, 465, 409, 347, 278, 200, 111, 9]
+
+
+def test_the_released_levels_of_dmd_end_at_790_and_those_of_the_fake_model_at_1000():
+    dmd, fake = LossRecipe().dmd.levels.entries(), LossRecipe().fake.levels.entries()
+    assert (len(dmd), round(dmd[0])) == (16, 790)
+    assert (len(fake), fake[0]) == (28, 1000.0)
+    assert fake[12:] == dmd
+
+
+def test_the_papers_levels_of_mmd_are_drawn_uniformly_from_0_to_600():
+    levels = MmdRecipe().levels
+    assert (levels.draw, levels.low, levels.high, levels.entries()) == ("uniform", 0, 600, ())
+
+
+def test_the_nearest_word_is_offered_or_else_all_there_are():
+    assert nearest("mini-mdm", ["mini", "mini-mmd"]) == "did you mean 'mini-mmd'?"
+    assert nearest("qqq", ["mini", "mini-mmd"]) == "known are: mini, mini-mmd."
