@@ -11,17 +11,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "scalewise"
-FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
+FILES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))
+}
 
-# A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as long as
-# no circle arises. A package stands for all of its files, which are free among themselves.
+# A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as
+# long as no circle arises. A package stands for all of its files, which are free among themselves.
 RANKS = {
     0: {"scales", "noise", "losses", "rng", "parallel", "checkpoint", "console", "pictures", "mini"},
     1: {"recipe", "spectrum", "taps", "roles", "heads", "models"},
     2: {"backbone", "data", "lora", "recipes"},
     3: {"sampling", "distill"},
     4: {"batches", "teacher"},
-    5: {"trainer", "build", "runs", "contenders", "evaluate", "metrics", "bench", "study", "report", "pipelines"},
+    5: {
+        "trainer",
+        "build",
+        "runs",
+        "contenders",
+        "evaluate",
+        "metrics",
+        "bench",
+        "study",
+        "report",
+        "pipelines",
+    },
     6: {"commands", "demo"},
     7: {"cli"},
     8: {"__main__"},
@@ -152,7 +165,17 @@ def test_nothing_is_ever_unpickled():
             elif isinstance(node, ast.ImportFrom):
                 assert (node.module or "").split(".")[0] not in forbidden, file
                 assert node.module != "torch" or not {a.name for a in node.names} & {"load", "save"}, file
-    unsafe = {"torch.load", "torch.save", "np.load", "numpy.load", "torch.hub.load", "yaml.load", "yaml.unsafe_load", "eval", "exec"}
+    unsafe = {
+        "torch.load",
+        "torch.save",
+        "np.load",
+        "numpy.load",
+        "torch.hub.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "eval",
+        "exec",
+    }
     assert [(where, name) for where, name in calls() if name in unsafe] == []
 
 

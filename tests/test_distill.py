@@ -78,7 +78,9 @@ def separate_model(step: DistillStep, role: str | None) -> SD3:
     if role is None:
         return copy
     weights = step.backbone.roles.state(role)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=list(copy.lora_targets)), copy.denoiser, "own")
+    inject_adapter_in_model(
+        LoraConfig(r=4, lora_alpha=4, target_modules=list(copy.lora_targets)), copy.denoiser, "own"
+    )
     for name, parameter in copy.denoiser.named_parameters():
         if ".own." in name:
             parameter.data = weights[name.replace(".own.", ".")].clone()
@@ -113,7 +115,9 @@ def mmd_written_out(mmd, real, fake) -> torch.Tensor:
     if mmd.whole_batch:
         return ((fake.mean((0, 1)) - real.mean((0, 1))) ** 2).sum()
     distance = fake.mean(1) - real.mean(1)
-    return (distance**2).sum() if mmd.penalty == "squared" else ((distance**2 + mmd.c**2).sqrt() - mmd.c).mean()
+    return (
+        (distance**2).sum() if mmd.penalty == "squared" else ((distance**2 + mmd.c**2).sqrt() - mmd.c).mean()
+    )
 
 
 def joint_student_loss(loss: LossRecipe, batch: Batch, rng, student, fake, teacher, head) -> torch.Tensor:
@@ -237,7 +241,7 @@ def test_a_step_leaves_the_base_without_gradients_and_as_the_teacher(make_step, 
 
 
 def by_hand(step: DistillStep, batch: Batch, term) -> dict[str, torch.Tensor | None]:
-    """Gradients of one term alone: x0 by the student, the term's gradient in x0, and that through the student."""
+    """Gradients of one term alone: the student's x0, the term's gradient in it, and back through the student."""
     rng, t = generator(3), torch.full((4,), batch.t)
     x_t = step.process.add_noise(batch.source, torch.randn(batch.source.shape, generator=rng), t)
     x0 = step.backbone.predict_x0(x_t, t, batch.cond, role="student")
@@ -320,7 +324,9 @@ def broken(x: torch.Tensor) -> torch.Tensor:
         ("paper", "fake_step", "target", "fake/discriminator"),
     ],
 )
-def test_a_term_that_is_not_finite_is_named_and_leaves_no_gradient(make_step, batch, name, compute, field, term):
+def test_a_term_that_is_not_finite_is_named_and_leaves_no_gradient(
+    make_step, batch, name, compute, field, term
+):
     step = make_step(LOSSES[name])
     with pytest.raises(LossError, match=f"'{term}' became nan") as raised:
         getattr(step, compute)(replace(batch, **{field: broken(getattr(batch, field))}), generator(3))
@@ -335,7 +341,9 @@ def test_shares_of_a_gradient_add_up_to_the_whole(make_step, batch, compute, rol
     whole, parts = make_step(LOSSES["paper"]), make_step(LOSSES["paper"])
     numbers = getattr(whole, compute)(batch, generator(3))
     for _ in range(2):  # halves are exact in binary
-        assert getattr(parts, compute)(batch, generator(3), share=0.5) == numbers  # what is reported is not scaled
+        assert (
+            getattr(parts, compute)(batch, generator(3), share=0.5) == numbers
+        )  # what is reported is not scaled
     assert all(torch.equal(gradients(parts, role)[k], v) for k, v in gradients(whole, role).items())
     if role == "fake":
         heads = zip(parts.head.parameters(), whole.head.parameters(), strict=True)

@@ -29,7 +29,9 @@ def eq_1(real: torch.Tensor, fake: torch.Tensor, kernel, *, unbiased: bool) -> f
     """MMD^2 of one image's tokens, pair by pair: E k(r, r') + E k(f, f') - 2 E k(r, f)."""
 
     def mean(xs, ys, *, skip_self):
-        pairs = [kernel(x, y) for i, x in enumerate(xs) for j, y in enumerate(ys) if not (skip_self and i == j)]
+        pairs = [
+            kernel(x, y) for i, x in enumerate(xs) for j, y in enumerate(ys) if not (skip_self and i == j)
+        ]
         return sum(pairs) / len(pairs)
 
     own = mean(real, real, skip_self=unbiased) + mean(fake, fake, skip_self=unbiased)
@@ -93,7 +95,9 @@ def test_images_are_compared_with_their_own_counterpart_unless_the_whole_batch_i
 def test_the_huber_penalty_is_quadratic_near_0_and_absolute_far_from_it(real):
     c = 0.01
     near, far = real + 1e-4, real + 10.0
-    assert losses.mmd_linear(real, near, penalty="huber", c=c).item() == pytest.approx(1e-8 / (2 * c), rel=0.05)
+    assert losses.mmd_linear(real, near, penalty="huber", c=c).item() == pytest.approx(
+        1e-8 / (2 * c), rel=0.05
+    )
     assert losses.mmd_linear(real, far, penalty="huber", c=c).item() == pytest.approx(10 - c, rel=1e-4)
 
 
@@ -146,7 +150,8 @@ class Mixture:
 
 @pytest.mark.parametrize("sigma", [0.3, 0.6, 0.79])
 def test_the_dmd_direction_is_the_difference_of_the_scores_of_two_gaussian_mixtures(sigma):
-    # Tweedie: E[x0 | x_t] = (x_t + sigma^2 score) / alpha, so p_real - p_fake = sigma^2 / alpha (s_fake - s_real).
+    # Tweedie: E[x0 | x_t] = (x_t + sigma^2 score) / alpha, so p_real - p_fake is
+    # sigma^2 / alpha (score_fake - score_real).
     real = Mixture([0.5, 0.5], [[-2.0, 0.0, 1.0], [2.0, 1.0, 0.0]], 0.4)
     fake = Mixture([0.2, 0.8], [[-1.0, 0.5, 0.5], [1.5, 0.0, 0.0]], 0.7)
     x, eps = draw(64, 3).double(), draw(64, 3, seed=1).double()
@@ -154,7 +159,9 @@ def test_the_dmd_direction_is_the_difference_of_the_scores_of_two_gaussian_mixtu
     gradient = losses.dmd_gradient(x, real.x0(x_t, sigma), fake.x0(x_t, sigma))
     scores = fake.score(x_t, sigma) - real.score(x_t, sigma)
     scale = (x - real.x0(x_t, sigma)).abs().mean(1, keepdim=True)
-    torch.testing.assert_close(gradient.double(), sigma**2 / (1 - sigma) * scores / scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient.double(), sigma**2 / (1 - sigma) * scores / scale, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_descending_the_dmd_gradient_moves_samples_towards_the_real_distribution():

@@ -131,7 +131,9 @@ def test_released_parts_are_freed(model, part):
 
 def test_prompts_too_long_are_warned_of_and_shorter_ones_are_not(model):
     long = "a very long caption about a red apple and a dog and a rocket"
-    with pytest.warns(UserWarning, match=r"'a very long caption.*tokens, but the text encoder reads \d+") as caught:
+    with pytest.warns(
+        UserWarning, match=r"'a very long caption.*tokens, but the text encoder reads \d+"
+    ) as caught:
         cond = model.encode_prompts(["a dog", long])
     assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
     assert len(cond) == 2
@@ -144,7 +146,9 @@ def test_a_prompts_condition_does_not_depend_on_its_neighbours(model):
     together, alone = model.encode_prompts(PROMPTS), model.encode_prompts(PROMPTS[1:])
     for key, value in together[1].tensors.items():
         torch.testing.assert_close(value, alone.tensors[key], rtol=1e-4, atol=1e-5)
-    assert any(not torch.allclose(v, together[0].tensors[k], atol=1e-2) for k, v in together[1].tensors.items())
+    assert any(
+        not torch.allclose(v, together[0].tensors[k], atol=1e-2) for k, v in together[1].tensors.items()
+    )
 
 
 def test_conditions_are_picked_joined_repeated_and_cast_along_the_batch():
@@ -203,7 +207,9 @@ def test_every_lora_target_matches_a_layer_of_every_block(model):
         assert any(name.endswith("." + target) for name in adapted), target
     for index in range(model.blocks):
         inside = [n for n, m in model.block(index).named_modules() if hasattr(m, "lora_A")]
-        assert {t for t in model.lora_targets if any(n.endswith(t) for n in inside)} == set(model.lora_targets)
+        assert {t for t in model.lora_targets if any(n.endswith(t) for n in inside)} == set(
+            model.lora_targets
+        )
 
 
 def test_gradient_checkpointing_calls_the_given_function_once_a_block(model):
@@ -250,7 +256,9 @@ class Trap:
 
 
 @pytest.mark.parametrize("component", ["denoiser", "text_encoder", "vae"])
-def test_folders_that_hold_pickles_only_are_refused_and_the_pickles_are_never_opened(folder, tmp_path, component):
+def test_folders_that_hold_pickles_only_are_refused_and_the_pickles_are_never_opened(
+    folder, tmp_path, component
+):
     weights = weights_of(folder, component)
     weights.unlink()
     for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
@@ -304,5 +312,5 @@ def test_a_model_that_the_hub_does_not_know_is_refused_with_its_answer(monkeypat
         raise OSError("401 Client Error\nmore")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
-    with pytest.raises(ModelError, match="'nobody/nothing'.*401 Client Error Give a folder.*gated"):
+    with pytest.raises(ModelError, match=r"'nobody/nothing'.*401 Client Error Give a folder.*gated"):
         family_of("nobody/nothing")

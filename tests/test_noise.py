@@ -8,7 +8,9 @@ from diffusers import DDPMScheduler
 
 from scalewise.noise import FlowMatching, NoiseProcess, VariancePreserving, per_sample
 
-SDXL = DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SDXL = DDPMScheduler(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 PROCESSES = [FlowMatching(), VariancePreserving(SDXL.alphas_cumprod)]
 
 
@@ -28,7 +30,9 @@ def t() -> torch.Tensor:
 
 def test_x0_and_prediction_are_each_others_inverse(process, t):
     x_t, prediction, x0 = draw(4, 3, 5, 6), draw(4, 3, 5, 6, seed=1), draw(4, 3, 5, 6, seed=2)
-    torch.testing.assert_close(process.prediction(process.x0(prediction, x_t, t), x_t, t), prediction, atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        process.prediction(process.x0(prediction, x_t, t), x_t, t), prediction, atol=2e-3, rtol=0
+    )
     torch.testing.assert_close(process.x0(process.prediction(x0, x_t, t), x_t, t), x0, atol=1e-5, rtol=0)
 
 

@@ -123,5 +123,5 @@ def test_more_processes_than_gpus_is_said_with_the_remedy(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="Process 3 .* there are 2. Start torchrun with --nproc-per-node 2"):
+    with pytest.raises(ValueError, match=r"Process 3 .* there are 2. Start torchrun with --nproc-per-node 2"):
         parallel.init_from_env("cuda")

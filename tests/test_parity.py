@@ -51,7 +51,9 @@ def test_the_discriminator_head_and_both_gan_losses_are_reproduced(head):
     fake, real = head(TENSORS["mmd.fake"]), head(TENSORS["mmd.real"])
     assert fake.shape == (3, 1)
     assert losses.gan_generator(fake).item() == pytest.approx(NUMBERS["gan.generator"], rel=1e-6)
-    assert losses.gan_discriminator(fake, real).item() == pytest.approx(NUMBERS["gan.discriminator"], rel=1e-6)
+    assert losses.gan_discriminator(fake, real).item() == pytest.approx(
+        NUMBERS["gan.discriminator"], rel=1e-6
+    )
 
 
 def test_features_of_two_blocks_are_judged_by_the_average_of_their_logits(head):

@@ -66,7 +66,11 @@ def test_fresh_noise_is_drawn_at_every_call_and_is_gaussian():
 
 
 def test_a_permutation_is_one_of_all_numbers_and_a_function_of_its_key():
-    one, same, other = permutation(50, 0, "pass", 0), permutation(50, 0, "pass", 0), permutation(50, 0, "pass", 1)
+    one, same, other = (
+        permutation(50, 0, "pass", 0),
+        permutation(50, 0, "pass", 0),
+        permutation(50, 0, "pass", 1),
+    )
     assert sorted(one.tolist()) == list(range(50))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

@@ -33,7 +33,7 @@ def gradients(backbone: Backbone, role: str) -> dict[str, torch.Tensor | None]:
 
 
 def backward(backbone: Backbone, question, role: str, *, between: str | None = None):
-    """Gradients of a role; `between` is switched to after the forward pass and kept during the backward pass."""
+    """Gradients of a role; `between` is switched to after the forward pass and kept during the backward."""
     x0 = backbone.predict_x0(*question, role=role)
     loss = (x0 * draw(*x0.shape, seed=3)).sum()
     if between is None:
@@ -87,7 +87,9 @@ def test_a_new_role_changes_nothing_and_starts_the_same_for_the_same_seed(questi
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("between", ["fake", "teacher"])
-def test_gradients_survive_a_role_switch_between_forward_and_backward(make_backbone, question, checkpointing, between):
+def test_gradients_survive_a_role_switch_between_forward_and_backward(
+    make_backbone, question, checkpointing, between
+):
     # peft's own switch loses all gradients here, and a block recomputed under another role gives wrong ones.
     expected = backward(make_backbone("student", "fake"), question, "student")
     backbone = make_backbone("student", "fake")
@@ -147,7 +149,10 @@ def test_roles_nest_and_come_back_after_an_exception(backbone, question):
 
 def test_an_unknown_role_is_refused_with_those_there_are_and_changes_nothing(backbone):
     with backbone.roles.role("student"):
-        with pytest.raises(ValueError, match=r"no role 'critic'.*'teacher', 'student', 'fake'"), backbone.roles.role("critic"):
+        with (
+            pytest.raises(ValueError, match=r"no role 'critic'.*'teacher', 'student', 'fake'"),
+            backbone.roles.role("critic"),
+        ):
             pass
         assert backbone.roles.current == "student"
     with pytest.raises(ValueError, match=r"no role 'teacher'; trained roles are \['student', 'fake'\]"):
@@ -199,7 +204,9 @@ def test_a_roles_strength_is_alpha_over_rank(make_backbone, question):
         for name, parameter in double.parameters("student").items():
             if "lora_B" in name:
                 parameter /= 2
-    torch.testing.assert_close(double.predict_x0(*question, role="student"), plain.predict_x0(*question, role="student"))
+    torch.testing.assert_close(
+        double.predict_x0(*question, role="student"), plain.predict_x0(*question, role="student")
+    )
 
 
 def test_a_roles_weights_can_be_taken_out_and_put_back(make_backbone, question):
@@ -223,7 +230,9 @@ def test_a_lora_for_another_base_or_other_targets_is_refused(make_backbone):
     backbone = make_backbone("student")
     state = backbone.roles.state("student")
     fewer = {k: v for k, v in state.items() if "transformer_blocks.3." not in k}
-    with pytest.raises(ValueError, match=r"12 of 76 weights are missing.*transformer_blocks\.3\..*another base"):
+    with pytest.raises(
+        ValueError, match=r"12 of 76 weights are missing.*transformer_blocks\.3\..*another base"
+    ):
         backbone.roles.load("student", fewer)
     more = state | {"transformer_blocks.4.attn.to_q.lora_A.weight": torch.zeros(4, 16)}
     with pytest.raises(ValueError, match=r"1 are unexpected \(for example transformer_blocks\.4\.attn"):
@@ -231,7 +240,9 @@ def test_a_lora_for_another_base_or_other_targets_is_refused(make_backbone):
     key = "transformer_blocks.3.attn.to_q.lora_A.weight"
     state = {k: v + 1 for k, v in state.items()}
     before = backbone.roles.state("student")
-    with pytest.raises(ValueError, match=rf"{key} is \[4, 32\] in the file and \[4, 16\] here; it was made for another base"):
+    with pytest.raises(
+        ValueError, match=rf"{key} is \[4, 32\] in the file and \[4, 16\] here; it was made for another base"
+    ):
         backbone.roles.load("student", state | {key: torch.zeros(4, 32)})
     # A refused file leaves the role as it was.
     assert all(torch.equal(backbone.parameters("student")[k], v) for k, v in before.items())

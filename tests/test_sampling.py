@@ -26,6 +26,15 @@ class Recorder:
         return self.answer(x_t)
 
 
+def ask_diffusers(model: SD3, noise: torch.Tensor, **options) -> torch.Tensor:
+    """What diffusers' own pipeline makes of the same noise: latents, or pictures."""
+    height, width = (model.vae_factor * size for size in noise.shape[-2:])
+    options = {"output_type": "latent", "max_sequence_length": model.max_sequence_length} | options
+    return model.pipeline(
+        PROMPTS, negative_prompt=["", ""], latents=noise, height=height, width=width, **options
+    ).images
+
+
 def silence(shape, device="cpu") -> torch.Tensor:
     return torch.zeros(2, *shape)
 
@@ -40,32 +49,26 @@ def test_the_teacher_samples_what_diffusers_pipeline_samples(make_backbone, heig
     backbone, scale, seeds = make_backbone("student"), Scale(1, height, width), [3, 4]
     cond, uncond = backbone.model.encode_prompts(PROMPTS), backbone.model.encode_prompts([""])
     ours = last(teacher_steps(backbone, scale, cond, seeds, steps=5, guidance=guidance, uncond=uncond))
-    theirs = SD3.tiny()  # one without adapters
-    result = theirs.pipeline(
-        PROMPTS, negative_prompt=["", ""], latents=SampleNoise(seeds)((4, height, width)), num_inference_steps=5,
-        guidance_scale=guidance, height=2 * height, width=2 * width, output_type="latent",
-        max_sequence_length=theirs.max_sequence_length,
-    )  # fmt: skip
+    noise = SampleNoise(seeds)((4, height, width))
+    theirs = ask_diffusers(SD3.tiny(), noise, num_inference_steps=5, guidance_scale=guidance)
     assert ours.shape == (2, 4, height, width)
-    torch.testing.assert_close(ours, result.images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_decoded_pictures_are_those_of_diffusers_pipeline(model):
-    latents = SampleNoise([0, 1])((4, 8, 12))
-    theirs = model.pipeline(
-        PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=1.0, height=16, width=24, output_type="pt",
-        max_sequence_length=model.max_sequence_length,
-    ).images  # fmt: skip
-    final = model.pipeline(
-        PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=1.0, height=16, width=24,
-        output_type="latent", max_sequence_length=model.max_sequence_length,
-    ).images  # fmt: skip
-    torch.testing.assert_close((model.decode(final) + 1) / 2, theirs, rtol=1e-5, atol=1e-5)
+    noise = SampleNoise([0, 1])((4, 8, 12))
+    latents = ask_diffusers(model, noise, num_inference_steps=2, guidance_scale=1.0)
+    pictures = ask_diffusers(model, noise, num_inference_steps=2, guidance_scale=1.0, output_type="pt")
+    torch.testing.assert_close((model.decode(latents) + 1) / 2, pictures, rtol=1e-5, atol=1e-5)
 
 
 def test_the_ode_sampler_follows_the_straight_path_of_a_known_x0():
     truth = SampleNoise([8, 9])((3, 4, 6))
-    steps = list(sample_ode(lambda x_t, t: truth, [1.0, 0.7, 0.2, 0.0], Scale(1, 4, 6), SampleNoise([0, 1]), channels=3))
+    steps = list(
+        sample_ode(
+            lambda x_t, t: truth, [1.0, 0.7, 0.2, 0.0], Scale(1, 4, 6), SampleNoise([0, 1]), channels=3
+        )
+    )
     assert [i for i, _ in steps] == [0, 1, 2]
     recorder = Recorder(lambda x_t: truth)
     last(sample_ode(recorder, [1.0, 0.7, 0.2, 0.0], Scale(1, 4, 6), SampleNoise([0, 1]), channels=3))
@@ -80,7 +83,9 @@ def test_one_step_is_one_prediction_from_pure_noise(make_backbone):
     cond = backbone.model.encode_prompts(PROMPTS)
     steps = list(student_steps(backbone, schedule, cond, [3, 4]))
     with torch.no_grad():
-        x0 = backbone.predict_x0(SampleNoise([3, 4])((4, 8, 12)), torch.full((2,), 1000.0), cond, role="student")
+        x0 = backbone.predict_x0(
+            SampleNoise([3, 4])((4, 8, 12)), torch.full((2,), 1000.0), cond, role="student"
+        )
     assert [i for i, _ in steps] == [0]
     assert torch.equal(steps[0][1], x0)
 
@@ -90,7 +95,9 @@ def test_a_constant_schedule_is_plain_multistep_sampling(make_backbone):
     schedule = ScaleSchedule.build([1000, 895.9, 602.1], [8, 8, 8])
     cond, noise = backbone.model.encode_prompts(PROMPTS), SampleNoise([3, 4])
     x = noise((4, 8, 8))
-    found = {role: list(student_steps(backbone, schedule, cond, [3, 4], role=role)) for role in ("student", "fake")}
+    found = {
+        role: list(student_steps(backbone, schedule, cond, [3, 4], role=role)) for role in ("student", "fake")
+    }
     with torch.no_grad():
         for i, t in enumerate([1000.0, 895.9, 602.1]):
             x0 = backbone.predict_x0(x, torch.full((2,), t), cond, role="student")
@@ -126,7 +133,9 @@ def test_fresh_noise_is_added_after_every_step_also_when_the_scale_stays(scales)
     expected = SampleNoise([0, 1])
     for (x_t, _), scale, sigma in zip(predict.asked, scales, [1.0, 0.8, 0.6], strict=True):
         eps = expected((3, *Scale.parse(scale).size))
-        torch.testing.assert_close(x_t, sigma * eps)  # noised after upscaling: unsmoothed, and new at each step
+        torch.testing.assert_close(
+            x_t, sigma * eps
+        )  # noised after upscaling: unsmoothed, and new at each step
 
 
 def test_video_grows_in_time_too():

@@ -130,7 +130,12 @@ def test_a_schedule_is_carried_over_to_a_non_square_size_axis_by_axis():
     wide = schedule.for_size(Scale(1, 16, 24))
     assert [str(s) for s in wide.scales] == ["8x12", "10x15", "12x18", "16x24"]
     assert wide.timesteps == schedule.timesteps
-    assert [str(s) for s in schedule.for_size(Scale(1, 24, 8), patch=2).scales] == ["12x4", "16x4", "18x6", "24x8"]
+    assert [str(s) for s in schedule.for_size(Scale(1, 24, 8), patch=2).scales] == [
+        "12x4",
+        "16x4",
+        "18x6",
+        "24x8",
+    ]
     assert schedule.for_size(schedule.full) == schedule
 
 
@@ -155,7 +160,12 @@ def test_a_schedule_for_another_size_fits_the_patch_and_never_shrinks():
         ((1000, 945, 896, 790, 737, 602), (32, 48, 64, 80, 96, 128), 9856, 24576),  # SD3.5 Medium
         ((1000, 896, 737, 602), (64, 80, 96, 128), 9024, 16384),  # SD3.5 Large
         ((1000, 945, 790, 602), (32, 64, 96, 128), 7680, 16384),  # FLUX.1-dev
-        ((1000, 896, 737, 602), ("6x20x34", "11x30x52", "16x40x70", "21x60x104"), 49270, 131040),  # Wan2.1-1.3B
+        (
+            (1000, 896, 737, 602),
+            ("6x20x34", "11x30x52", "16x40x70", "21x60x104"),
+            49270,
+            131040,
+        ),  # Wan2.1-1.3B
     ],
 )
 def test_token_counts_of_the_papers_set_ups(timesteps, scales, tokens, full):
@@ -176,7 +186,9 @@ def test_upscaling_is_bicubic_without_aligned_corners_and_keeps_height_and_width
     x0 = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     up = upscale_latents(x0, Scale(1, 6, 12))
     assert up.shape == (2, 3, 6, 12)
-    assert torch.equal(up, F.interpolate(x0, size=(6, 12), mode="bicubic", align_corners=False, antialias=False))
+    assert torch.equal(
+        up, F.interpolate(x0, size=(6, 12), mode="bicubic", align_corners=False, antialias=False)
+    )
     assert not torch.allclose(up, F.interpolate(x0, size=(6, 12), mode="bicubic", align_corners=True))
 
 

@@ -62,7 +62,9 @@ def assert_bit_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
         assert torch.equal(one[key], other[key]), key
 
 
-@pytest.mark.parametrize("extra", [[], ["loss.dmd.weight=0", "loss.gan.weight=0", "loss.mmd.features=teacher"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["loss.dmd.weight=0", "loss.gan.weight=0", "loss.mmd.features=teacher"]]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     recipe: Recipe, tmp_path: Path, extra: list[str]
 ) -> None:
@@ -74,7 +76,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     assert any("average" in key for key in whole) and any("optimizer" in key for key in whole)
     assert_bit_equal(whole, halves)
     log = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in map(json.loads, (tmp_path / n / "log.jsonl").open())]
+        [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in map(json.loads, (tmp_path / n / "log.jsonl").open())
+        ]
         for n in ("whole", "halves")
     ]
     assert log[0] == log[1] and len(log[0]) == 6
@@ -87,8 +92,11 @@ def run_as_a_process(recipe: Recipe, out: Path, *, resume: bool = False) -> subp
     command = [sys.executable, "-m", "scalewise", "distill", str(file), "--out", str(out)]
     return subprocess.Popen(
         [*command, "--resume"] if resume else command,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def wait_for_iteration(out: Path, iteration: int, process: subprocess.Popen[str]) -> None:
@@ -143,7 +151,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
     assert all(torch.isfinite(v).all() for v in state["student"].values())
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
     with pytest.raises(ValueError, match=r"optimizer\.lr is 0\.0003 there and 0\.5 here"):
         train(recipe.override(["optimizer.lr=0.5"]), tmp_path, resume=True)
@@ -169,8 +179,19 @@ def test_a_run_leaves_recipe_versions_log_samples_and_a_student_with_its_schedul
 
 def test_every_loss_of_every_role_is_logged(recipe: Recipe, tmp_path: Path) -> None:
     rows = train(recipe.override(["train.iterations=1"]), tmp_path)
-    expected = {"mmd", "dmd", "gan", "fake/denoising", "fake/discriminator", "student/gradient_norm",
-                "fake/gradient_norm", "x0/mean", "x0/std", "x0/beyond_4_sigma", "seconds"}  # fmt: skip
+    expected = {
+        "mmd",
+        "dmd",
+        "gan",
+        "fake/denoising",
+        "fake/discriminator",
+        "student/gradient_norm",
+        "fake/gradient_norm",
+        "x0/mean",
+        "x0/std",
+        "x0/beyond_4_sigma",
+        "seconds",
+    }
     assert expected <= rows[-1].keys()
 
 

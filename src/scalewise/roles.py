@@ -80,7 +80,7 @@ class Roles:
         return found
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Parameters of a role by name, e.g. "transformer_blocks.0.attn.to_q.lora_A.weight"; never by flag."""
+        """Parameters of a role by name, as "transformer_blocks.0.attn.to_q.lora_A.weight"; never by flag."""
         if name not in self._parameters:
             raise ValueError(f"There is no role {name!r}; trained roles are {list(self.names)}.")
         return self._parameters[name]
@@ -92,7 +92,7 @@ class Roles:
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
-        """Run what is inside under a role; the role before comes back, also after an exception. Re-entrant."""
+        """Run what is inside under a role; the one before comes back, also after an exception. Re-entrant."""
         before = self._now
         self._switch(name)
         try:
@@ -119,7 +119,7 @@ class Roles:
         self._now = name
 
     def checkpointing(self) -> Callable[..., Any]:
-        """Return a gradient-checkpointing function that recomputes every block under the role of its forward."""
+        """Return a gradient-checkpointing function that recomputes a block under the role of its forward."""
 
         def run(block: nn.Module, *inputs: Any) -> Any:
             name = self._now
@@ -145,7 +145,8 @@ class Roles:
             example = sorted(missing or unexpected)[0]
             raise ValueError(
                 f"The LoRA does not fit this model: {len(missing)} of {len(own)} weights are missing and "
-                f"{len(unexpected)} are unexpected (for example {example}); it was made for another base or other targets."
+                f"{len(unexpected)} are unexpected (for example {example}); "
+                "it was made for another base or other targets."
             )
         for key, parameter in own.items():
             if parameter.shape != tensors[key].shape:

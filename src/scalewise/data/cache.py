@@ -165,7 +165,8 @@ def _warn_of_enlarging(buckets: dict[Scale, list[ImageEntry]], factor: int) -> N
         for image in images
     )
     if small:
-        warnings.warn(f"{small} images are smaller than their size here: enlarging blurs them.", stacklevel=3)
+        total = sum(map(len, buckets.values()))
+        warnings.warn(f"{small} of {total} images are smaller than the size they get: blurred.", stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def disk_full_explained(folder: Path, needed: int, safe: str) -> Iterator[None]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with disk_full_explained(path.parent, len(text), "What was finished before is safe"):
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What every model family answers: how to load it, encode prompts and pixels, and predict at a noise level."""
+"""What every model family answers: how it is loaded, encodes prompts and pixels, predicts at a noise level."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scalewise.report.words import duration, findings, milliseconds, show, timin
 STYLE = Path(__file__).with_name("style.css")
 # Nothing may be fetched, whatever a caption or a recipe contains.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-CONTENT_WIDTH, NAMES_WIDTH, GAP = 1180, 118, 6
+CONTENT_WIDTH, NAMES_WIDTH, GAP = 1180, 108, 6
 PARTS = {"text": "text encoder", "denoiser": "denoiser", "vae": "VAE"}
 
 
@@ -95,8 +96,11 @@ def side_by_side(content: ReportContent) -> str:
         return ""
     width = zoom(content.columns[0].images[0])[0]
     fit = max(1, (CONTENT_WIDTH - NAMES_WIDTH) // (width + GAP))
-    bands = [_band(content, range(start, min(start + fit, len(content.prompts))), width)
-             for start in range(0, len(content.prompts), fit)]  # fmt: skip
+    count = len(content.prompts)
+    each = ceil(count / ceil(count / fit))  # bands of about equal length
+    bands = [
+        _band(content, range(start, min(start + each, count)), width) for start in range(0, count, each)
+    ]
     lead = "The same prompt and the same seed in every column. Nothing was selected after drawing."
     return section("Side by side", lead, *bands)
 
@@ -134,7 +138,8 @@ def growth(content: ReportContent) -> str:
 def _grown(picture: np.ndarray, label: str, prompt: str) -> str:
     height, width = picture.shape[:2]
     image = embed(picture, alt=f"{prompt}, {width} by {height} pixels, {label}", smallest=1)
-    return f'<div style="--side:{zoom(picture, 1)[0]}">{image}<small>{escape(label)}<br>{width} px</small></div>'
+    lines = "<br>".join(escape(part) for part in [f"{width} px", *label.split(", ")])
+    return f'<div style="--side:{zoom(picture, 1)[0]}">{image}<small>{lines}</small></div>'
 
 
 def quality(content: ReportContent) -> str:

@@ -1,0 +1,225 @@
+"""The command line as a user meets it: one clear sentence for an error, a non-zero code, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_trainer import run_as_a_process, wait_for_iteration
+from tiny_run import PROMPTS, make_tiny
+
+from scalewise import checkpoint
+from scalewise.cli import main
+from scalewise.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def recipe_file(recipe: Recipe, tmp_path: Path) -> str:
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml())
+    return str(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]):
+    """Run the command line in this process: (exit code, all it printed on one line)."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        printed = capfd.readouterr()
+        return int(ended.value.code or 0), " ".join((printed.out + printed.err).split())
+
+    return call
+
+
+def test_every_command_has_help_with_an_example(run) -> None:
+    code, text = run("--help")
+    assert code == 0 and all(
+        w in text for w in ("demo", "generate", "distill", "sample", "evaluate", "recipes")
+    )
+    for command in ("generate", "distill", "sample", "evaluate", "recipes"):
+        code, text = run(command, "--help")
+        assert code == 0 and "Example" in text and "scalewise " in text, command
+
+
+def test_a_recipe_is_printed_as_yaml_that_reads_back(run, tmp_path: Path) -> None:
+    completed = subprocess.run(
+        [sys.executable, "-m", "scalewise", "recipes", "mini"], capture_output=True, text=True, check=True
+    )
+    (tmp_path / "mine.yaml").write_text(completed.stdout)
+    assert Recipe.from_yaml(tmp_path / "mine.yaml").name == "mini"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["distill", "minni"], "did you mean 'mini'?"),
+        (["distill", "mini", "loss.mmd.kernl=rbf"], "did you mean 'loss.mmd.kernel'?"),
+        (["distill", "mini", "train.iterations"], "needs the form key=value"),
+        (["distill", "mini", "train.batch=0"], "train.batch = 0"),
+        (["distill", "mini", "schedule.timesteps=[1000,900,950,600]"], "timesteps must fall"),
+        (["distill", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
+        (["sample", "a dog", "--student", "nowhere"], "There is no student at nowhere"),
+        (["sample", "a dog", "--student", "setup.bin"], "There is no student at setup.bin"),
+        (
+            ["distill", "mini", "model.base=nowhere/at-all", "--dry-run"],
+            "Cannot find the model 'nowhere/at-all'",
+        ),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence_and_a_non_zero_code(run, arguments: list[str], said: str) -> None:
+    code, text = run(*arguments)
+    assert code == 1 and text.startswith("Error:") and said in text and "Traceback" not in text
+
+
+def test_a_schedule_that_does_not_fit_the_model_is_refused(run, recipe_file: str) -> None:
+    code, text = run("distill", recipe_file, "schedule.scales=['5','6','6','8']", "--dry-run")
+    assert code == 1 and "5x5 is not divisible by the patch size 2" in text
+    code, text = run("distill", recipe_file, "schedule.scales=['4','6','6','64']", "--dry-run")
+    assert code == 1 and "24x24, the largest this model has positions for" in text
+    code, text = run("distill", recipe_file, "loss.feature_block=7", "--dry-run")
+    assert code == 1 and "blocks 0 to 3" in text
+
+
+def test_scales_that_the_set_lacks_are_named(run, recipe_file: str, tmp_path: Path) -> None:
+    code, text = run("distill", recipe_file, "schedule.scales=['2','6','6','8']", "--out", tmp_path / "run")
+    assert code == 1 and "no latents at 2x2; it has 4x4, 6x6, 8x8" in text
+
+
+def test_an_empty_or_unreadable_data_folder_is_explained(run, recipe_file: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, text = run("distill", recipe_file, f"data.path={tmp_path / 'empty'}", "--out", tmp_path / "run")
+    assert code == 1 and str(tmp_path / "empty") in text.replace(" ", "") and "image" in text
+    code, text = run("distill", recipe_file, f"data.path={tmp_path / 'gone'}", "--out", tmp_path / "run2")
+    assert code == 1 and "gone" in text
+
+
+def test_a_corrupt_shard_is_named(run, recipe: Recipe, recipe_file: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    code, _ = run(
+        "generate", recipe_file, "--prompts", tmp_path / "p.txt", "--count", 8, "--out", tmp_path / "s"
+    )
+    assert code == 0
+    shard = next((tmp_path / "s").glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(content)
+    code, text = run("distill", recipe_file, f"data.path={tmp_path / 's'}", "--out", tmp_path / "run")
+    assert code == 1 and shard.name in text and "generate" in text
+
+
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+    run, recipe_file: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert run("distill", recipe_file, "train.iterations=4", "--out", out)[0] == 0
+    newest = out / "checkpoints" / "step-000004" / "tensors.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    code, text = run("distill", recipe_file, "train.iterations=6", "--out", out, "--resume")
+    assert code == 0 and "step-000004" in text
+    assert checkpoint.latest(out / "checkpoints") == out / "checkpoints" / "step-000006"
+
+
+def test_an_overlong_prompt_is_drawn_with_a_warning(run, recipe_file: str, tmp_path: Path) -> None:
+    assert run("distill", recipe_file, "train.iterations=1", "--out", tmp_path / "run")[0] == 0
+    code, text = run("sample", "a dog " * 40, "--student", tmp_path / "run", "--out", tmp_path / "pictures")
+    assert code == 0 and "Warning:" in text and "the text encoder reads 24" in text
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    long = recipe.override(["train.iterations=100000", "train.checkpoint_every=100000"])
+    process = run_as_a_process(long, tmp_path / "run")
+    wait_for_iteration(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "SIGINT" in output
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_generate_goes_on_and_does_not_depend_on_the_batch_size(
+    run, recipe_file: str, tmp_path: Path
+) -> None:
+    from scalewise.data import LatentSet
+
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    for name, batch in (("one", 1), ("many", 4)):
+        code, _ = run(
+            "generate",
+            recipe_file,
+            "--prompts",
+            tmp_path / "p.txt",
+            "--count",
+            6,
+            "--batch",
+            batch,
+            "--out",
+            tmp_path / name,
+        )
+        assert code == 0
+    one, many = (LatentSet.open(tmp_path / name) for name in ("one", "many"))
+    for scale in one.scales:
+        difference = (one.latents(range(6), scale) - many.latents(range(6), scale)).abs().max()
+        assert difference < 5e-3, "float16 rounding only"
+    code, text = run(
+        "generate",
+        recipe_file,
+        "--prompts",
+        tmp_path / "p.txt",
+        "--count",
+        6,
+        "--seed",
+        1,
+        "--out",
+        tmp_path / "one",
+    )
+    assert code == 1 and "seed" in text
+
+
+def test_an_image_folder_trains_as_well(run, recipe_file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, (suffix, size) in enumerate(
+        [("png", (40, 24)), ("jpeg", (24, 40)), ("webp", (30, 30)), ("bmp", (20, 20))]
+    ):
+        Image.new("RGB", size, (40 * i, 200 - 40 * i, 99)).save(folder / f"{i}.{suffix}")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    (folder / "broken.png").write_bytes(b"not an image")
+    code, text = run(
+        "distill", recipe_file, f"data.path={folder}", "train.iterations=2", "--out", tmp_path / "run"
+    )
+    assert code == 0 and "1" in text and "broken.png" in text
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+def test_the_student_loads_in_a_stock_pipeline(run, recipe: Recipe, recipe_file: str, tmp_path: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    assert run("distill", recipe_file, "train.iterations=1", "--out", tmp_path / "run")[0] == 0
+    pipeline = StableDiffusion3Pipeline.from_pretrained(recipe.model.base)
+    pipeline.load_lora_weights(tmp_path / "run", weight_name="student.safetensors")
+    config = next(iter(pipeline.transformer.peft_config.values()))
+    assert config.r == 4 and config.lora_alpha == 4
+    assert len(pipeline.get_active_adapters()) == 1
+
+
+def test_help_works_without_a_home_or_a_terminal(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "TERM")}
+    done = subprocess.run(
+        [sys.executable, "-m", "scalewise", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and "distill" in done.stdout
