@@ -367,7 +367,7 @@ def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
 
 def test_buckets_become_sets_of_their_own_size(tmp_path):
     fill(tmp_path / "in", 3, (80, 40))
-    paint(tmp_path / "in" / "tall.png", (40, 80))
+    paint(tmp_path / "in" / "tall.png", (50, 100))
     sets = encode_folder(
         Pixels(), tmp_path / "in", tmp_path / "out", full=FULL, scales_for=halves, mode="buckets"
     )

@@ -241,7 +241,7 @@ def test_a_step_leaves_the_base_without_gradients_and_as_the_teacher(make_step, 
 
 
 def by_hand(step: DistillStep, batch: Batch, term) -> dict[str, torch.Tensor | None]:
-    """Gradients of one term alone: the student's x0, the term's gradient in it, and back through the student."""
+    """Gradients of one term alone: the student's x0, the term's gradient in it, back through the student."""
     rng, t = generator(3), torch.full((4,), batch.t)
     x_t = step.process.add_noise(batch.source, torch.randn(batch.source.shape, generator=rng), t)
     x0 = step.backbone.predict_x0(x_t, t, batch.cond, role="student")

@@ -157,9 +157,7 @@ class DistillStep:
         return self.backbone.predict_x0_and_features(x_t, t, cond, role="fake", block=self.loss.feature_block)
 
 
-def draw_levels(
-    levels: Levels, count: int, rng: Generator, *, device: torch.device | str = "cpu"
-) -> Tensor:
+def draw_levels(levels: Levels, count: int, rng: Generator, *, device: torch.device | str = "cpu") -> Tensor:
     """Draw noise levels t [count]: uniform in [low, high], or entries of the teacher's schedule within it."""
     entries = levels.entries()
     if entries:

@@ -55,6 +55,7 @@ def generate(
     """Draw `count` samples, sample i with prompt i modulo their number, and yield how many are done.
 
     A stopped call goes on after its last whole shard; settings that would change the samples are compared.
+    A corrupt shard that was deleted is drawn again.
     """
     model = backbone.model
     scales = sorted(set(recipe.schedule.build().scales))
@@ -78,22 +79,26 @@ def generate(
         shard_rows=shard_rows,
     )
     uncond = model.encode_prompts([""])
-    yield writer.done
-    for start in range(writer.done, count, batch):
-        indices = list(range(start, min(start + batch, count)))
-        captions = [prompts[i % len(prompts)] for i in indices]
-        seeds = [sample_seed(seed, i) for i in indices]
-        cond = model.encode_prompts(captions)
-        steps = teacher_steps(
-            backbone,
-            full,
-            cond,
-            seeds,
-            steps=recipe.teacher.steps,
-            guidance=recipe.teacher.guidance,
-            uncond=uncond,
-        )
-        with torch.no_grad():
-            writer.add(indices, captions, seeds, latents_of_all_scales(model, last(steps), scales))
-        yield indices[-1] + 1
+    todo = writer.missing(count)
+    yield count - len(todo)
+    try:
+        for start in range(0, len(todo), batch):
+            indices = todo[start : start + batch]
+            captions = [prompts[i % len(prompts)] for i in indices]
+            seeds = [sample_seed(seed, i) for i in indices]
+            steps = teacher_steps(
+                backbone,
+                full,
+                model.encode_prompts(captions),
+                seeds,
+                steps=recipe.teacher.steps,
+                guidance=recipe.teacher.guidance,
+                uncond=uncond,
+            )
+            with torch.no_grad():
+                writer.add(indices, captions, seeds, latents_of_all_scales(model, last(steps), scales))
+            yield count - len(todo) + start + len(indices)
+    except KeyboardInterrupt:
+        writer.flush()  # what is drawn is kept, also in a shard that is not full
+        raise
     writer.finish()

@@ -166,7 +166,10 @@ def _warn_of_enlarging(buckets: dict[Scale, list[ImageEntry]], factor: int) -> N
     )
     if small:
         total = sum(map(len, buckets.values()))
-        warnings.warn(f"{small} of {total} images are smaller than the size they get: blurred.", stacklevel=3)
+        warnings.warn(
+            f"{small} of {total} images are smaller than the size they get, so they are enlarged.",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)

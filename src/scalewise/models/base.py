@@ -1,4 +1,4 @@
-"""What every model family answers: how it is loaded, encodes prompts and pixels, predicts at a noise level."""
+"""What every model family answers: how it loads, encodes prompts and pixels, predicts at a noise level."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from scalewise.report.words import first_and_last
 # Stand-ins that matplotlib draws with, and the styles that take their place: so one plot serves both themes.
 INK, GRID = "#00000b", "#00000c"
 SERIES = tuple(f"#0000{i}a" for i in range(1, 7))
-_STYLES = {INK: "currentColor", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}}
+_STYLES = {
+    INK: "currentColor",
+    GRID: "var(--line)",
+    **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)},
+}
 WIDTH, HEIGHT = 4.6, 2.5  # inches of 72 pixels
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -93,7 +98,9 @@ def describe(title: str, log: Sequence[Mapping[str, Any]], keys: Sequence[str]) 
     parts = []
     for key in keys:
         if ends := first_and_last(log, key):
-            parts.append(f"{key} from {ends[0]:.3g} in the first tenth of training to {ends[1]:.3g} in the last")
+            parts.append(
+                f"{key} from {ends[0]:.3g} in the first tenth of training to {ends[1]:.3g} in the last"
+            )
     return f"{title} over the iterations" + (": " + "; ".join(parts) if parts else "")
 
 
@@ -105,7 +112,9 @@ def draw(lines: Sequence[Line], *, name: str) -> str:
     from matplotlib.ticker import MaxNLocator
 
     # The salt makes ids differ between the plots of a page, and equal between two runs.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.color": INK}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.color": INK}
+    ):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for i, line in enumerate(lines):
@@ -116,7 +125,8 @@ def draw(lines: Sequence[Line], *, name: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if len(lines) > 1:
-            figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8, handlelength=1.2,
+            columns = len(lines) if len(lines) < 4 else ceil(len(lines) / 2)
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8, handlelength=1.2,
                           columnspacing=1.2, borderpad=0.2)  # fmt: skip
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})

@@ -61,7 +61,8 @@ def section(title: str, lead: str, *body: str) -> str:
 def header(content: ReportContent) -> str:
     """Title, summary, and the few numbers that matter most."""
     shown = "".join(
-        f'<li><strong>{escape(value)}</strong><span>{escape(about)}</span></li>' for value, about in tiles(content)
+        f"<li><strong>{escape(value)}</strong><span>{escape(about)}</span></li>"
+        for value, about in tiles(content)
     )
     return (
         f'<header>\n<p class="eyebrow">scale-wise distillation</p>\n<h1>{escape(content.title)}</h1>\n'
@@ -78,14 +79,16 @@ def tiles(content: ReportContent) -> list[tuple[str, str]]:
     for batch in batches[:1] + batches[1:][-1:]:
         timing = timing_of(content, content.student, batch)
         if timing and "total" in timing["speedup"]:
-            about = f"as fast as the {content.teacher}, caption to pixels, batch size {batch}"
+            about = f"as fast as {content.teacher}, caption to pixels, batch size {batch}"
             found.append((f"{timing['speedup']['total'][0]:.1f}×", about))
     rows = {row["name"]: row["values"] for row in content.figures}
     ours, theirs = rows.get(content.student, {}), rows.get(content.teacher, {})
     for metric in content.metrics:
         name = metric["name"]
         if name in ("prompt_match", "frechet") and name in ours and name in theirs:
-            about = f"{metric['title']} of the {content.student}; {content.teacher} {show(metric, theirs[name][0])}"
+            about = (
+                f"{metric['title']} of {content.student}; {content.teacher} {show(metric, theirs[name][0])}"
+            )
             found.append((show(metric, ours[name][0]), about))
     return found
 
@@ -98,22 +101,22 @@ def side_by_side(content: ReportContent) -> str:
     fit = max(1, (CONTENT_WIDTH - NAMES_WIDTH) // (width + GAP))
     count = len(content.prompts)
     each = ceil(count / ceil(count / fit))  # bands of about equal length
-    bands = [
-        _band(content, range(start, min(start + each, count)), width) for start in range(0, count, each)
-    ]
-    lead = "The same prompt and the same seed in every column. Nothing was selected after drawing."
+    bands = [_band(content, range(start, min(start + each, count)), width) for start in range(0, count, each)]
+    lead = "All draw the same prompts from the same seeds."
     return section("Side by side", lead, *bands)
 
 
 def _band(content: ReportContent, chosen: Iterable[int], width: int) -> str:
-    names = "".join(f"<div><b>{escape(c.name)}</b><small>{escape(c.about)}</small></div>" for c in content.columns)
+    names = "".join(
+        f"<div><b>{escape(c.name)}</b><small>{escape(c.about)}</small></div>" for c in content.columns
+    )
     figures = "".join(_compared(content.columns, content.prompts[i], i) for i in chosen)
     return f'<div class="band" style="--side:{width}px"><div class="names" aria-hidden="true">{names}</div>{figures}</div>'
 
 
 def _compared(columns: Sequence[Column], prompt: str, number: int) -> str:
     cells = "".join(
-        f'<div class="cell">{embed(column.images[number], alt=f"{prompt}, drawn by the {column.name}")}'
+        f'<div class="cell">{embed(column.images[number], alt=f"{prompt}, drawn by {column.name}")}'
         f"<small>{escape(column.name)}</small></div>"
         for column in columns
     )
@@ -126,8 +129,13 @@ def growth(content: ReportContent) -> str:
         return ""
     shown = []
     for journey in content.journeys:
-        steps = "".join(_grown(p, label, journey.prompt) for p, label in zip(journey.pictures, journey.labels, strict=True))
-        shown.append(f'<figure class="journey"><div>{steps}</div><figcaption>{escape(journey.prompt)}</figcaption></figure>')
+        steps = "".join(
+            _grown(p, label, journey.prompt)
+            for p, label in zip(journey.pictures, journey.labels, strict=True)
+        )
+        shown.append(
+            f'<figure class="journey"><div>{steps}</div><figcaption>{escape(journey.prompt)}</figcaption></figure>'
+        )
     lead = (
         "What the student believes the finished picture to be after each step, decoded at the size of that step. "
         "Early steps are small, so they cost little."
@@ -147,7 +155,9 @@ def quality(content: ReportContent) -> str:
     metrics = [m for m in content.metrics if any(m["name"] in row["values"] for row in content.figures)]
     if not metrics:
         return ""
-    head = "".join(f'<th scope="col">{escape(m["title"])}<small>{m["better"]} is better</small></th>' for m in metrics)
+    head = "".join(
+        f'<th scope="col">{escape(m["title"])}<small>{m["better"]} is better</small></th>' for m in metrics
+    )
     ranges = {m["name"]: _range(content.figures, m["name"]) for m in metrics}
     rows = []
     for row in content.figures:
@@ -157,8 +167,8 @@ def quality(content: ReportContent) -> str:
     table = _table("Quality", f"<tr><td></td>{head}</tr>", "".join(rows))
     about = "; ".join(f"<b>{escape(m['title'])}</b>: {escape(m['about'])}" for m in metrics)
     lead = (
-        f"Brackets hold 95% intervals over prompts. “Better” and “worse” are said where the paired difference to the "
-        f"{escape(content.teacher)}, over the same prompts and seeds, cannot be chance."
+        "Brackets hold 95% intervals over prompts. “Better” and “worse” are said where the 95% interval of the paired "
+        f"difference to {escape(content.teacher)}, over the same prompts and seeds, leaves out zero."
     )
     return section("Quality", lead, table, f'<p class="fine">{about}.</p>')
 
@@ -215,13 +225,17 @@ def _bars(content: ReportContent, batch: int) -> str:
             if part in timing["parts"]
         )
         total = milliseconds(timing["parts"]["total"][0])
-        lines.append(f'<div><b>{escape(timing["name"])}</b><span class="bar">{parts}</span><span>{total}</span></div>')
+        lines.append(
+            f'<div><b>{escape(timing["name"])}</b><span class="bar">{parts}</span><span>{total}</span></div>'
+        )
     return f'<figure class="bars" aria-label="Time per picture, batch size {batch}"><figcaption>batch size {batch}</figcaption>{"".join(lines)}</figure>'
 
 
 def _timing(timing: Mapping[str, Any]) -> str:
     parts = [timing["parts"].get(part) for part in (*PARTS, "total")]
-    cells = "".join(f"<td>{milliseconds(part[0])}</td>" if part else '<td class="none">–</td>' for part in parts)
+    cells = "".join(
+        f"<td>{milliseconds(part[0])}</td>" if part else '<td class="none">–</td>' for part in parts
+    )
     for part in ("total", "denoiser"):
         ratio = timing["speedup"].get(part)
         cells += (
@@ -262,7 +276,10 @@ def done(content: ReportContent) -> str:
     rows += f'<tr class="sum"><th scope="row">together</th><td></td><td>{duration(whole)}</td><td></td></tr>'
     head = '<tr><td></td><td></td><th scope="col">time</th><th scope="col">share</th></tr>'
     return section(
-        "What was done", "", f'<div class="stages bar" aria-hidden="true">{bar}</div>', _table("Stages", head, rows)
+        "What was done",
+        "",
+        f'<div class="stages bar" aria-hidden="true">{bar}</div>',
+        _table("Stages", head, rows),
     )
 
 
@@ -289,10 +306,14 @@ def again(content: ReportContent) -> str:
         body.append(f"<pre><code>{escape(content.command)}</code></pre>")
     for title, table in (("Machine", content.machine), ("Versions", content.versions)):
         if table:
-            items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in table.items())
+            items = "".join(
+                f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in table.items()
+            )
             body.append(f"<h3>{title}</h3><dl>{items}</dl>")
     if content.recipe:
-        body.append(f"<details><summary>The recipe</summary><pre><code>{escape(content.recipe)}</code></pre></details>")
+        body.append(
+            f"<details><summary>The recipe</summary><pre><code>{escape(content.recipe)}</code></pre></details>"
+        )
     return section("How to reproduce this", "", *body) if body else ""
 
 

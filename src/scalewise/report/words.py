@@ -54,8 +54,8 @@ def speed(content: ReportContent) -> list[str]:
         ratio, low, high = ours["speedup"]["total"]
         word = "faster" if ratio >= 1 else "as fast"
         text = (
-            f"At batch size {batch} the {content.student} needs {milliseconds(ours['parts']['total'][0])} per picture "
-            f"from caption to pixels and the {content.teacher} {milliseconds(theirs['parts']['total'][0])}: "
+            f"At batch size {batch} a picture takes {content.student} {milliseconds(ours['parts']['total'][0])} "
+            f"from caption to pixels and {content.teacher} {milliseconds(theirs['parts']['total'][0])}: "
             f"{ratio:.3g} times {word} (95% interval {low:.3g} to {high:.3g})."
         )
         if "denoiser" in ours["speedup"]:
@@ -73,12 +73,17 @@ def quality(row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) ->
         metric = metrics[name]
         bounds = f"95% interval {signed(metric, low)} to {signed(metric, high)}"
         sorted_out[row["verdicts"][name]].append(f"{metric['title']} {signed(metric, value)} ({bounds})")
-    endings = {"better": "better than", "worse": "worse than", "": "not distinguishable from chance against"}
+    words = {"better": "better than {}", "worse": "worse than {}", "": "no difference to {} beyond chance"}
     return [
-        f"The {row['name']} is {endings[verdict]} the {row['compared_with']} in: {'; '.join(items)}."
+        f"{capital(row['name'])}: {words[verdict].format(row['compared_with'])} in {'; '.join(items)}."
         for verdict, items in sorted_out.items()
         if items
     ]
+
+
+def capital(name: str) -> str:
+    """A name at the beginning of a sentence."""
+    return name[:1].upper() + name[1:]
 
 
 def signed(metric: Mapping[str, Any], value: float) -> str:
@@ -88,7 +93,7 @@ def signed(metric: Mapping[str, Any], value: float) -> str:
 
 
 def real_pictures(content: ReportContent, metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What real pictures score: the ceiling of the judge, not of the models."""
+    """What real pictures score: the judge has limits of its own."""
     sentences = []
     for row in content.figures:
         if row["kind"] != "real":
@@ -96,8 +101,7 @@ def real_pictures(content: ReportContent, metrics: Mapping[str, Mapping[str, Any
         known = [(metrics[name], value) for name, (value, *_) in row["values"].items() if name in metrics]
         figures = ", ".join(f"{metric['title']} {show(metric, value)}" for metric, value in known)
         sentences.append(
-            f"For scale: {row['name']} ({row['images']:,}) score {figures} under the same judge. "
-            "No contender can be expected to do better."
+            f"For scale, what the same judge says of real ones: {row['name']} ({row['images']:,}), {figures}."
         )
     return sentences
 
