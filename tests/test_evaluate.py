@@ -1,4 +1,4 @@
-"""Comparing contenders: how they are named, that they draw what they should, and that the base stays untouched."""
+"""Comparing contenders: how they are named, what they draw, and that the base stays untouched."""
 
 from __future__ import annotations
 

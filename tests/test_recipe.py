@@ -47,7 +47,8 @@ def test_a_recipe_builds_its_schedule(recipe):
 def test_dotted_overrides_set_just_their_field(recipe):
     changed = recipe.override(
         ["train.iterations=200", "loss.dmd.weight=0", "lora.targets=[to_q, to_k]",
-         "optimizer.betas=[0.9, 0.99]", "schedule.scales=[8, 8x16, 16x24]", "model.max_sequence_length=null", "about=a = b"]
+         "optimizer.betas=[0.9, 0.99]", "schedule.scales=[8, 8x16, 16x24]",
+        "model.max_sequence_length=null", "about=a = b"]
     )  # fmt: skip
     assert changed.train.iterations == 200
     assert changed.loss.dmd.weight == 0

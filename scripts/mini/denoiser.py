@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -143,7 +144,7 @@ def draw(
     linear = torch.linspace(1, 1 / 1000, steps)
     sigmas = torch.cat([SHIFT * linear / (1 + (SHIFT - 1) * linear), torch.zeros(1)])
     x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         with torch.autocast("cpu", torch.bfloat16):
             velocity = model(
                 hidden_states=torch.cat([x, x]),

@@ -1,4 +1,4 @@
-"""Stage 6: measure the packaged mini on captions and pictures that nothing was trained on, and write its card.
+"""Stage 6: measure the packaged mini on captions and pictures nothing was trained on; write its card.
 
     python scripts/mini/measure.py               # all of it: mini-work/measured.json, then MODEL_CARD.md
     python scripts/mini/measure.py --card-only   # the card again, from measured.json
@@ -100,7 +100,8 @@ def write_card() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--card-only", action="store_true")
     if not parser.parse_args().card_only:
         main()

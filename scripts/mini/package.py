@@ -1,6 +1,7 @@
 """Stage 5: put the trained parts into the package, in diffusers' folder layout and half precision.
 
-    python scripts/mini/package.py      # writes src/scalewise/mini/{teacher,scorer,captions.json,reference.safetensors}
+    python scripts/mini/package.py      # writes
+    src/scalewise/mini/{teacher,scorer,captions.json,reference.safetensors}
 
 What lands there is what `StableDiffusion3Pipeline.from_pretrained` of stock diffusers loads.
 """

@@ -1,4 +1,4 @@
-"""The only holder of weights: one frozen base, its roles, and the one question that everything else asks: x0."""
+"""The only holder of weights: one frozen base, its roles, and the one question all others ask: x0."""
 
 from __future__ import annotations
 

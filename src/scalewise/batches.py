@@ -19,7 +19,8 @@ from scalewise.scales import Scale, ScaleSchedule, downscale_area, upscale_laten
 class Batches:
     """Batch number `position` of a run: the schedule's step, the samples and their conditions.
 
-    Samples come in shuffled passes over all sets; with several sets (aspect buckets) a batch is drawn from one of
+    Samples come in shuffled passes over all sets; with several sets (aspect buckets) a batch is drawn from
+    one of
     them, in proportion to their sizes. Each process takes its own part of the global batch.
     """
 

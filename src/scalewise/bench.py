@@ -45,7 +45,7 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         """Order statistics, which assume no distribution; of fewer than 6 values their range, below 95%."""
         ordered, count = sorted(values), len(values)
-        # P(median outside [k-th smallest, k-th largest]) = 2 P(Binomial(n, 1/2) < k); take the largest k below 5%.
+        # P(median outside [k-th smallest, k-th largest]) = 2 P(Binomial(n, 1/2) < k): the largest k below 5%.
         outside, cut = 2 * 0.5**count, 0
         while outside + 2 * comb(count, cut + 1) * 0.5**count <= 0.05:
             cut += 1

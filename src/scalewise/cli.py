@@ -18,8 +18,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Scale-wise distillation: turn a text-to-image diffusion model into a few-step model that starts small and "
-    "grows its latent at every step.\n\nNew here? `scalewise demo` shows all of it on a model that comes along.",
+    help="Scale-wise distillation: turn a text-to-image diffusion model into a few-step model that starts "
+    "small and grows its latent at every step.\n\n"
+    "New here? `scalewise demo` shows all of it on a model that comes along.",
 )
 
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (see `scalewise recipes`) or a YAML file.")]
@@ -101,7 +102,8 @@ def distill(
 ) -> None:
     """Distil a teacher into a few-step student.
 
-    Examples: `scalewise distill mini-mmd`, `scalewise distill mini train.iterations=200 data.path=my-pictures`,
+    Examples: `scalewise distill mini-mmd`, `scalewise distill mini train.iterations=200
+    data.path=my-pictures`,
     `scalewise distill mini --out runs/mini --resume`
     """
     from scalewise.commands import print_dry_run, run_distill
@@ -133,7 +135,8 @@ def generate(
 ) -> None:
     """Make a synthetic training set with the teacher, at every scale of the recipe's schedule.
 
-    Example: `scalewise generate mini --count 500 --out my-set`, then `scalewise distill mini data.path=my-set`
+    Example: `scalewise generate mini --count 500 --out my-set`, then `scalewise distill mini
+    data.path=my-set`
     """
     from scalewise.commands import run_generate
 
@@ -146,7 +149,8 @@ def evaluate(
     contenders: Annotated[
         list[str],
         typer.Argument(
-            help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; name=... labels one."
+            help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; "
+            "name=... labels one."
         ),
     ],
     prompts: Annotated[

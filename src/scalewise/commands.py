@@ -21,7 +21,7 @@ from scalewise.teacher import generate
 def sample_pictures(
     prompts: list[str], *, student: str, teacher: bool, base: str | None, seed: int, count: int, out: Path
 ) -> tuple[list[Path], float]:
-    """Draw each prompt `count` times and save the pictures; returns the files and the seconds after loading."""
+    """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
     from PIL import Image
 
     chosen = load_student(mini.resolve(student, mini.STUDENT))

@@ -1,4 +1,4 @@
-"""What the command line shows: progress with rate and time left, tables, and one clear sentence for an error."""
+"""What the command line shows: progress with rate and time left, and one clear sentence for an error."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def explain(error: BaseException) -> int:
         return 130
     text = str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = f"The disk is full ({error.filename or 'while writing'}); free some space. What was complete is kept."
+        where = error.filename or "while writing"
+        text = f"The disk is full ({where}); free some space. What was complete is kept."
     err.print(f"[bold red]Error:[/] {text}", highlight=False, soft_wrap=True)
     return 1
 

@@ -68,7 +68,7 @@ def run_demo(out: Path, *, minutes: float) -> Path:
             recipe, names, texts, console.progress, out=out / "comparison", rounds=TIMING_ROUNDS
         )
     with timed(stages, "drawing the gallery", f"{SHOWN} prompts side by side"):
-        content = collect(recipe, names, outcome, stages, run, out)
+        content = collect(recipe, names, outcome, stages=stages, run=run, out=out)
     return write_report(out / "report.html", content)
 
 
@@ -150,7 +150,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
 
 
 def collect(
-    recipe: Recipe, names: list[str], outcome: study.Outcome, stages: list[Stage], run: Path, out: Path
+    recipe: Recipe, names: list[str], outcome: study.Outcome, *, stages: list[Stage], run: Path, out: Path
 ) -> ReportContent:
     """Draw the gallery and gather everything that the report shows."""
     model = build.load(recipe, ("denoiser", "vae", "text"))
@@ -168,7 +168,7 @@ def collect(
         stages=stages,
         prompts=shown,
         columns=columns,
-        journeys=journeys(model, contenders[1], prompts, labels, recipe),
+        journeys=journeys(model, contenders[1], prompts=prompts, labels=labels, recipe=recipe),
         log=[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()],
         schedule=labels,
         figures=[row.to_dict() for row in outcome.rows],
@@ -187,7 +187,7 @@ def collect(
 
 
 def journeys(
-    model: ModelAdapter, student: Contender, prompts: Prompts, labels: list[str], recipe: Recipe
+    model: ModelAdapter, student: Contender, *, prompts: Prompts, labels: list[str], recipe: Recipe
 ) -> list[Journey]:
     """x0 of every step of the student, for the first prompts."""
     some = prompts[:JOURNEYS]
@@ -201,9 +201,10 @@ def summary(recipe: Recipe, outcome: study.Outcome) -> str:
     sizes = ", ".join(str(s) for s in schedule.scales)
     teacher = outcome.rows[0]
     return (
-        f"The teacher is a small text-to-image diffusion model in the architecture of Stable Diffusion 3.5, trained on "
-        f"emoji; it draws in {teacher.about}. Its student, a LoRA on the same frozen network, was trained just now on "
-        f"pictures that the teacher had drawn. It needs {len(schedule)} passes without guidance and starts on a small "
-        f"latent that grows at every step ({sizes} cells): the early, noisy steps have no fine detail to compute. "
-        "Both drew the same captions from the same seeds; captions and pictures of the comparison were never trained on."
+        "The teacher is a small text-to-image diffusion model in the architecture of Stable Diffusion 3.5, "
+        f"trained on emoji; it draws in {teacher.about}. Its student, a LoRA on the same frozen network, was "
+        f"trained just now on pictures that the teacher had drawn. It needs {len(schedule)} passes without "
+        f"guidance and starts on a small latent that grows at every step ({sizes} cells): the early, noisy "
+        "steps have no fine detail to compute. Both drew the same captions from the same seeds; captions and "
+        "pictures of the comparison were never trained on."
     )

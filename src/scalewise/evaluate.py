@@ -100,7 +100,7 @@ class Judge:
         return Seen(features, prompts.number, self.scorer.texts(captions), self.reference)
 
     def judge(
-        self, contender: Contender, images: np.ndarray, prompts: Prompts, first: Result | None = None
+        self, contender: Contender, images: np.ndarray, *, prompts: Prompts, first: Result | None = None
     ) -> Result:
         """Take all figures of a contender's images, and their differences to those of `first`."""
         seen = self.see(images, prompts)
@@ -118,7 +118,7 @@ def evaluate(
     first: Result | None = None
     for contender in contenders:
         images = draw(model, contender, prompts, batch=batch, precision=precision)
-        result = judge.judge(contender, images, prompts, first)
+        result = judge.judge(contender, images, prompts=prompts, first=first)
         first = first or result
         yield result
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DiscriminatorHead(nn.Sequential):
-    """`depth` x (LayerNorm -> GELU -> Linear) with widths falling evenly from `width` to 1 (released form)."""
+    """`depth` x (LayerNorm -> GELU -> Linear) with widths falling evenly from `width` to 1 (released)."""
 
     def __init__(self, width: int, *, depth: int = 4) -> None:
         widths = [round(width + (1 - width) * i / depth) for i in range(depth + 1)]

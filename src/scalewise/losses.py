@@ -20,7 +20,8 @@ def mmd_linear(
     """MMD with a linear kernel between features [N, L, D]: it compares per-image token means.
 
     penalty "squared" is eq. 2: the sum over images of the squared L2 distance of the means.
-    "huber" is the released form: sqrt(d^2 + c^2) - c, averaged over images and channels; "abs" its limit c -> 0.
+    "huber" is the released form: sqrt(d^2 + c^2) - c, averaged over images and channels; "abs" its limit c ->
+    0.
     whole_batch averages the tokens over the batch as well (ablation B of table 6, worse).
     """
     axes = (0, 1) if whole_batch else (1,)
@@ -57,7 +58,8 @@ def dmd_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
     """Direction in which DMD moves the samples x [N, ...] (as DMD2): p_real - p_fake over mean |p_real| per
     sample.
 
-    p_real = x - x0_real and p_fake = x - x0_fake are what the teacher and the fake model would take away; where
+    p_real = x - x0_real and p_fake = x - x0_fake are what the teacher and the fake model would take away;
+    where
     the weight is not finite the gradient is 0.
     """
     p_real, p_fake = x.float() - x0_real.float(), x.float() - x0_fake.float()

@@ -25,7 +25,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 class SampleNoise:
-    """Noise for a batch of samples, one stream per sample seed: image i is the same in any batch (float32)."""
+    """Noise for a batch of samples, one stream per sample seed: image i is the same in any batch."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [generator("sample", int(seed)) for seed in seeds]

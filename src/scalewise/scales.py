@@ -85,7 +85,7 @@ class ScaleSchedule:
         """Pair timesteps with scales; both need the same length."""
         if len(timesteps) != len(scales):
             raise ValueError(
-                f"{len(timesteps)} timesteps do not pair with {len(scales)} scales; give one scale for each timestep."
+                f"{len(timesteps)} timesteps do not pair with {len(scales)} scales; give one for each."
             )
         return cls(tuple(Step(float(t), Scale.parse(s)) for t, s in zip(timesteps, scales, strict=True)))
 
@@ -143,7 +143,7 @@ class ScaleSchedule:
         return ScaleSchedule(tuple(Step(step.t, self.full) for step in self.steps))
 
     def for_size(self, full: Scale, patch: int = 1) -> ScaleSchedule:
-        """The same schedule for another full size: each axis scaled by its own ratio, rounded to the patch."""
+        """The same schedule for another full size: each axis by its own ratio, rounded to the patch."""
         if full == self.full:
             return self
 
@@ -197,7 +197,8 @@ def _cover(one: Scale, other: Scale) -> Scale:
 def upscale_latents(x0: Tensor, scale: Scale) -> Tensor:
     """Upscale clean latents [N, C, H, W] or [N, C, T, H, W]: bicubic in space, frame blending in time.
 
-    align_corners=False and no antialiasing, as in the paper (section 4.1). An unchanged size is returned as it is.
+    align_corners=False and no antialiasing, as in the paper (section 4.1). An unchanged size is returned as
+    it is.
     """
     if x0.ndim == 4:
         if tuple(x0.shape[-2:]) == scale.size:
@@ -214,7 +215,7 @@ def upscale_latents(x0: Tensor, scale: Scale) -> Tensor:
 
 
 def blend_frames(x0: Tensor, frames: int) -> Tensor:
-    """Change the number of latent frames of [N, C, T, H, W] by blending neighbours linearly; ends stay put."""
+    """Change the number of latent frames of [N, C, T, H, W] by blending neighbours; the ends stay."""
     have = x0.shape[2]
     if have == frames:
         return x0

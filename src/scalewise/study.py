@@ -37,7 +37,7 @@ class Outcome:
         return f"{text}\n{bench.table(self.timings)}" if self.timings else text
 
 
-def judge_of(recipe: Recipe, scorer: Path | None = None, pool: Sequence[str] = ()) -> Judge:
+def judge_of(recipe: Recipe, scorer: Path | None = None, *, pool: Sequence[str] = ()) -> Judge:
     """The mini's own judge, or a CLIP model's folder for other bases."""
     if scorer is None and recipe.model.base != "mini":
         raise RecipeError(
@@ -100,7 +100,7 @@ def compare(
     `out`.
     """
     parsed = parse_contenders(contenders, recipe)
-    prompts, judge = Prompts.of(texts, seed=seed), judge_of(recipe, scorer, texts)
+    prompts, judge = Prompts.of(texts, seed=seed), judge_of(recipe, scorer, pool=texts)
     model = build.load(recipe, ("denoiser", "vae", "text"))
     precision = recipe.train.precision
     results: list[Result] = []
@@ -108,7 +108,7 @@ def compare(
         with progress(f"drawing: {contender.name}", len(prompts)) as done:
             images = draw(model, contender, prompts, batch=batch, precision=precision, done=done)
         _save_pictures(images, out / "pictures" / _file_name(contender.name))
-        results.append(judge.judge(contender, images, prompts, results[0] if results else None))
+        results.append(judge.judge(contender, images, prompts=prompts, first=results[0] if results else None))
     rows = [r.row for r in results] + (real_rows(judge) if recipe.model.base == "mini" and not scorer else [])
     save_rows(rows, out)
     timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if speed else []

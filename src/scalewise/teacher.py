@@ -30,7 +30,7 @@ def sample_seed(seed: int, index: int) -> int:
 def latents_of_all_scales(
     model: ModelAdapter, latents: Tensor, scales: Sequence[Scale]
 ) -> dict[Scale, Tensor]:
-    """Latents of every smaller scale, made in pixel space: decode, downscale by area, encode (section 4.1)."""
+    """Latents of every smaller scale, made in pixel space: decode, downscale, encode (section 4.1)."""
     full = max(scales, key=lambda scale: scale.cells)
     pixels = model.decode(latents)
     out = {full: latents}
@@ -57,27 +57,9 @@ def generate(
     A stopped call goes on after its last whole shard; settings that would change the samples are compared.
     A corrupt shard that was deleted is drawn again.
     """
-    model = backbone.model
-    scales = sorted(set(recipe.schedule.build().scales))
+    model, scales = backbone.model, sorted(set(recipe.schedule.build().scales))
     full = max(scales, key=lambda scale: scale.cells)
-    settings = {
-        "teacher_steps": recipe.teacher.steps,
-        "guidance": recipe.teacher.guidance,
-        "seed": seed,
-        "count": count,
-        "prompts": len(prompts),
-        "prompts_key": derive(*prompts),
-        "precision": backbone.precision,
-    }
-    writer = LatentSetWriter(
-        out,
-        scales=scales,
-        channels=model.channels,
-        kind="synthetic",
-        base=recipe.model.base,
-        settings=settings,
-        shard_rows=shard_rows,
-    )
+    writer = _writer(backbone, recipe, prompts, out=out, count=count, seed=seed, shard_rows=shard_rows)
     uncond = model.encode_prompts([""])
     todo = writer.missing(count)
     yield count - len(todo)
@@ -102,3 +84,33 @@ def generate(
         writer.flush()  # what is drawn is kept, also in a shard that is not full
         raise
     writer.finish()
+
+
+def _writer(
+    backbone: Backbone,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    *,
+    out: Path,
+    count: int,
+    seed: int,
+    shard_rows: int,
+) -> LatentSetWriter:
+    """A writer whose settings hold whatever changes the samples."""
+    return LatentSetWriter(
+        out,
+        scales=sorted(set(recipe.schedule.build().scales)),
+        channels=backbone.model.channels,
+        kind="synthetic",
+        base=recipe.model.base,
+        settings={
+            "teacher_steps": recipe.teacher.steps,
+            "guidance": recipe.teacher.guidance,
+            "seed": seed,
+            "count": count,
+            "prompts": len(prompts),
+            "prompts_key": derive(*prompts),
+            "precision": backbone.precision,
+        },
+        shard_rows=shard_rows,
+    )

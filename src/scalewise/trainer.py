@@ -1,6 +1,7 @@
 """The loop: five updates of the fake model, one of the student, and everything needed to go on after a stop.
 
-All randomness is derived from (seed, purpose, position), so the whole state of a run is: the roles' weights, the
+All randomness is derived from (seed, purpose, position), so the whole state of a run is: the roles' weights,
+the
 head, both optimizers, the average, and one counter.
 """
 
@@ -132,7 +133,8 @@ class Trainer:
                     self.save()
                 if self._stop:
                     raise TrainingStopped(
-                        f"Stopped by {self._stop} after iteration {self.iteration}; saved. Go on with --resume."
+                        f"Stopped by {self._stop} after iteration {self.iteration}; saved. Go on "
+                        "with --resume."
                     )
 
     def _iterate(self) -> Numbers:

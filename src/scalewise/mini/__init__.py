@@ -1,4 +1,4 @@
-"""The embedded teacher: where its parts lie in the package. scripts/mini made them; MODEL_CARD.md says how."""
+"""The embedded teacher: where its parts lie in the package. scripts/mini made them, see MODEL_CARD.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full loss in its two forms: as the paper states it, and as the authors' released trainer computes it."""
+"""The full loss in its two forms: as the paper states it, and as the released trainer computes it."""
 
 from __future__ import annotations
 

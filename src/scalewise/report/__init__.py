@@ -83,7 +83,7 @@ class ReportContent:
 
 
 def write_report(path: Path, content: ReportContent) -> Path:
-    """Write a report to `path`: styles, pictures and plots inside, no script, nothing fetched. Returns the path."""
+    """Write a report to `path`, styles, pictures and plots inside, no script, nothing fetched; return it."""
     from scalewise.report.page import page
 
     path.parent.mkdir(parents=True, exist_ok=True)

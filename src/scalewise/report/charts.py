@@ -55,7 +55,7 @@ class Line:
 
 
 def training_charts(log: Sequence[Mapping[str, Any]], schedule: Sequence[str]) -> list[Chart]:
-    """One panel for every term that was logged; the student's terms have one line for each step of the schedule."""
+    """One panel for every term that was logged; the student's have a line for each step of the schedule."""
     charts = []
     for title, keys in PANELS:
         lines = [line for key in keys for line in lines_of(log, key, schedule, several=len(keys) > 1)]
@@ -113,7 +113,7 @@ def draw(lines: Sequence[Line], *, name: str) -> str:
 
     # The salt makes ids differ between the plots of a page, and equal between two runs.
     with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.color": INK}
+        {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.color": INK}
     ):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
@@ -126,8 +126,10 @@ def draw(lines: Sequence[Line], *, name: str) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if len(lines) > 1:
             columns = len(lines) if len(lines) < 4 else ceil(len(lines) / 2)
-            figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8, handlelength=1.2,
-                          columnspacing=1.2, borderpad=0.2)  # fmt: skip
+            figure.legend(
+                loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=1.2,
+                columnspacing=1.2, borderpad=0.2,
+            )  # fmt: skip
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     return to_inline(text.getvalue())
@@ -137,8 +139,8 @@ def _style(axes: Any) -> None:
     axes.set_facecolor("none")
     axes.figure.patch.set_alpha(0)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.tick_params(colors=INK, length=0, labelsize=8)
-    axes.set_xlabel("iteration", color=INK, fontsize=8)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
+    axes.set_xlabel("iteration", color=INK, fontsize=9)
     axes.margins(x=0.01)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

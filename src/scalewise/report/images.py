@@ -14,7 +14,7 @@ SHOWN, STORED = 256, 512  # the widest a picture is shown and, for sharp display
 
 
 def zoom(picture: np.ndarray, smallest: int = 96) -> tuple[int, int]:
-    """Width and height in CSS pixels: a whole multiple that reaches `smallest`; large ones shrink to 256 wide."""
+    """Width and height in CSS pixels: a whole multiple that reaches `smallest`; large ones are 256 wide."""
     height, width = picture.shape[:2]
     if width > SHOWN:
         return SHOWN, round(height * SHOWN / width)
@@ -23,7 +23,7 @@ def zoom(picture: np.ndarray, smallest: int = 96) -> tuple[int, int]:
 
 
 def embed(picture: np.ndarray, *, alt: str, smallest: int = 96) -> str:
-    """An <img> of bytes [H, W, 3]; small pictures keep every pixel, large ones are stored at 512 and compressed."""
+    """An <img> of bytes [H, W, 3]; small pictures keep every pixel, large ones are compressed at 512."""
     image = Image.fromarray(picture)
     exact = image.width <= SHOWN
     if image.width > STORED:

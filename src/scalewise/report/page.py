@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from scalewise.report import Column, ReportContent
+from scalewise.report import Column, Journey, ReportContent
 from scalewise.report.charts import training_charts
 from scalewise.report.images import embed, zoom
 from scalewise.report.words import duration, findings, milliseconds, show, timing_of
@@ -41,7 +41,7 @@ def page(content: ReportContent) -> str:
 {header(content)}
 {sections}
 </main>
-<footer>Made by <code>scalewise</code>{escape(_version(content))}. This file holds everything it shows.</footer>
+<footer>Made by scalewise{escape(_version(content))}. This file holds everything that it shows.</footer>
 </body>
 </html>
 """
@@ -108,39 +108,40 @@ def side_by_side(content: ReportContent) -> str:
 
 def _band(content: ReportContent, chosen: Iterable[int], width: int) -> str:
     names = "".join(
-        f"<div><b>{escape(c.name)}</b><small>{escape(c.about)}</small></div>" for c in content.columns
+        f"<div><b>{escape(column.name)}</b><small>{escape(column.about)}</small></div>"
+        for column in content.columns
     )
     figures = "".join(_compared(content.columns, content.prompts[i], i) for i in chosen)
-    return f'<div class="band" style="--side:{width}px"><div class="names" aria-hidden="true">{names}</div>{figures}</div>'
+    names = f'<div class="names" aria-hidden="true">{names}</div>'
+    return f'<div class="band" style="--side:{width}px">{names}{figures}</div>'
 
 
 def _compared(columns: Sequence[Column], prompt: str, number: int) -> str:
     cells = "".join(
-        f'<div class="cell">{embed(column.images[number], alt=f"{prompt}, drawn by {column.name}")}'
+        f"<div>{embed(column.images[number], alt=f'{prompt}, drawn by {column.name}')}"
         f"<small>{escape(column.name)}</small></div>"
         for column in columns
     )
-    return f"<figure>{cells}<figcaption>{escape(prompt)}</figcaption></figure>"
+    return f'<figure><div class="cells">{cells}</div><figcaption>{escape(prompt)}</figcaption></figure>'
 
 
 def growth(content: ReportContent) -> str:
     """The student's x0 at every scale, at its own size."""
     if not content.journeys:
         return ""
-    shown = []
-    for journey in content.journeys:
-        steps = "".join(
-            _grown(p, label, journey.prompt)
-            for p, label in zip(journey.pictures, journey.labels, strict=True)
-        )
-        shown.append(
-            f'<figure class="journey"><div>{steps}</div><figcaption>{escape(journey.prompt)}</figcaption></figure>'
-        )
+    shown = "".join(_journey(journey) for journey in content.journeys)
     lead = (
-        "What the student believes the finished picture to be after each step, decoded at the size of that step. "
-        "Early steps are small, so they cost little."
+        "What the student believes the finished picture to be after each step, decoded at the size of that "
+        "step. Early steps are small, so they cost little."
     )
-    return section("How a picture grows", lead, f'<div class="journeys">{"".join(shown)}</div>')
+    return section("How a picture grows", lead, f'<div class="journeys">{shown}</div>')
+
+
+def _journey(journey: Journey) -> str:
+    pairs = zip(journey.pictures, journey.labels, strict=True)
+    steps = "".join(_grown(picture, label, journey.prompt) for picture, label in pairs)
+    caption = f"<figcaption>{escape(journey.prompt)}</figcaption>"
+    return f'<figure class="journey"><div>{steps}</div>{caption}</figure>'
 
 
 def _grown(picture: np.ndarray, label: str, prompt: str) -> str:
@@ -156,21 +157,27 @@ def quality(content: ReportContent) -> str:
     if not metrics:
         return ""
     head = "".join(
-        f'<th scope="col">{escape(m["title"])}<small>{m["better"]} is better</small></th>' for m in metrics
+        f'<th scope="col">{escape(metric["title"])}<small>{metric["better"]} is better</small></th>'
+        for metric in metrics
     )
-    ranges = {m["name"]: _range(content.figures, m["name"]) for m in metrics}
-    rows = []
-    for row in content.figures:
-        cells = "".join(_figure(row, metric, ranges[metric["name"]]) for metric in metrics)
-        name = f'<th scope="row">{escape(row["name"])}<small>{escape(row["about"])}; {row["images"]:,} pictures</small></th>'
-        rows.append(f'<tr class="{escape(row["kind"])}">{name}{cells}</tr>')
-    table = _table("Quality", f"<tr><td></td>{head}</tr>", "".join(rows))
+    ranges = {metric["name"]: _range(content.figures, metric["name"]) for metric in metrics}
+    rows = "".join(_row(row, metrics, ranges) for row in content.figures)
     about = "; ".join(f"<b>{escape(m['title'])}</b>: {escape(m['about'])}" for m in metrics)
     lead = (
-        "Brackets hold 95% intervals over prompts. “Better” and “worse” are said where the 95% interval of the paired "
-        f"difference to {escape(content.teacher)}, over the same prompts and seeds, leaves out zero."
+        "Brackets hold 95% intervals over prompts. “Better” and “worse” are said where the 95% interval of "
+        f"the paired difference to {escape(content.teacher)}, over the same prompts and seeds, leaves out zero."
     )
+    table = _table("Quality", f"<tr><td></td>{head}</tr>", rows)
     return section("Quality", lead, table, f'<p class="fine">{about}.</p>')
+
+
+def _row(
+    row: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], ranges: Mapping[str, tuple[float, float]]
+) -> str:
+    cells = "".join(_figure(row, metric, ranges[metric["name"]]) for metric in metrics)
+    about = f"{escape(row['about'])}; {row['images']:,} pictures"
+    name = f'<th scope="row">{escape(row["name"])}<small>{about}</small></th>'
+    return f'<tr class="{escape(row["kind"])}">{name}{cells}</tr>'
 
 
 def _range(figures: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
@@ -205,8 +212,9 @@ def speed(content: ReportContent) -> str:
     columns = [*PARTS.values(), "caption to pixels", "speed-up", "denoiser alone"]
     head = "".join(f'<th scope="col">{name}</th>' for name in ("batch", *columns))
     lead = (
-        "Milliseconds per picture; a batch of 8 is divided by 8. The contenders took turns within every round, and "
-        "speed-ups are medians of the rounds’ own ratios, with 95% intervals: the machine’s swings cancel."
+        "Time per picture; that of a batch is divided by its size. The contenders took turns within every "
+        "round, and speed-ups are medians of the rounds’ own ratios, with 95% intervals: so the machine’s "
+        "swings cancel."
     )
     return section(
         "Speed", lead, f'<p class="key">{key}</p><div class="speeds">{bars}</div>',
@@ -217,18 +225,20 @@ def speed(content: ReportContent) -> str:
 def _bars(content: ReportContent, batch: int) -> str:
     timings = [t for t in content.timings if t["batch"] == batch]
     longest = max(t["parts"]["total"][0] for t in timings)
-    lines = []
-    for timing in timings:
-        parts = "".join(
-            f'<i class="{part}" style="width:{100 * timing["parts"][part][0] / longest:.2f}%"></i>'
-            for part in PARTS
-            if part in timing["parts"]
-        )
-        total = milliseconds(timing["parts"]["total"][0])
-        lines.append(
-            f'<div><b>{escape(timing["name"])}</b><span class="bar">{parts}</span><span>{total}</span></div>'
-        )
-    return f'<figure class="bars" aria-label="Time per picture, batch size {batch}"><figcaption>batch size {batch}</figcaption>{"".join(lines)}</figure>'
+    lines = "".join(_bar(timing, longest) for timing in timings)
+    caption = f"<figcaption>batch size {batch}</figcaption>"
+    return f'<figure class="bars">{caption}{lines}</figure>'
+
+
+def _bar(timing: Mapping[str, Any], longest: float) -> str:
+    parts = "".join(
+        f'<i class="{part}" style="width:{100 * timing["parts"][part][0] / longest:.2f}%"></i>'
+        for part in PARTS
+        if part in timing["parts"]
+    )
+    total = milliseconds(timing["parts"]["total"][0])
+    bar = f'<span class="bar" aria-hidden="true">{parts}</span>'
+    return f"<div><b>{escape(timing['name'])}</b>{bar}<span>{total}</span></div>"
 
 
 def _timing(timing: Mapping[str, Any]) -> str:
@@ -256,7 +266,8 @@ def _table(label: str, head: str, body: str) -> str:
 def said(content: ReportContent) -> str:
     """What the numbers say, in sentences made from them."""
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(content))
-    return section("What the numbers say", "", f'<ul class="said">{sentences}</ul>') if sentences else ""
+    lead = "Differences are taken over the same prompts and seeds; brackets hold their 95% intervals."
+    return section("What the numbers say", lead, f'<ul class="said">{sentences}</ul>') if sentences else ""
 
 
 def done(content: ReportContent) -> str:
@@ -269,18 +280,14 @@ def done(content: ReportContent) -> str:
         colour = f"var(--series-{number % 6 + 1})"
         share = 100 * stage.seconds / whole
         bar += f'<i style="width:{share:.2f}%;background:{colour}"></i>'
-        rows += (
-            f'<tr><th scope="row"><i class="dot" style="background:{colour}"></i>{escape(stage.name)}</th>'
-            f'<td class="text">{escape(stage.about)}</td><td>{duration(stage.seconds)}</td><td>{share:.0f}%</td></tr>'
-        )
-    rows += f'<tr class="sum"><th scope="row">together</th><td></td><td>{duration(whole)}</td><td></td></tr>'
-    head = '<tr><td></td><td></td><th scope="col">time</th><th scope="col">share</th></tr>'
-    return section(
-        "What was done",
-        "",
-        f'<div class="stages bar" aria-hidden="true">{bar}</div>',
-        _table("Stages", head, rows),
-    )
+        name = f'<i class="dot" style="background:{colour}"></i>{escape(stage.name)}'
+        about = f"<small>{escape(stage.about)}</small>"
+        numbers = f"<td>{duration(stage.seconds)}</td><td>{share:.0f}%</td>"
+        rows += f'<tr><th scope="row">{name}{about}</th>{numbers}</tr>'
+    rows += f'<tr class="sum"><th scope="row">together</th><td>{duration(whole)}</td><td></td></tr>'
+    head = '<tr><td></td><th scope="col">time</th><th scope="col">share</th></tr>'
+    stacked = f'<div class="stages bar" aria-hidden="true">{bar}</div>'
+    return section("What was done", "", stacked, _table("Stages", head, rows))
 
 
 def training(content: ReportContent) -> str:
@@ -289,12 +296,14 @@ def training(content: ReportContent) -> str:
     if not charts:
         return ""
     shown = "".join(
-        f'<figure class="chart" role="img" aria-label="{escape(chart.alt)}"><figcaption>{escape(chart.title)}</figcaption>{chart.svg}</figure>'
+        f'<figure class="chart" role="img" aria-label="{escape(chart.alt)}">'
+        f"<figcaption>{escape(chart.title)}</figcaption>{chart.svg}</figure>"
         for chart in charts
     )
     lead = (
-        "Faint: single iterations; strong: running means. Where a term depends on the step of the schedule, each step "
-        "has its line. The statistics of x0 would show a student that leaves the VAE’s range while its loss still falls."
+        "Faint: single iterations; strong: running means. Where a term depends on the step of the schedule, "
+        "each step has its line. The statistics of x0 would show a student that leaves the VAE’s range while "
+        "its loss still falls."
     )
     return section("Training", lead, f'<div class="charts">{shown}</div>')
 
@@ -311,9 +320,8 @@ def again(content: ReportContent) -> str:
             )
             body.append(f"<h3>{title}</h3><dl>{items}</dl>")
     if content.recipe:
-        body.append(
-            f"<details><summary>The recipe</summary><pre><code>{escape(content.recipe)}</code></pre></details>"
-        )
+        text = f"<pre><code>{escape(content.recipe)}</code></pre>"
+        body.append(f"<details><summary>The recipe</summary>{text}</details>")
     return section("How to reproduce this", "", *body) if body else ""
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from scalewise.report import ReportContent
 
+NO_BREAK = "\u00a0"
 FEWEST_ROUNDS = 6  # below it, the interval of a median does not reach 95%
 
 
 def findings(content: ReportContent) -> list[str]:
-    """Sentences about speed, quality, the judge's own limits and the training, as far as there are numbers."""
+    """Sentences about speed, quality, the judge's limits and the training, as far as there are numbers."""
     metrics = {str(metric["name"]): metric for metric in content.metrics}
     found = [*speed(content)]
     for row in content.figures:
@@ -27,7 +28,8 @@ def show(metric: Mapping[str, Any], value: float) -> str:
 
 def milliseconds(value: float) -> str:
     """Such as 4.2 ms, 42 ms, 4.2 s."""
-    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+    text = f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+    return text.replace(" ", NO_BREAK)
 
 
 def duration(seconds: float) -> str:
@@ -54,9 +56,10 @@ def speed(content: ReportContent) -> list[str]:
         ratio, low, high = ours["speedup"]["total"]
         word = "faster" if ratio >= 1 else "as fast"
         text = (
-            f"At batch size {batch} a picture takes {content.student} {milliseconds(ours['parts']['total'][0])} "
-            f"from caption to pixels and {content.teacher} {milliseconds(theirs['parts']['total'][0])}: "
-            f"{ratio:.3g} times {word} (95% interval {low:.3g} to {high:.3g})."
+            f"From caption to pixels at batch size {batch}: {content.student} "
+            f"{milliseconds(ours['parts']['total'][0])} per picture, {content.teacher} "
+            f"{milliseconds(theirs['parts']['total'][0])}; {ratio:.3g} times {word} "
+            f"[{low:.3g}, {high:.3g}]."
         )
         if "denoiser" in ours["speedup"]:
             text += f" The denoiser alone: {ours['speedup']['denoiser'][0]:.3g} times."
@@ -71,8 +74,10 @@ def quality(row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) ->
         if name not in metrics:
             continue
         metric = metrics[name]
-        bounds = f"95% interval {signed(metric, low)} to {signed(metric, high)}"
-        sorted_out[row["verdicts"][name]].append(f"{metric['title']} {signed(metric, value)} ({bounds})")
+        middle, *bounds = (signed(metric, number) for number in (value, low, high))
+        unit = " points" if metric["percent"] else ""
+        said = f"{metric['title']} {middle}{unit} [{', '.join(bounds)}]"
+        sorted_out[row["verdicts"][name]].append(said)
     words = {"better": "better than {}", "worse": "worse than {}", "": "no difference to {} beyond chance"}
     return [
         f"{capital(row['name'])}: {words[verdict].format(row['compared_with'])} in {'; '.join(items)}."
@@ -88,7 +93,7 @@ def capital(name: str) -> str:
 
 def signed(metric: Mapping[str, Any], value: float) -> str:
     """A difference with its sign; those of shares are in percentage points."""
-    text = f"{100 * value:+.1f} points" if metric["percent"] else f"{value:+.{metric['digits']}f}"
+    text = f"{100 * value:+.1f}" if metric["percent"] else f"{value:+.{metric['digits']}f}"
     return text.replace("-", "−")
 
 
@@ -112,20 +117,20 @@ def cautions(content: ReportContent) -> list[str]:
     counts = sorted({int(row["images"]) for row in content.figures})
     if len(counts) > 1:
         sentences.append(
-            f"The rows rest on different numbers of pictures ({', '.join(map(str, counts))}); a Fréchet distance "
-            "is larger with fewer pictures, so compare it only between rows of the same number."
+            f"The rows rest on different numbers of pictures ({', '.join(map(str, counts))}); a Fréchet "
+            "distance is larger with fewer pictures, so compare it only between rows of the same number."
         )
     rounds = min((int(timing["rounds"]) for timing in content.timings), default=FEWEST_ROUNDS)
     if rounds < FEWEST_ROUNDS:
         sentences.append(
-            f"Times rest on {rounds} round{'s' if rounds > 1 else ''}, so their intervals are plain ranges and "
-            "hold less than 95%."
+            f"Times rest on {rounds} round{'s' if rounds > 1 else ''}, so their intervals are plain ranges "
+            "and hold less than 95%."
         )
     return sentences
 
 
 def training(content: ReportContent) -> list[str]:
-    """How the losses moved from the first tenth of the run to the last, and whether x0 stayed in the VAE's range."""
+    """How losses moved from the first tenth of the run to the last; whether x0 stayed in the VAE's range."""
     sentences = []
     for key, title in (("mmd", "MMD"), ("fake/denoising", "The fake model's denoising loss")):
         if ends := first_and_last(content.log, key):
@@ -133,18 +138,19 @@ def training(content: ReportContent) -> list[str]:
             way = "fell" if last < first else "rose"
             change = f" ({abs(last / first - 1):.0%})" if first > 0 else ""
             sentences.append(
-                f"{title} {way} from {first:.3g} in the first tenth of training to {last:.3g} in the last{change}."
+                f"{title} {way} from {first:.3g} in the first tenth of training to {last:.3g} in the "
+                f"last{change}."
             )
     if (ends := first_and_last(content.log, "x0/beyond_4_sigma")) and ends[1] > max(0.001, 2 * ends[0]):
         sentences.append(
-            f"The student's latents have drifted: {ends[1]:.2%} of their values lie beyond four standard deviations "
-            f"of real ones, against {ends[0]:.2%} at the start. Expect oversaturated pictures."
+            f"The student's latents have drifted: {ends[1]:.2%} of their values lie beyond four standard "
+            f"deviations of real ones, against {ends[0]:.2%} at the start. Expect oversaturated pictures."
         )
     return sentences
 
 
 def first_and_last(log: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
-    """Means of a logged number over the first and the last tenth of its rows; None with fewer than 20 rows."""
+    """Means of a logged number over the first and last tenth of its rows; None with fewer than 20 rows."""
     values = [float(row[key]) for row in log if key in row]
     if len(values) < 20:
         return None
