@@ -246,6 +246,23 @@ def test_all_contenders_are_judged_on_the_same_prompts_and_compared_with_the_fir
     assert results[1].images.shape == (8, 16, 16, 3)
 
 
+def test_real_pictures_are_judged_by_their_features_as_drawn_ones_are(scorer: ClipScorer) -> None:
+    captions = [f"caption {i}" for i in range(60)]
+    images = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    features = scorer.pictures(images)
+    judge = Judge(scorer, features[30:])
+    real = judge.real(features[:30], captions[:30])
+    assert (real.kind, real.images) == ("real", 30)
+    assert list(real.values) == [
+        "frechet",
+        "clip_score",
+    ]  # too few captions for prompt match, one picture of each
+    assert (
+        Judge(scorer, features[:30], captions).real(features[:30], captions[:30]).values["frechet"].value
+        < 1e-6
+    )
+
+
 def test_figures_are_stored_and_read_back_and_the_table_says_what_is_better_and_worse(tmp_path: Path) -> None:
     interval = evaluate.Interval
     teacher = evaluate.Row("teacher", "teacher", "28 steps", 200, {"frechet": interval(0.2, 0.15, 0.25)})

@@ -16,9 +16,10 @@ import torch
 from tiny_run import make_tiny
 
 from scalewise import build, checkpoint, losses, runs
+from scalewise.errors import TrainingStopped
 from scalewise.lora import load_student
 from scalewise.recipe import Recipe, RecipeError
-from scalewise.trainer import Trainer, TrainingStopped
+from scalewise.trainer import Trainer
 
 
 def silent(_what: str, _total: int):

@@ -102,8 +102,11 @@ def bench(
     """
     timings: list[Timing] = []
     for number, batch in enumerate(batches):
-        before = number * (rounds + 1)
-        laps = interleave(subjects, batch, rounds=rounds, clock=clock, done=lambda n, b=before: done(b + n))
+
+        def so_far(count: int, before: int = number * (rounds + 1)) -> None:
+            done(before + count)
+
+        laps = interleave(subjects, batch, rounds=rounds, clock=clock, done=so_far)
         timings += summarise(laps, batch, baseline=subjects[0].name)
     return timings
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from scalewise import console
-from scalewise.recipe import Recipe, RecipeError
+from scalewise.errors import TrainingStopped
+
+if TYPE_CHECKING:
+    from scalewise.recipe import Recipe
 
 app = typer.Typer(
     name="scalewise",
@@ -79,6 +82,7 @@ def sample(
 
     Example: `scalewise sample "a red crab, fluent style" "a dog face, noto style" --count 4`
     """
+    console.quiet_libraries()
     from scalewise.commands import sample_pictures
 
     files, seconds = sample_pictures(
@@ -106,6 +110,7 @@ def distill(
     data.path=my-pictures`,
     `scalewise distill mini --out runs/mini --resume`
     """
+    console.quiet_libraries()
     from scalewise.commands import print_dry_run, run_distill
 
     chosen = _recipe(recipe, overrides)
@@ -138,6 +143,7 @@ def generate(
     Example: `scalewise generate mini --count 500 --out my-set`, then `scalewise distill mini
     data.path=my-set`
     """
+    console.quiet_libraries()
     from scalewise.commands import run_generate
 
     run_generate(_recipe(recipe, overrides), prompts, count=count, batch=batch, seed=seed, out=out)
@@ -170,6 +176,7 @@ def evaluate(
 
     Example: `scalewise evaluate mini teacher teacher:4 undistilled student:runs/mini --count 100`
     """
+    console.quiet_libraries()
     from scalewise.commands import run_evaluate
 
     run_evaluate(
@@ -196,6 +203,7 @@ def demo(
 
     Needs no GPU and nothing from the network.
     """
+    console.quiet_libraries()
     from scalewise.demo import run_demo
 
     report = run_demo(out, minutes=minutes)
@@ -206,10 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
     import click
 
-    from scalewise.trainer import TrainingStopped
-
     try:
-        console.quiet_libraries()
         code: Any = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
@@ -222,5 +227,3 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         sys.exit(console.explain(error))
 
-
-__all__ = ["RecipeError", "app", "main"]

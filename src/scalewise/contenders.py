@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -218,7 +219,8 @@ def _take_off(module: torch.nn.Module) -> None:
     for path, layer in list(module.named_modules()):
         if not isinstance(layer, BaseTunerLayer):
             continue
-        layer.delete_adapter(_ROLE)
+        with warnings.catch_warnings(action="ignore"):  # peft tells which adapter it makes active instead
+            layer.delete_adapter(_ROLE)
         if not layer.lora_A:
             parent, _, name = path.rpartition(".")
             setattr(module.get_submodule(parent), name, layer.get_base_layer())

@@ -68,9 +68,10 @@ class Row:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """Read what `to_dict` gave."""
-        plain = {k: values[k] for k in ("name", "kind", "about", "images", "compared_with")}
-        intervals = {k: {m: Interval(*v) for m, v in values[k].items()} for k in ("values", "differences")}
-        return cls(**plain, **intervals)
+        plain: dict[str, Any] = {k: v for k, v in values.items() if k != "verdicts"}
+        for key in ("values", "differences"):
+            plain[key] = {metric: Interval(*found) for metric, found in values[key].items()}
+        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,24 @@ class Judge:
     pool: Sequence[str] = ()
     """Further captions: prompt match needs 50 different ones, those of the prompts included."""
 
-    def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
-        """Features of images (bytes [N, H, W, 3]) that were drawn for the prompts."""
-        assert len(images) == len(prompts), "one image for each prompt"
+    def see(self, features: Tensor, prompts: Prompts) -> Seen:
+        """What metrics look at: features of images [N, D] that were drawn for the prompts."""
         captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
-        features = self.scorer.pictures(images)
         return Seen(features, prompts.number, self.scorer.texts(captions), self.reference)
+
+    def real(self, features: Tensor, captions: Sequence[str], *, name: str = "held-out pictures") -> Row:
+        """The figures of real pictures, given as features [N, D]: what this judge says when nothing is wrong.
+
+        They must not be among the reference pictures.
+        """
+        seen = self.see(features, Prompts.of(captions))
+        return Row(name, "real", "real pictures", len(features), measure(seen))
 
     def judge(
         self, contender: Contender, images: np.ndarray, *, prompts: Prompts, first: Result | None = None
     ) -> Result:
         """Take all figures of a contender's images, and their differences to those of `first`."""
-        seen = self.see(images, prompts)
+        seen = self.see(self.scorer.pictures(images), prompts)
         differences = measure(seen, against=first.seen) if first else {}
         row = Row(contender.name, contender.kind, contender.about, len(images), measure(seen),
                   first.row.name if first else "", differences)  # fmt: skip

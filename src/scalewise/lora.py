@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalewise.recipe import Recipe
 from scalewise.scales import ScaleSchedule
@@ -85,6 +87,45 @@ def save_student(
         {f"{prefix}.{k}": v.to(dtype).contiguous() for k, v in tensors.items()}, temporary, metadata=metadata
     )
     os.replace(temporary, path)
+
+
+@contextmanager
+def fused(module: nn.Module, student: Student) -> Iterator[None]:
+    """Add a student's update to the weights of a module without adapters; leaving restores them bit by bit.
+
+    W + alpha / rank B A: sampling then costs what the teacher's own forward costs.
+    """
+    before: dict[nn.Parameter, Tensor] = {}
+    try:
+        for name, a in student.tensors.items():
+            if name.endswith(".lora_A.weight"):
+                weight = _weight(module, name.removesuffix(".lora_A.weight"))
+                b = student.tensors[name.replace("lora_A", "lora_B")].to(weight.device)
+                _check_shape(name, weight, a, b=b)
+                before[weight] = weight.detach().clone()
+                update = student.alpha / student.rank * (b.float() @ a.to(weight.device).float())
+                weight.data = (weight.data.float() + update).to(weight.dtype)
+        yield
+    finally:
+        for weight, original in before.items():
+            weight.data = original
+
+
+def _weight(module: nn.Module, path: str) -> nn.Parameter:
+    try:
+        return module.get_submodule(path).weight  # type: ignore[return-value]
+    except AttributeError:
+        raise StudentError(
+            f"The student does not fit this base: there is no layer {path}. It was made for another model."
+        ) from None
+
+
+def _check_shape(name: str, weight: nn.Parameter, a: Tensor, *, b: Tensor) -> None:
+    if weight.shape != (b.shape[0], a.shape[1]):
+        raise StudentError(
+            f"The student does not fit this base: {name} is made for a layer of {b.shape[0]} x {a.shape[1]}, "
+            f"which has {weight.shape[0]} x {weight.shape[1]} here. Sample with the base it was made for."
+        )
 
 
 def load_student(path: str | Path) -> Student:

@@ -24,13 +24,10 @@ from scalewise import checkpoint, parallel
 from scalewise.backbone import Backbone
 from scalewise.batches import Batches
 from scalewise.distill import DistillStep, LossError, Numbers
+from scalewise.errors import TrainingStopped
 from scalewise.heads import DiscriminatorHead
 from scalewise.recipe import OptimizerRecipe, Recipe
 from scalewise.rng import generator
-
-
-class TrainingStopped(RuntimeError):
-    """Training could not go on; what has been saved is named in the message."""
 
 
 def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:

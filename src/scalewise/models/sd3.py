@@ -149,7 +149,7 @@ class SD3(ModelAdapter):
         return vae.decode(latents.to(self.device, vae.dtype)).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        kind = self.denoiser.dtype
+        kind: Any = self.denoiser.dtype
         return self.denoiser(  # type: ignore[no-any-return]
             hidden_states=x_t.to(kind),
             timestep=t.float(),

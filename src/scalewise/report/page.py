@@ -165,7 +165,7 @@ def quality(content: ReportContent) -> str:
     about = "; ".join(f"<b>{escape(m['title'])}</b>: {escape(m['about'])}" for m in metrics)
     lead = (
         "Brackets hold 95% intervals over prompts. “Better” and “worse” are said where the 95% interval of "
-        f"the paired difference to {escape(content.teacher)}, over the same prompts and seeds, leaves out zero."
+        f"the paired difference to {escape(content.teacher)}, over the same prompts and seeds, excludes 0."
     )
     table = _table("Quality", f"<tr><td></td>{head}</tr>", rows)
     return section("Quality", lead, table, f'<p class="fine">{about}.</p>')

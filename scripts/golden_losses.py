@@ -1,0 +1,49 @@
+"""Make tests/golden/mini_losses.json: the losses of twenty iterations of the mini recipe, to full precision.
+
+    OMP_NUM_THREADS=1 python scripts/golden_losses.py
+
+Run it again only when a change is meant to change the numbers, and say in the commit why.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from scalewise import build, console
+from scalewise.recipe import Recipe
+from scalewise.recipes import find_recipe
+
+TARGET = Path(__file__).parents[1] / "tests" / "golden" / "mini_losses.json"
+KEYS = ("mmd", "dmd", "gan", "fake/denoising", "fake/discriminator", "x0/mean", "x0/std")
+
+
+def recipe() -> Recipe:
+    """The mini recipe with small batches and one fake update, in float32."""
+    return find_recipe("mini").override(
+        ["train.iterations=20", "train.batch=2", "train.precision=float32", "loss.fake.updates=1",
+         "train.checkpoint_every=1000", "train.sample_prompts=[]"]
+    )  # fmt: skip
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The losses of every iteration, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        chosen = recipe()
+        data = build.prepare_data(chosen, lambda *_: nullcontext(lambda _: None))
+        rows = build.build_trainer(chosen, data, folder).fit()
+        return [{key: row[key] for key in KEYS} for row in rows]
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    console.quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        TARGET.write_text(json.dumps(losses(Path(folder)), indent=1) + "\n")

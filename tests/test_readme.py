@@ -1,0 +1,87 @@
+"""Every command of the README is run, in its order, shortened where it would take minutes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scalewise import demo
+from scalewise.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+# What shortens a command, by its first word; a command that is not here runs as it stands.
+SHORTER = {
+    "generate": ["--count", "16"],
+    "distill": ["data.path=synthetic", "train.iterations=2", "train.batch=2", "train.sample_prompts=[]"],
+    "evaluate": ["--count", "4", "--no-speed"],
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's code blocks, without comments."""
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", README, flags=re.S | re.M)
+    lines = [re.sub(r"\s#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_two_commands_come_first() -> None:
+    assert commands()[:2] == ["make demo", "make test"]
+
+
+def test_make_knows_both_commands() -> None:
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert re.search(r"^demo: venv\n\t.*scalewise demo", makefile, flags=re.M)
+    assert re.search(r"^test: ", makefile, flags=re.M)
+
+
+def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for line in commands():
+        if line.startswith("make ") or line == "scalewise demo":
+            continue  # the demo has a test of its own below, make is what runs this
+        line, _, target = line.partition(" > ")
+        program, word, *rest = shlex.split(line)
+        assert program == "scalewise", line
+        arguments = [word, *rest, *SHORTER.get(word, [])]
+        if target:
+            done = subprocess.run(
+                [sys.executable, "-m", "scalewise", *arguments], capture_output=True, text=True
+            )
+            assert done.returncode == 0, (line, done.stderr)
+            (tmp_path / target.strip()).write_text(done.stdout)
+        else:
+            with pytest.raises(SystemExit) as ended:
+                main(arguments)
+            assert ended.value.code == 0, line
+        ran.append(word)
+    assert {"recipes", "generate", "distill", "sample", "evaluate"} <= set(ran)
+    assert (tmp_path / "runs" / "mini" / "student.safetensors").exists()
+    assert (tmp_path / "evaluation" / "figures.md").exists()
+
+
+def test_the_demo_ends_in_a_self_contained_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "fit_plan", lambda *_, **__: demo.Plan(4, 8, 10.0, 10.0, 10.0))
+    monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
+    report = demo.run_demo(tmp_path / "demo", minutes=1)
+    text = report.read_text()
+    assert text.count("data:image/") > 30 and "<script" not in text
+    assert not re.search(r"(?:src|href)=\"https?://[^\"]+\.(?:css|js|png|svg)", text)
+    for words in ("Fréchet", "Prompt match", "CLIP score", "1000", "8x8", "batch"):
+        assert words in text, words
+    again = demo.run_demo(tmp_path / "demo", minutes=1)  # a finished training is not repeated
+    assert again == report
+
+
+def test_the_plan_stays_within_the_time_on_fast_and_slow_machines() -> None:
+    for iteration, image in [(0.05, 0.05), (0.6, 0.4), (1.5, 0.8), (4.0, 2.0)]:
+        plan = demo.fit_plan(300, iteration, image, minutes=14)
+        assert plan.iterations == demo.FEWEST_ITERATIONS or plan.minutes <= 14.01
+        assert demo.FEWEST_ITERATIONS <= plan.iterations <= 300 and 24 <= plan.prompts <= 100
+    assert demo.fit_plan(300, 0.6, 0.4, minutes=14).iterations == 300
