@@ -18,7 +18,18 @@ FILES = {
 # A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as
 # long as no circle arises. A package stands for all of its files, which are free among themselves.
 RANKS = {
-    0: {"errors", "scales", "noise", "losses", "rng", "parallel", "checkpoint", "console", "pictures", "mini"},
+    0: {
+        "errors",
+        "scales",
+        "noise",
+        "losses",
+        "rng",
+        "parallel",
+        "checkpoint",
+        "console",
+        "pictures",
+        "mini",
+    },
     1: {"recipe", "spectrum", "taps", "roles", "heads", "models"},
     2: {"backbone", "data", "lora", "recipes"},
     3: {"sampling", "distill"},

@@ -19,8 +19,7 @@ from scalewise.backbone import Backbone
 from scalewise.batches import Batches
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.folder import list_files
-from scalewise.lora import Student
-from scalewise.models import ModelAdapter, Part, load_model
+from scalewise.models import ALL_PARTS, ModelAdapter, Part, load_model
 from scalewise.recipe import Recipe
 from scalewise.scales import Scale
 from scalewise.trainer import Trainer
@@ -163,23 +162,9 @@ def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
     return Trainer(recipe, backbone, batches, out)
 
 
-def with_student(
-    recipe: Recipe,
-    student: Student | None,
-    *,
-    parts: tuple[Part, ...] = ("denoiser", "vae", "text"),
-    precision: str | None = None,
-) -> Backbone:
-    """A backbone to sample with: the teacher, and a finished student beside it."""
-    model = load(recipe, parts)
-    roles = ["student"] if student else []
-    settings: dict[str, Any] = {"precision": precision or recipe.train.precision}
-    if student:
-        settings |= {"rank": student.rank, "alpha": student.alpha, "targets": recipe.lora.targets}
-    backbone = Backbone(model, roles, **settings)
-    if student:
-        backbone.roles.load("student", student.tensors)
-    return backbone
+def teacher_backbone(recipe: Recipe) -> Backbone:
+    """The whole teacher, to generate with."""
+    return Backbone(load(recipe, ALL_PARTS), precision=recipe.train.precision)
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:

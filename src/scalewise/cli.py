@@ -226,4 +226,3 @@ def main(arguments: list[str] | None = None) -> None:
         if console.fail_loudly():
             raise
         sys.exit(console.explain(error))
-

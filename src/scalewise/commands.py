@@ -10,11 +10,13 @@ from rich.table import Table
 from torch import Tensor
 
 from scalewise import build, console, mini, parallel
+from scalewise.contenders import enter, parse_contender
 from scalewise.lora import load_student
+from scalewise.models import ALL_PARTS
 from scalewise.pictures import to_bytes
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.runs import distill
-from scalewise.sampling import last, student_steps, teacher_steps
+from scalewise.sampling import last
 from scalewise.teacher import generate
 
 
@@ -24,32 +26,22 @@ def sample_pictures(
     """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
     from PIL import Image
 
-    chosen = load_student(mini.resolve(student, mini.STUDENT))
-    recipe = Recipe.from_mapping(chosen.recipe, origin="the student's recipe")
+    path = mini.resolve(student, mini.STUDENT)
+    recipe = Recipe.from_mapping(load_student(path).recipe, origin="the student's recipe")
     if base:
         recipe = recipe.override([f"model.base={base}"])
-    backbone = build.with_student(recipe, None if teacher else chosen)
+    contender = parse_contender("teacher" if teacher else f"student:{path}", recipe)
+    model = build.load(recipe, ALL_PARTS)
     texts = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for i in range(len(texts))]
     started = time.perf_counter()
-    cond = backbone.model.encode_prompts(texts)
-    if teacher:
-        settings, full = recipe.teacher, chosen.schedule.full
-        steps = teacher_steps(
-            backbone,
-            full,
-            cond,
-            seeds,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            uncond=backbone.model.encode_prompts([""]),
-        )
-        total = settings.steps
-    else:
-        steps, total = student_steps(backbone, chosen.schedule, cond, seeds), len(chosen.schedule)
-    with console.progress("drawing", total) as done:
-        latents = last(counted(steps, done))
-    pictures = to_bytes(backbone.model.decode(latents))
+    cond, uncond = model.encode_prompts(texts), model.encode_prompts([""])
+    with (
+        enter(model, contender, precision=recipe.train.precision) as sampler,
+        console.progress("drawing", contender.steps) as done,
+    ):
+        latents = last(counted(sampler(cond, uncond, seeds), done))
+    pictures = to_bytes(model.decode(latents))
     seconds = time.perf_counter() - started
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -124,7 +116,7 @@ def run_generate(
 ) -> None:
     """Make a synthetic set; goes on where a stopped one ended."""
     texts = read_prompts(prompts, recipe.model.base, "train")
-    backbone = build.with_student(recipe, None)
+    backbone = build.teacher_backbone(recipe)
     build.check(recipe, backbone.model)
     with console.progress("generating", count) as done:
         for number in generate(backbone, recipe, texts, out, count=count, batch=batch, seed=seed):

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor
 
 from scalewise import mini
 from scalewise.backbone import Backbone, Precision
-from scalewise.lora import Student, load_student
+from scalewise.lora import fused, load_student
 from scalewise.models.base import Condition, ModelAdapter
 from scalewise.pictures import to_bytes
 from scalewise.recipe import Recipe
@@ -33,7 +31,6 @@ Sampler = Callable[[Condition, Condition, Sequence[int]], Iterator[tuple[int, Te
 """(captions' condition, unconditional one, seeds) -> (step, x0) of every step."""
 
 FORMS = "teacher, teacher:STEPS, undistilled, undistilled:full, student:PATH or folder:PATH"
-_ROLE = "contender"
 
 
 class ContenderError(ValueError):
@@ -160,20 +157,15 @@ def _folder(rest: str, recipe: Recipe) -> Contender:
 def enter(
     model: ModelAdapter, contender: Contender, *, precision: Precision = "float32"
 ) -> Iterator[Sampler]:
-    """Give the contender's sampler; a student's adapter is on the model just for the time within."""
+    """Give the contender's sampler; a student is fused into the model just for the time within."""
     assert contender.schedule is not None, "a folder does not draw"
-    held: AbstractContextManager[Backbone]
+    held: AbstractContextManager[None] = nullcontext()
     if contender.kind == "student":
         assert contender.path is not None
-        held = adapted(model, load_student(contender.path), precision=precision)
-    else:
-        held = nullcontext(Backbone(model, precision=precision))
-    with held as backbone:
-        if contender.kind == "teacher":
-            yield partial(_as_teacher, backbone, contender)
-        else:
-            role = _ROLE if contender.kind == "student" else TEACHER
-            yield partial(_as_student, backbone, contender.schedule, role)
+        held = fused(model.denoiser, load_student(contender.path))
+    with held:
+        backbone = Backbone(model, precision=precision)
+        yield partial(_as_teacher if contender.kind == "teacher" else _as_student, backbone, contender)
 
 
 def _as_teacher(
@@ -187,45 +179,11 @@ def _as_teacher(
 
 
 def _as_student(
-    backbone: Backbone,
-    schedule: ScaleSchedule,
-    role: str,
-    cond: Condition,
-    uncond: Condition,
-    seeds: Sequence[int],
+    backbone: Backbone, contender: Contender, cond: Condition, uncond: Condition, seeds: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    return student_steps(backbone, schedule, cond, seeds, role=role)
-
-
-@contextmanager
-def adapted(model: ModelAdapter, student: Student, *, precision: Precision = "float32") -> Iterator[Backbone]:
-    """Put a student's adapter on the model and take it off again: students of other ranks may follow.
-
-    Afterwards the denoiser holds its own modules as before, so that it costs what it cost before, too.
-    """
-    targets = sorted({name.rsplit(".lora_", 1)[0] for name in student.tensors})
-    try:
-        backbone = Backbone(
-            model, [_ROLE], rank=student.rank, alpha=student.alpha, targets=targets, precision=precision
-        )
-        backbone.roles.load(_ROLE, student.tensors)
-        yield backbone
-    finally:
-        _take_off(model.denoiser)
-
-
-def _take_off(module: torch.nn.Module) -> None:
-    """Remove the adapter, and the wrappers that hold no other one."""
-    for path, layer in list(module.named_modules()):
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        with warnings.catch_warnings(action="ignore"):  # peft tells which adapter it makes active instead
-            layer.delete_adapter(_ROLE)
-        if not layer.lora_A:
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, layer.get_base_layer())
-    configs: dict[str, Any] = getattr(module, "peft_config", {})
-    configs.pop(_ROLE, None)
+    assert contender.schedule is not None
+    # The base's own role: a student, if any, is fused into it.
+    return student_steps(backbone, contender.schedule, cond, seeds, role=TEACHER)
 
 
 @torch.no_grad()

@@ -93,24 +93,21 @@ class Judge:
     pool: Sequence[str] = ()
     """Further captions: prompt match needs 50 different ones, those of the prompts included."""
 
-    def see(self, features: Tensor, prompts: Prompts) -> Seen:
-        """What metrics look at: features of images [N, D] that were drawn for the prompts."""
+    def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
+        """Features of images (bytes [N, H, W, 3]) that were drawn for the prompts."""
+        return self.seen(self.scorer.pictures(images), prompts, reference=self.reference)
+
+    def seen(self, features: Tensor, prompts: Prompts, *, reference: Tensor | None) -> Seen:
+        """Put features [N, D] of pictures together with their captions and the pool's."""
+        assert len(features) == len(prompts), "one image for each prompt"
         captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
-        return Seen(features, prompts.number, self.scorer.texts(captions), self.reference)
-
-    def real(self, features: Tensor, captions: Sequence[str], *, name: str = "held-out pictures") -> Row:
-        """The figures of real pictures, given as features [N, D]: what this judge says when nothing is wrong.
-
-        They must not be among the reference pictures.
-        """
-        seen = self.see(features, Prompts.of(captions))
-        return Row(name, "real", "real pictures", len(features), measure(seen))
+        return Seen(features, prompts.number, self.scorer.texts(captions), reference)
 
     def judge(
         self, contender: Contender, images: np.ndarray, *, prompts: Prompts, first: Result | None = None
     ) -> Result:
         """Take all figures of a contender's images, and their differences to those of `first`."""
-        seen = self.see(self.scorer.pictures(images), prompts)
+        seen = self.see(images, prompts)
         differences = measure(seen, against=first.seen) if first else {}
         row = Row(contender.name, contender.kind, contender.about, len(images), measure(seen),
                   first.row.name if first else "", differences)  # fmt: skip
@@ -133,7 +130,7 @@ def evaluate(
 def subject(
     model: ModelAdapter, contender: Contender, caption: str, *, precision: Precision = "float32"
 ) -> Subject:
-    """What `bench` times: the contender drawing one caption. A student's adapter is applied, not merged."""
+    """What `bench` times: the contender drawing one caption. A student is fused: its times are the base's."""
     return Subject(contender.name, partial(_parts, model, contender, caption, precision))
 
 

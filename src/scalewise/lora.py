@@ -96,6 +96,7 @@ def fused(module: nn.Module, student: Student) -> Iterator[None]:
     W + alpha / rank B A: sampling then costs what the teacher's own forward costs.
     """
     before: dict[nn.Parameter, Tensor] = {}
+    _check_pairs(student)
     try:
         for name, a in student.tensors.items():
             if name.endswith(".lora_A.weight"):
@@ -109,6 +110,17 @@ def fused(module: nn.Module, student: Student) -> Iterator[None]:
     finally:
         for weight, original in before.items():
             weight.data = original
+
+
+def _check_pairs(student: Student) -> None:
+    a, b = (
+        {n.rsplit(f".{k}.", 1)[0] for n in student.tensors if f".{k}." in n} for k in ("lora_A", "lora_B")
+    )
+    if a != b:
+        raise StudentError(
+            f"The student does not fit any base: {len(a ^ b)} layers lack one of their two matrices, for "
+            f"example {sorted(a ^ b)[0]}. Fetch or train it again."
+        )
 
 
 def _weight(module: nn.Module, path: str) -> nn.Parameter:
@@ -144,7 +156,7 @@ def load_student(path: str | Path) -> Student:
     try:
         with safe_open(file, "pt") as opened:
             head = opened.metadata() or {}
-            tensors = {key.split(".", 1)[1]: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+            tensors = {key.partition(".")[2]: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StudentError(f"{file} is damaged ({error}); fetch or train it again.") from error
     if "scalewise.timesteps" not in head:

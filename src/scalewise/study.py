@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 from scalewise import bench, build, mini
 from scalewise.contenders import Contender, Prompts, draw, parse_contenders
 from scalewise.evaluate import Judge, Result, Row, save_rows, subject, table
-from scalewise.metrics import ClipScorer, Seen, measure
+from scalewise.metrics import ClipScorer, measure
 from scalewise.models import ModelAdapter
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.rng import permutation
@@ -72,15 +71,10 @@ def real_rows(judge: Judge) -> list[Row]:
             held_out,
         ),
     ):
-        seen = _seen(judge, images, texts, reference)
+        prompts = Prompts(tuple(texts), tuple(range(len(texts))))
+        seen = judge.seen(images, prompts, reference=reference)
         rows.append(Row(name, "real", about, len(images), measure(seen)))
     return rows
-
-
-def _seen(judge: Judge, images: Tensor, captions: Sequence[str], reference: Tensor | None) -> Seen:
-    prompts = Prompts(tuple(captions), tuple(range(len(captions))))
-    everything = list(dict.fromkeys([*prompts.unique, *judge.pool]))
-    return Seen(images, prompts.number, judge.scorer.texts(everything), reference)
 
 
 def compare(

@@ -1,0 +1,95 @@
+"""A student's file and its use on the base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from scalewise.backbone import Backbone
+from scalewise.lora import Student, StudentError, fused, load_student, save_student
+from scalewise.models import SD3
+from scalewise.recipe import Recipe
+from scalewise.recipes import find_recipe
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return find_recipe("mini").override(["lora.rank=4", "lora.alpha=8", "schedule.scales=['4','6','6','8']"])
+
+
+@pytest.fixture
+def file(make_backbone, recipe: Recipe, tmp_path: Path) -> Path:
+    backbone = make_backbone("student")
+    save_student(
+        tmp_path / "student.safetensors", backbone.roles.state("student"), recipe,
+        targets=list(SD3.lora_targets), dtype=torch.float32,
+    )  # fmt: skip
+    return tmp_path / "student.safetensors"
+
+
+def test_schedule_recipe_and_weights_come_back_as_they_were(
+    file: Path, make_backbone, recipe: Recipe
+) -> None:
+    student = load_student(file)
+    assert student.schedule == recipe.schedule.build() and Recipe.from_mapping(student.recipe) == recipe
+    assert (student.rank, student.alpha, student.base) == (4, 8.0, "mini")
+    for name, value in make_backbone("student").roles.state("student").items():
+        assert torch.equal(student.tensors[name], value)
+    with safe_open(file, "pt") as opened:
+        assert "torch" in json.loads(opened.metadata()["scalewise.versions"])
+        assert all(key.startswith("transformer.") for key in opened.keys())  # noqa: SIM118
+
+
+def test_a_fused_student_equals_its_adapter_and_leaves_the_base_bit_identical(file: Path) -> None:
+    student = load_student(file)
+    adapter = Backbone(SD3.tiny(), ["student"], rank=4, alpha=8)
+    adapter.roles.load("student", student.tensors)
+    x_t, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([900.0, 300.0])
+    model = SD3.tiny()
+    cond = model.encode_prompts(["a", "b"])
+    bare, expected = Backbone(model), adapter.predict_x0(x_t, t, cond, role="student")
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    plain = bare.predict_x0(x_t, t, cond)
+    with fused(model.denoiser, student):
+        torch.testing.assert_close(bare.predict_x0(x_t, t, cond), expected, rtol=1e-4, atol=1e-4)
+        assert (expected - plain).abs().max() > 0.05
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    assert torch.equal(bare.predict_x0(x_t, t, cond), plain)
+
+
+def test_the_base_comes_back_also_when_the_student_does_not_fit(file: Path) -> None:
+    student, model = load_student(file), SD3.tiny()
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    last = sorted(student.tensors)[-2:]
+    wrong = {k: torch.zeros(5, 5) if k in last else v for k, v in student.tensors.items()}
+    other = {k.replace("blocks.3", "blocks.9"): v for k, v in student.tensors.items()}
+    half = dict(list(student.tensors.items())[1:])
+    for tensors, said in ((wrong, "which has"), (other, "blocks.9"), (half, "lack one of their two")):
+        with (
+            pytest.raises(StudentError, match=said),
+            fused(model.denoiser, replace(student, tensors=tensors)),
+        ):
+            pass
+        assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+
+
+def test_what_is_no_student_is_refused_with_the_reason(file: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "pickle.bin").write_bytes(b"\x80\x04")
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-50])
+    for name, said in (
+        ("gone.safetensors", "There is no student"),
+        ("pickle.bin", "never loaded"),
+        ("plain.safetensors", "no schedule"),
+        ("cut.safetensors", "damaged"),
+    ):
+        with pytest.raises(StudentError, match=said):
+            load_student(tmp_path / name)
+    assert isinstance(load_student(file), Student)
