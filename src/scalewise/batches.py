@@ -1,6 +1,4 @@
-"""From latents on disk to what an update sees. A batch is a function of its position: nothing has to be
-saved.
-"""
+"""From latents on disk to what an update sees. A batch is a function of its position: nothing is saved."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ class Batches:
     """Batch number `position` of a run: the schedule's step, the samples and their conditions.
 
     Samples come in shuffled passes over all sets; with several sets (aspect buckets) a batch is drawn from
-    one of
-    them, in proportion to their sizes. Each process takes its own part of the global batch.
+    one of them, in proportion to their sizes. Each process takes its own part of the global batch.
     """
 
     def __init__(

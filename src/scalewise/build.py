@@ -1,6 +1,4 @@
-"""From a recipe to what runs it: model, data, prompt cache, backbone and trainer, each loaded only while
-needed.
-"""
+"""From a recipe to what runs it: model, data, prompts, backbone, trainer, each loaded while it is needed."""
 
 from __future__ import annotations
 
@@ -70,9 +68,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 @dataclass
 class Data:
-    """What training reads: latent sets and prompt embeddings. Neither VAE nor text encoders are needed any
-    more.
-    """
+    """What training reads: latents and prompt embeddings; VAE and text encoders are not needed any more."""
 
     sets: list[LatentSet]
     prompts: PromptCache

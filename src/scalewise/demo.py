@@ -81,9 +81,7 @@ def timed(stages: list[Stage], name: str, about: str) -> Iterator[None]:
 
 
 def make_plan(recipe: Recipe, out: Path, minutes: float) -> Plan:
-    """Measure this machine for some seconds and fit the demo into the time; a demo begun before keeps its
-    plan.
-    """
+    """Measure this machine for some seconds and fit the demo into the time, once per demo folder."""
     file = out / "plan.json"
     if file.exists():
         plan = Plan(**json.loads(file.read_text()))

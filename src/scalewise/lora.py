@@ -1,6 +1,4 @@
-"""A student on disk: LoRA weights in safetensors under diffusers' key names, schedule and recipe in the
-metadata.
-"""
+"""A student on disk: LoRA weights under diffusers' key names, with schedule and recipe in the metadata."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def mmd_linear(
     """MMD with a linear kernel between features [N, L, D]: it compares per-image token means.
 
     penalty "squared" is eq. 2: the sum over images of the squared L2 distance of the means.
-    "huber" is the released form: sqrt(d^2 + c^2) - c, averaged over images and channels; "abs" its limit c ->
-    0.
+    "huber" is the released form: sqrt(d^2 + c^2) - c, averaged over images and channels; "abs" is its limit
+    c -> 0.
     whole_batch averages the tokens over the batch as well (ablation B of table 6, worse).
     """
     axes = (0, 1) if whole_batch else (1,)
@@ -36,8 +36,7 @@ def mmd_linear(
 
 
 def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float = 100.0) -> Tensor:
-    """Unbiased MMD^2 with a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) over each image's tokens (ablation
-    A).
+    """Unbiased MMD^2 with a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) over image tokens (ablation A).
 
     Features [N, L, D] -> mean over images of eq. 1, self-pairs left out.
     """
@@ -59,8 +58,7 @@ def dmd_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
     sample.
 
     p_real = x - x0_real and p_fake = x - x0_fake are what the teacher and the fake model would take away;
-    where
-    the weight is not finite the gradient is 0.
+    where the weight is not finite the gradient is 0.
     """
     p_real, p_fake = x.float() - x0_real.float(), x.float() - x0_fake.float()
     weight = p_real.abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -25,9 +25,7 @@ class Frozen(BaseModel):
 
 
 class Levels(Frozen):
-    """Where a loss draws its noise levels t: uniformly in [low, high], or from the teacher's schedule within
-    it.
-    """
+    """Where a loss draws its noise levels t: uniformly in [low, high], or from the schedule within."""
 
     draw: Literal["uniform", "schedule"] = "uniform"
     low: float = Field(0.0, ge=0, le=1000)

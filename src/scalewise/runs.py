@@ -1,6 +1,4 @@
-"""A run on disk: one folder with its recipe, versions, log, checkpoints, sample grids and the finished
-student.
-"""
+"""A run on disk: recipe, versions, log, checkpoints, sample grids and the finished student in one folder."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ from scalewise.trainer import Trainer
 
 
 class RunFolder:
-    """Layout: recipe.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, samples/,
-    student.safetensors.
-    """
+    """recipe.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, samples/, student.safetensors."""
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool) -> None:
         """Create the folder; one that holds a run already is continued just when asked for."""
@@ -83,9 +79,7 @@ class Log:
 def distill(
     recipe: Recipe, out: Path, progress: build.Progress, *, resume: bool = False
 ) -> Iterator[Numbers]:
-    """Train a recipe's student into a folder; yields the rows of the log, with a first one that says where it
-    starts.
-    """
+    """Train a recipe's student into a folder; yields the log's rows, after one that says where it starts."""
     folder = RunFolder(out, recipe, resume=resume)
     data = build.prepare_data(recipe, progress, extra_prompts=recipe.train.sample_prompts)
     trainer = build.build_trainer(recipe, data, out)

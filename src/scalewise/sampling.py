@@ -1,8 +1,7 @@
 """Sampling: the scale-wise few-step sampler of the student, and the teacher's ODE sampler.
 
 Both are iterators over (step index, x0), so that progress bars, previews, pipelines and benchmarks run the
-very
-same code. `predict` stands for the model: (x_t, t [N]) -> x0.
+very same code. `predict` stands for the model: (x_t, t [N]) -> x0.
 """
 
 from __future__ import annotations

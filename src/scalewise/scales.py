@@ -74,9 +74,7 @@ class Step:
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """Immutable steps (t_i, s_i): t falls, no scale shrinks, the last scale is the full size (paper, section
-    4.1).
-    """
+    """Immutable steps (t_i, s_i): t falls, no scale shrinks, the last scale is full size (section 4.1)."""
 
     steps: tuple[Step, ...]
 
@@ -161,9 +159,7 @@ class ScaleSchedule:
         return ScaleSchedule(tuple(Step(step.t, scaled(step.scale)) for step in self.steps))
 
     def check(self, *, patch: int, full: Scale | None = None, largest: Scale | None = None) -> None:
-        """Refuse scales that the model cannot take: indivisible by the patch, or larger than its position
-        table.
-        """
+        """Refuse scales that the model cannot take: indivisible by the patch, or without positions."""
         for scale in self.scales:
             for axis in scale.size:
                 if axis % patch:

@@ -49,12 +49,10 @@ def judge_of(recipe: Recipe, scorer: Path | None = None, *, pool: Sequence[str] 
 
 
 def real_rows(judge: Judge) -> list[Row]:
-    """What real pictures reach by the same judge: those held out, and as many that the teacher was trained
-    on.
+    """What real pictures reach by the same judge: those held out, and as many of the training set.
 
     The Frechet distance of real to real is the floor for this number of pictures; the prompt match of real
-    ones
-    is the ceiling that the scorer allows.
+    ones is the ceiling that the scorer allows.
     """
     features = {k: v.float() for k, v in load_file(mini.REFERENCE).items()}
     held_out, trained = features["test"], features["train"]
@@ -90,9 +88,7 @@ def compare(
     rounds: int = 7,
     scorer: Path | None = None,
 ) -> Outcome:
-    """Draw, judge and time every contender; writes pictures, figures.json, figures.md and timings.json to
-    `out`.
-    """
+    """Draw, judge and time every contender; writes pictures, figures and timings to `out`."""
     parsed = parse_contenders(contenders, recipe)
     prompts, judge = Prompts.of(texts, seed=seed), judge_of(recipe, scorer, pool=texts)
     model = build.load(recipe, ("denoiser", "vae", "text"))

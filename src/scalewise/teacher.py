@@ -1,6 +1,4 @@
-"""The synthetic set: pictures that the teacher draws with its standard settings, stored as latents of every
-scale.
-"""
+"""The synthetic set: pictures that the teacher draws, stored as latents of every scale."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from scalewise.scales import Scale
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample number `index` of a set: the same whatever the batch size and however often it was
-    stopped.
-    """
+    """Seed of sample number `index` of a set, whatever the batch size and however often it stopped."""
     return derive(seed, "synthetic", index)
 
 

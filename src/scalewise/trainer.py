@@ -1,8 +1,7 @@
 """The loop: five updates of the fake model, one of the student, and everything needed to go on after a stop.
 
 All randomness is derived from (seed, purpose, position), so the whole state of a run is: the roles' weights,
-the
-head, both optimizers, the average, and one counter.
+the head, both optimizers, the average, and one counter.
 """
 
 from __future__ import annotations
@@ -194,9 +193,7 @@ class Trainer:
         return path
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint; one of another recipe is refused, but for the number of iterations and the
-        like.
-        """
+        """Go on from a checkpoint; one of another recipe is refused (iterations and the like are free)."""
         state, meta = checkpoint.load(path)
         difference = _difference(meta["recipe"], self.recipe.model_dump(mode="json"))
         if difference:

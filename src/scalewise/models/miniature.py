@@ -18,9 +18,7 @@ TOKENS = 24
 
 
 def clip_and_t5(joint_width: int) -> dict[str, Any]:
-    """Return tokenizer and text_encoder (1, 2, 3) of a miniature: two CLIPs of `joint_width` and a T5 of
-    twice that.
-    """
+    """Return tokenizers and text encoders 1, 2, 3: two CLIPs of `joint_width` and a T5 of twice that."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     clip_tokenizer = CLIPTokenizer(

@@ -1,6 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Medium with its dual attention, Large), and the mini, which has the same
-layout.
-"""
+"""Stable Diffusion 3 and 3.5 (Medium with its dual attention, Large), and the mini, which is built alike."""
 
 from __future__ import annotations
 

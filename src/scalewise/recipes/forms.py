@@ -6,9 +6,7 @@ from typing import Any
 
 
 def paper_loss(feature_block: int) -> dict[str, Any]:
-    """Paper: squared distance of per-image means, the teacher's features, levels drawn uniformly from [0,
-    600].
-    """
+    """Paper: squared distance of per-image means, the teacher's features, levels uniform in [0, 600]."""
     return {
         "feature_block": feature_block,
         "mmd": {"penalty": "squared", "features": "teacher", "levels": {"high": 600.0}},
