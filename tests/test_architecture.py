@@ -17,41 +17,19 @@ FILES = {
 
 # A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as
 # long as no circle arises. A package stands for all of its files, which are free among themselves.
-RANKS = {
-    0: {
-        "errors",
-        "scales",
-        "noise",
-        "losses",
-        "rng",
-        "parallel",
-        "checkpoint",
-        "console",
-        "pictures",
-        "mini",
-    },
-    1: {"recipe", "spectrum", "taps", "roles", "heads", "models"},
-    2: {"backbone", "data", "lora", "recipes"},
-    3: {"sampling", "distill"},
-    4: {"batches", "teacher"},
-    5: {
-        "trainer",
-        "build",
-        "runs",
-        "contenders",
-        "evaluate",
-        "metrics",
-        "bench",
-        "study",
-        "report",
-        "pipelines",
-    },
-    6: {"commands", "demo"},
-    7: {"cli"},
-    8: {"__main__"},
-}
+RANKS = [
+    "errors scales noise losses rng parallel checkpoint console pictures mini",
+    "recipe spectrum taps roles heads models",
+    "backbone data lora recipes",
+    "sampling distill",
+    "batches teacher",
+    "trainer build runs contenders evaluate metrics bench study report pipelines",
+    "commands demo",
+    "cli",
+    "__main__",
+]
 FREE = 5
-RANK = {name: rank for rank, names in RANKS.items() for name in names}
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 
 MODULES = {name for name in (Path(file).with_suffix("").parts[0] for file in FILES) if name != "__init__"}
 

@@ -174,6 +174,13 @@ def test_pictures_and_latents_have_the_sizes_they_should(model, scale):
     assert decoded.abs().max() <= 1
 
 
+def test_latents_are_normalised_and_back_without_a_trace(model):
+    x, vae = pixels(model, SIZES[1]), model.pipeline.vae
+    with torch.no_grad():
+        plain = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+    torch.testing.assert_close(model.decode(model.encode(x)), plain)
+
+
 def test_the_denoiser_predicts_in_latent_layout_at_every_size(model):
     cond = model.encode_prompts(PROMPTS)
     for scale in SIZES:

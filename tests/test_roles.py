@@ -164,6 +164,15 @@ def test_the_teacher_cannot_be_an_adapter(model):
         Roles(model.denoiser, ["teacher"], rank=4, targets=TARGETS)
 
 
+@pytest.mark.parametrize("names", [[], ["student"]])
+def test_the_base_is_frozen_and_set_to_evaluation_whatever_it_was_before(model, names):
+    base = list(model.denoiser.parameters())
+    model.denoiser.requires_grad_(True).train()
+    roles = Roles(model.denoiser, names, rank=4, targets=TARGETS)
+    assert not any(parameter.requires_grad for parameter in base)
+    assert not roles.module.training
+
+
 def test_targets_that_match_nothing_are_refused_by_name(model):
     with pytest.raises(ValueError, match="to_nowhere"):
         Roles(model.denoiser, ["student"], rank=4, targets=["to_nowhere"])

@@ -88,7 +88,7 @@ def test_the_full_scale_baseline_keeps_the_timesteps():
     ("timesteps", "scales", "parts"),
     [
         ([], [], ("at least one step", "give timesteps and scales")),
-        ([1000, 800, 600], [4, 8], ("3 timesteps", "2 scales", "one scale for each timestep")),
+        ([1000, 800, 600], [4, 8], ("3 timesteps", "2 scales", "give one for each")),
         ([1000, 800, 801], [4, 6, 8], ("801 follows 800", "must fall")),
         ([1000, 800, 800], [4, 6, 8], ("800 follows 800", "must fall")),
         ([1001, 800], [4, 8], ("1001", "(0, 1000]", "1000 x sigma")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from scalewise.taps import tap
 
@@ -108,6 +109,21 @@ def test_a_tap_leaves_no_hook_behind_also_after_an_error():
         block(torch.zeros(1, 4))
     assert not block._forward_hooks
     assert block(torch.zeros(1, 3)).shape == (1, 3)
+
+
+def test_a_block_that_runs_again_in_the_backward_pass_does_not_replace_the_features(backbone, question):
+    x_t, t, cond = question
+    model = backbone.model
+    # Without torch's early stop a block is run again to its very end, where the hook waits.
+    with (
+        set_checkpoint_early_stop(False),
+        backbone.roles.role("fake"),
+        tap(model.block(1), model.image_tokens, stop=False) as found,
+    ):
+        prediction = model.predict(x_t, t, cond)
+        before = found.tokens
+        prediction.sum().backward()
+        assert found.tokens is before
 
 
 def test_an_error_inside_a_tap_is_not_swallowed():
