@@ -130,13 +130,15 @@ def joint_student_loss(loss: LossRecipe, batch: Batch, rng, student, fake, teach
         if loss.mmd.clean:
             level, eps = torch.zeros(n), torch.zeros_like(x0)
         else:
-            level, eps = draw_levels(loss.mmd.levels, n, rng), torch.randn(x0.shape, generator=rng)
+            own = generator(rng.initial_seed(), "mmd")
+            level, eps = draw_levels(loss.mmd.levels, n, own), torch.randn(x0.shape, generator=own)
         judge = teacher if loss.mmd.features == "teacher" else fake
         real_features = features_of(judge, noised(batch.target, eps, level), level, cond)
         fake_features = features_of(judge, noised(x0, eps, level), level, cond)
         total = total + loss.mmd.weight * mmd_written_out(loss.mmd, real_features, fake_features)
     if loss.dmd.weight or loss.gan.weight:
-        level, eps = draw_levels(loss.dmd.levels, n, rng), torch.randn(x0.shape, generator=rng)
+        own = generator(rng.initial_seed(), "dmd_gan")
+        level, eps = draw_levels(loss.dmd.levels, n, own), torch.randn(x0.shape, generator=own)
         x_t = noised(x0, eps, level)
     if loss.gan.weight:
         total = total + loss.gan.weight * F.softplus(-head(features_of(fake, x_t, level, cond))).mean()
@@ -240,13 +242,17 @@ def test_a_step_leaves_the_base_without_gradients_and_as_the_teacher(make_step, 
     assert step.backbone.roles.current == "teacher"
 
 
+# Each term draws from a generator of its own, so that switching one off leaves the others' noise alone.
+TERM_OF = {"mmd_gradient": "mmd", "dmd_gradient": "dmd_gan", "gan_gradient": "dmd_gan"}
+
+
 def by_hand(step: DistillStep, batch: Batch, term) -> dict[str, torch.Tensor | None]:
     """Gradients of one term alone: the student's x0, the term's gradient in it, back through the student."""
     rng, t = generator(3), torch.full((4,), batch.t)
     x_t = step.process.add_noise(batch.source, torch.randn(batch.source.shape, generator=rng), t)
     x0 = step.backbone.predict_x0(x_t, t, batch.cond, role="student")
     leaf = x0.detach().requires_grad_()
-    gradient = term(step, batch, leaf, rng)
+    gradient = term(step, batch, leaf, generator(rng.initial_seed(), TERM_OF[term.__name__]))
     step.backbone.roles.module.zero_grad()
     x0.backward(gradient)
     return gradients(step, "student")
@@ -319,7 +325,7 @@ def broken(x: torch.Tensor) -> torch.Tensor:
     [
         ("paper", "student_step", "target", "mmd"),
         ("gan alone", "student_step", "source", "gan"),
-        ("dmd alone", "student_step", "source", "dmd"),
+        ("dmd alone", "student_step", "source", "dmd, teacher"),
         ("paper", "fake_step", "source", "fake/denoising"),
         ("paper", "fake_step", "target", "fake/discriminator"),
     ],
@@ -353,8 +359,11 @@ def test_shares_of_a_gradient_add_up_to_the_whole(make_step, batch, compute, rol
 class Rows:
     """Stands for the generator: draws for the whole batch of four, and hands out the rows of a part of it."""
 
-    def __init__(self, rows: slice) -> None:
-        self.rows, self.rng = rows, generator(5)
+    def __init__(self, rows: slice, *key: int | str) -> None:
+        self.rows, self.rng = rows, generator(5, *key)
+
+    def initial_seed(self) -> slice:
+        return self.rows
 
     def noise(self, x: torch.Tensor) -> torch.Tensor:
         return torch.randn(4, *x.shape[1:], generator=self.rng)[self.rows]
@@ -367,13 +376,15 @@ class Rows:
 def test_two_half_batches_accumulate_to_the_whole_batch(make_step, batch, monkeypatch, compute, role):
     # The released form, whose terms are all means over images.
     monkeypatch.setattr(distill, "_noise_like", lambda x, rng: rng.noise(x))
+    monkeypatch.setattr(distill, "generator", Rows)
     monkeypatch.setattr(distill, "draw_levels", lambda levels, count, rng, *, device: rng.levels(levels))
     whole, parts = make_step(LOSSES["released"]), make_step(LOSSES["released"])
     getattr(whole, compute)(batch, Rows(slice(None)))
     for rows in (slice(0, 2), slice(2, 4)):
         part = replace(batch, source=batch.source[rows], target=batch.target[rows], cond=batch.cond[rows])
         getattr(parts, compute)(part, Rows(rows), share=0.5)
-    assert largest_error(gradients(parts, role), gradients(whole, role)) < 1e-5
+    # Products over two and over four rows round differently in float32: 1.4e-5 at these draws.
+    assert largest_error(gradients(parts, role), gradients(whole, role)) < 3e-5
 
 
 def test_a_step_is_a_function_of_its_generator(make_step, batch):
@@ -416,3 +427,12 @@ def test_levels_of_the_schedule_are_drawn_evenly_from_its_entries():
     assert values.tolist() == pytest.approx(sorted(levels.entries()), rel=1e-6)
     assert counts.min() > 300
     assert torch.equal(t, draw_levels(levels, 4000, generator(1)))
+
+
+def test_a_term_does_not_notice_that_another_is_switched_off(make_step, batch):
+    both = make_step(LOSSES["released"]).student_step(batch, generator(3))
+    without = LOSSES["released"].model_copy(
+        update={"mmd": LOSSES["released"].mmd.model_copy(update={"weight": 0.0})}
+    )
+    alone = make_step(without).student_step(batch, generator(3))
+    assert alone["dmd"] == both["dmd"] and alone["gan"] == both["gan"] and "mmd" not in alone

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from text import TeacherText
 from torch import Tensor, nn
-from vae import build as build_vae
+from vae import load_balanced
 
 SCALES = (8, 10, 12, 16)
 SMALL_MIX, LARGE_MIX = (0.7, 0.15, 0.15, 0.0), (0.12, 0.12, 0.16, 0.6)
@@ -66,7 +66,7 @@ def cache() -> dict[str, Tensor]:
     if path.exists():
         return load_file(path)
     pictures = load_pictures(split="train", denoiser_only=True)
-    vae = load_averaged("vae", build_vae())
+    vae = load_balanced()
     pixels, out = to_float(pictures.pixels), {}
     for scale in SCALES:
         x = F.interpolate(pixels, size=(8 * scale,) * 2, mode="area") if scale < 16 else pixels
@@ -137,7 +137,7 @@ def draw(
     data, model = cache(), load_averaged("denoiser", build())
     text, vae = (
         load_averaged("text", TeacherText(load_pictures().captions)),
-        load_averaged("vae", build_vae()),
+        load_balanced(),
     )
     tokens, pooled = encode(text, captions)
     none_tokens, none_pooled = encode(text, [""])

@@ -19,7 +19,7 @@ from denoiser import build as build_denoiser
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from text import Scorer, TeacherText, embed
-from vae import build as build_vae
+from vae import load_balanced
 
 TARGET = Path(__file__).parents[2] / "src" / "scalewise" / "mini"
 
@@ -28,7 +28,7 @@ def teacher() -> StableDiffusion3Pipeline:
     """Assemble the pipeline from the stages' averaged weights."""
     everything, data = load_pictures().captions, cache()
     text = load_averaged("text", TeacherText(everything))
-    trained = load_averaged("vae", build_vae())
+    trained = load_balanced()
     vae = AutoencoderKL.from_config(
         {**trained.config, "scaling_factor": float(data["factor"]), "shift_factor": float(data["shift"])}
     )

@@ -16,6 +16,7 @@ from scalewise import losses
 from scalewise.backbone import Backbone
 from scalewise.models.base import Condition
 from scalewise.recipe import Levels, LossRecipe
+from scalewise.rng import generator
 
 Numbers = dict[str, float]
 
@@ -61,8 +62,9 @@ class DistillStep:
         x0 = self._student(batch, rng)
         leaf = x0.detach().requires_grad_()
         numbers: Numbers = {}
-        for term in self._terms.values():
-            numbers |= term(leaf, batch, rng)
+        for name, term in self._terms.items():
+            # A generator for each term: switching one off leaves the others' noise as it was.
+            numbers |= term(leaf, batch, generator(rng.initial_seed(), name))
         assert leaf.grad is not None, "at least one term is on"
         with self.backbone.roles.role("student"):
             x0.backward(leaf.grad * share)
@@ -145,6 +147,9 @@ class DistillStep:
                     x_t, t, batch.cond, guidance=dmd.guidance, uncond=batch.uncond
                 )
                 fake = self.backbone.predict_x0(x_t, t, batch.cond, role="fake")
+                # The gradient turns NaN into 0 (as released); a broken teacher or fake model must show.
+                _finite("dmd, teacher", real.sum())
+                _finite("dmd, fake model", fake.sum())
                 gradient = losses.dmd_gradient(leaf, real, fake)
                 numbers["dmd"] = _finite("dmd", losses.dmd(leaf, gradient))
                 _add(leaf, dmd.weight * gradient / gradient.numel())

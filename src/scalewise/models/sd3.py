@@ -122,14 +122,18 @@ class SD3(ModelAdapter):
         return Condition({"tokens": tokens, "pooled": pooled})
 
     def _warn_of_overflow(self, prompts: Sequence[str]) -> None:
-        tokenizer = self.pipeline.tokenizer
-        limit = min(tokenizer.model_max_length, self.max_sequence_length)
+        """Warn of prompts that CLIP or T5 will cut; of SD3.5's encoders T5 reads much further than CLIP."""
+        clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_3
+        limits = [(clip, clip.model_max_length, "CLIP"), (t5, self.max_sequence_length, "T5")]
         for prompt in prompts:
-            length = len(tokenizer(prompt, verbose=False).input_ids)
-            if length > limit:
+            cut = []
+            for tokenizer, limit, name in limits:
+                length = len(tokenizer(prompt, verbose=False).input_ids)
+                if length > limit:
+                    cut.append(f"{name} reads {limit} of its {length} tokens")
+            if cut:
                 warnings.warn(
-                    f"The prompt {prompt[:60]!r} has {length} tokens, but the text encoder reads {limit}; "
-                    "its end is ignored. Shorten it.",
+                    f"The end of the prompt {prompt[:60]!r} is ignored: {', '.join(cut)}. Shorten it.",
                     stacklevel=3,
                 )
 
