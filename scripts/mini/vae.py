@@ -95,11 +95,11 @@ def train(steps: int, size: int, batch: int) -> None:
 
 @torch.no_grad()
 def balance() -> AutoencoderKL:
-    """Scale the latent's channels so that an error of one unit costs the same in pixels, whichever the channel.
+    """Scale the latent's channels so that an error of one unit costs the same in pixels in each of them.
 
-    Training leaves every channel with about the same spread, however little it adds to the picture; a denoiser
-    then spends its capacity on what nobody sees. The scales move into the encoder's last and the decoder's first
-    convolution, so reconstructions stay what they are.
+    Training leaves every channel with about the same spread, however little it adds to the picture; a
+    denoiser then spends its capacity on what nobody sees. The scales move into the encoder's last and the
+    decoder's first convolution, so reconstructions stay what they are.
     """
     model = load_averaged("vae", build())
     pixels = to_float(load_pictures(split="train", denoiser_only=True).pixels[::60][:40])
