@@ -56,7 +56,10 @@ def full() -> Recipe:
 def paper() -> Recipe:
     """Scale-wise, four steps, full loss in the paper's form."""
     return _recipe(
-        "mini-paper", "scale-wise, 4 steps, full loss in the paper's form", loss=paper_loss(_BLOCK)
+        "mini-paper",
+        "scale-wise, 4 steps, full loss in the paper's form",
+        loss=paper_loss(_BLOCK),
+        train={"step_choice": "sampled"},
     )
 
 
