@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vae import load_balanced
 
 SCALES = (8, 10, 12, 16)
-SMALL_MIX, LARGE_MIX = (0.7, 0.15, 0.15, 0.0), (0.12, 0.12, 0.16, 0.6)
+SMALL_MIX, LARGE_MIX = (0.7, 0.15, 0.15, 0.0), (0.25, 0.15, 0.15, 0.45)
 SHIFT = 3.0  # of the sampling schedule, as in SD3
 BATCH = 32
 
@@ -75,7 +75,7 @@ def cache() -> dict[str, Tensor]:
     out["shift"], out["factor"] = full.mean().reshape(1), 1 / full.std().reshape(1)
     for scale in SCALES:
         out[f"latents_{scale}"] = ((out[f"latents_{scale}"] - out["shift"]) * out["factor"]).half()
-    text = load_averaged("text", TeacherText(load_pictures().captions))
+    text = load_averaged("towers", TeacherText(load_pictures().captions))
     out["tokens"], out["pooled"] = encode(text, [*pictures.captions, ""])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in out.items()}, path)
@@ -136,7 +136,7 @@ def draw(
     """Sample pictures [N, 3, 8 side, 8 side] with the averaged weights (Euler, shifted schedule)."""
     data, model = cache(), load_averaged("denoiser", build())
     text, vae = (
-        load_averaged("text", TeacherText(load_pictures().captions)),
+        load_averaged("towers", TeacherText(load_pictures().captions)),
         load_balanced(),
     )
     tokens, pooled = encode(text, captions)

@@ -27,7 +27,7 @@ TARGET = Path(__file__).parents[2] / "src" / "scalewise" / "mini"
 def teacher() -> StableDiffusion3Pipeline:
     """Assemble the pipeline from the stages' averaged weights."""
     everything, data = load_pictures().captions, cache()
-    text = load_averaged("text", TeacherText(everything))
+    text = load_averaged("towers", TeacherText(everything))
     trained = load_balanced()
     vae = AutoencoderKL.from_config(
         {**trained.config, "scaling_factor": float(data["factor"]), "shift_factor": float(data["shift"])}
