@@ -243,3 +243,31 @@ def test_disk_full_while_saving_keeps_the_earlier_checkpoint(
     newest = checkpoint.latest(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000002"
     checkpoint.load(newest)
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe.override(["train.iterations=2"]), tmp_path)
+    before = {p: p.read_bytes() for p in (tmp_path / "recipe.yaml", tmp_path / "log.jsonl")}
+    with pytest.raises(ValueError, match="another recipe"):
+        train(recipe.override(["optimizer.lr=0.5"]), tmp_path, resume=True)
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_samples_that_cannot_be_drawn_cost_no_checkpoint(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise OSError("no picture today")
+
+    monkeypatch.setattr(runs, "draw_samples", breaks)
+    with pytest.raises(OSError, match="no picture today"):
+        train(recipe.override(["train.sample_every=2"]), tmp_path)
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-000002"
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_could_not_be_built_leaves_nothing_to_resume(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no latents at 2x2"):
+        train(recipe.override(["schedule.scales=['2', '6', '6', '8']"]), tmp_path / "run")
+    train(recipe.override(["train.iterations=1"]), tmp_path / "run")

@@ -25,23 +25,24 @@ class RunFolder:
     """recipe.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, samples/, student.safetensors."""
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool) -> None:
-        """Create the folder; one that holds a run already is continued just when asked for."""
+        """Name the folder; one that holds a run already is continued just when asked for."""
         self.path, self.recipe = path, recipe
         if (path / "recipe.yaml").exists() and not resume:
             raise RecipeError(
                 f"{path} holds a run already; continue it with --resume, or give another --out."
             )
-        if not parallel.is_main():
-            return
-        (path / "samples").mkdir(parents=True, exist_ok=True)
-        (path / "recipe.yaml").write_text(recipe.to_yaml())
+
+    def describe(self) -> None:
+        """Write recipe and versions: once everything is built, and a resumed checkpoint has fitted."""
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        (self.path / "recipe.yaml").write_text(self.recipe.to_yaml())
         machine = {
             "python": platform.python_version(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "device": str(build.device()),
         }
-        (path / "versions.json").write_text(json.dumps(versions() | machine, indent=1))
+        (self.path / "versions.json").write_text(json.dumps(versions() | machine, indent=1))
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the log."""
@@ -93,13 +94,12 @@ def distill(
             )
     main = parallel.is_main()
     if main:
+        folder.describe()
         folder.cut_log(trainer.iteration)
     log = Log(folder, after=trainer.iteration) if main else None
     yield {"iteration": trainer.iteration}
     try:
-        for row in trainer.fit():
-            if log:
-                log.write(row)
+        for row in trainer.fit(log.write) if log else trainer.fit():
             yield row
             every = recipe.train.sample_every
             if main and every and int(row["iteration"]) % every == 0:
@@ -129,9 +129,8 @@ def draw_samples(trainer: Trainer, data: build.Data) -> Path | None:
     seeds = [derive(recipe.train.seed, "grid", i) for i in range(len(prompts))]
     cond = data.prompts.condition(prompts).to(trainer.backbone.device)
     schedule = recipe.schedule.build()
-    decoder = build.load(
-        recipe, ["vae"]
-    )  # held only for the grid: training keeps the denoiser alone in memory
+    # Held only for the grid: training keeps the denoiser alone in memory.
+    decoder = build.load(recipe, ["vae"])
     with using_average(trainer):
         steps = [
             to_bytes(decoder.decode(x0)) for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)

@@ -108,8 +108,13 @@ class Trainer:
         """Optimizer updates in one iteration: the fake model's and the student's one."""
         return (self.recipe.loss.fake.updates if self.fake else 0) + 1
 
-    def fit(self) -> Iterator[Numbers]:
-        """Train to the recipe's number of iterations, saving at the interval, on SIGTERM and at the end."""
+    def fit(self, log: Callable[[Numbers], None] = lambda row: None) -> Iterator[Numbers]:
+        """Train to the recipe's number of iterations, saving at the interval, on SIGTERM and at the end.
+
+        Each row is logged, then the checkpoint (if due) is written, and only then is the row yielded:
+        whatever
+        the caller does with it, such as drawing samples, cannot cost a checkpoint.
+        """
         train = self.recipe.train
         with self._signals():
             while self.iteration < train.iterations:
@@ -119,18 +124,18 @@ class Trainer:
                 except LossError as error:
                     raise TrainingStopped(self._explain(error)) from error
                 self.iteration += 1
-                row["seconds"] = time.perf_counter() - started
-                yield {"iteration": self.iteration, **row}
+                row = {"iteration": self.iteration, **row, "seconds": time.perf_counter() - started}
+                log(row)
                 if (
                     self._stop
                     or self.iteration % train.checkpoint_every == 0
                     or self.iteration == train.iterations
                 ):
                     self.save()
+                yield row
                 if self._stop:
                     raise TrainingStopped(
-                        f"Stopped by {self._stop} after iteration {self.iteration}; saved. Go on "
-                        "with --resume."
+                        f"Stopped by {self._stop} after iteration {self.iteration}; saved. Go on with --resume."
                     )
 
     def _iterate(self) -> Numbers:
