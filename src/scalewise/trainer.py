@@ -126,16 +126,16 @@ class Trainer:
                 self.iteration += 1
                 row = {"iteration": self.iteration, **row, "seconds": time.perf_counter() - started}
                 log(row)
-                if (
-                    self._stop
-                    or self.iteration % train.checkpoint_every == 0
-                    or self.iteration == train.iterations
-                ):
+                stop, step = (
+                    self._stop,
+                    self.iteration,
+                )  # a signal that comes later gets an iteration of its own
+                if stop or step % train.checkpoint_every == 0 or step == train.iterations:
                     self.save()
                 yield row
-                if self._stop:
+                if stop:
                     raise TrainingStopped(
-                        f"Stopped by {self._stop} after iteration {self.iteration}; saved. Go on with --resume."
+                        f"Stopped by {stop} after iteration {step}; saved. Go on with --resume."
                     )
 
     def _iterate(self) -> Numbers:
