@@ -1,0 +1,62 @@
+"""Go on with the mini from the shipped weights: rebuild the stages' states that later training needs.
+
+    python scripts/mini/restore.py --step 2800     # then: python scripts/mini/denoiser.py --steps 12000
+
+Writes mini-work/{vae,towers,denoiser}; `data.py` has to have run. Optimizers start anew, and what is not
+shipped
+(the image tower that the text encoders were trained against) starts untrained: it is needed for retraining
+the
+text encoders only. Stages that have a state already are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common import load_pictures, own_tensors, work_folder
+from denoiser import build as build_denoiser
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import save_file
+from text import TeacherText
+from torch import nn
+
+from scalewise import mini
+
+
+def save_state(name: str, module: nn.Module, step: int) -> None:
+    """Write a stage's state with the module's weights as live and as averaged ones."""
+    path = work_folder() / name / "state.safetensors"
+    if path.exists():
+        print(f"{name}: has a state already, left alone")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"module/{k}": v.detach().float().contiguous() for k, v in own_tensors(module).items()}
+    tensors |= {f"ema/{k}": v.detach().float().contiguous() for k, v in module.named_parameters()}
+    save_file(tensors, path, metadata={"step": str(step), "ema_steps": str(step), "seconds": "0"})
+    print(f"{name}: restored")
+
+
+def main(step: int) -> None:
+    """Take the shipped pipeline apart again."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(mini.TEACHER)
+    text = TeacherText(load_pictures().captions)
+    for number, encoder in enumerate(
+        (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3), 1
+    ):
+        getattr(text, f"text_{number}").load_state_dict(encoder.float().state_dict())
+    denoiser = build_denoiser()
+    denoiser.load_state_dict(pipeline.transformer.float().state_dict())
+    save_state("towers", text, step=0)
+    save_state("denoiser", denoiser, step=step)
+    balanced = work_folder() / "vae" / "balanced.safetensors"
+    balanced.parent.mkdir(parents=True, exist_ok=True)
+    if not balanced.exists():
+        save_file(pipeline.vae.float().state_dict(), balanced)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--step", type=int, default=1000, help="where the learning rate's schedule goes on")
+    main(parser.parse_args().step)
