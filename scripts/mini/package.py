@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from text import Scorer, TeacherText, embed
 from vae import load_balanced
 
+from scalewise.metrics import ClipScorer
+
 TARGET = Path(__file__).parents[2] / "src" / "scalewise" / "mini"
 
 
@@ -64,21 +66,14 @@ def main() -> None:
     pipeline = teacher()
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(TARGET / "teacher", safe_serialization=True)
+    for config in TARGET.glob("teacher/text_encoder*/config.json"):
+        # transformers loads in the precision that the file names, diffusers in float32: they have to agree.
+        values = {k: v for k, v in json.loads(config.read_text()).items() if k != "torch_dtype"}
+        config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
     if (work_folder() / "scorer" / "state.safetensors").exists():
         scorer = load_averaged("scorer", Scorer(load_pictures().captions))
         save_file(reference(scorer), TARGET / "reference.safetensors")
-        scorer.clip.half().save_pretrained(TARGET / "scorer", safe_serialization=True)
-        scorer.clip_tokenizer.save_pretrained(TARGET / "scorer")
-        settings = {
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-            "size": {"height": 128, "width": 128},
-            "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "image_processor_type": "CLIPImageProcessor",
-        }
-        (TARGET / "scorer" / "preprocessor_config.json").write_text(json.dumps(settings, indent=1))
+        ClipScorer(scorer.clip, scorer.clip_tokenizer).save(TARGET / "scorer")
     captions = {s: load_pictures(split=s, denoiser_only=True).captions for s in ("train", "test")}
     (TARGET / "captions.json").write_text(json.dumps(captions, indent=0, ensure_ascii=False))
     for file in sorted(TARGET.rglob("*")):

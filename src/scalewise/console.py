@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 30.0
 
 out = Console()
 err = Console(stderr=True)
@@ -38,7 +41,13 @@ class RateColumn(ProgressColumn):
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse."""
+    """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse.
+
+    Where nobody watches (a log file, say) a line every half minute takes the bar's place.
+    """
+    if not err.is_terminal:
+        yield _lines(what, total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
@@ -51,6 +60,25 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=err, transient=False) as bar:
         task = bar.add_task(what, total=total or None)
         yield lambda done: bar.update(task, completed=done)
+
+
+def _lines(what: str, total: int) -> Callable[[int], None]:
+    started = said = time.monotonic()
+    first: int | None = None
+
+    def done(number: int) -> None:
+        nonlocal said, first
+        now = time.monotonic()
+        first = number if first is None else first
+        finished = total > 0 and number >= total
+        if now - said < SECONDS_BETWEEN_LINES and not (finished and now - started > 2):
+            return
+        said = now
+        rate = (number - first) / max(now - started, 1e-9)
+        left = f", about {(total - number) / rate:.0f} s left" if total and rate > 0 and not finished else ""
+        err.print(f"{what}: {number}/{total or '?'} after {now - started:.0f} s{left}", highlight=False)
+
+    return done
 
 
 def quiet_libraries() -> None:

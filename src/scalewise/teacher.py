@@ -55,7 +55,7 @@ def generate(
     """
     model, scales = backbone.model, sorted(set(recipe.schedule.build().scales))
     full = max(scales, key=lambda scale: scale.cells)
-    writer = _writer(backbone, recipe, prompts, out=out, count=count, seed=seed, shard_rows=shard_rows)
+    writer = _writer(backbone, recipe, prompts, out=out, seed=seed, shard_rows=shard_rows)
     uncond = model.encode_prompts([""])
     todo = writer.missing(count)
     yield count - len(todo)
@@ -88,7 +88,6 @@ def _writer(
     prompts: Sequence[str],
     *,
     out: Path,
-    count: int,
     seed: int,
     shard_rows: int,
 ) -> LatentSetWriter:
@@ -103,7 +102,6 @@ def _writer(
             "teacher_steps": recipe.teacher.steps,
             "guidance": recipe.teacher.guidance,
             "seed": seed,
-            "count": count,
             "prompts": len(prompts),
             "prompts_key": derive(*prompts),
             "precision": backbone.precision,

@@ -1,0 +1,38 @@
+"""What is shown where nobody watches, and what an error looks like."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from scalewise import console
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("drawing", 20) as done:
+        for number in range(1, 21):
+            done(number)
+    lines = capsys.readouterr().err.splitlines()
+    assert 5 <= len(lines) <= 8, "every third call of ten seconds each, and the last"
+    assert lines[0].startswith("drawing: 3/20 after 30 s, about ") and lines[0].endswith("s left")
+    assert lines[-1] == "drawing: 20/20 after 200 s"
+
+
+def test_what_takes_no_time_says_nothing(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.time, "monotonic", lambda: 5.0)
+    with console.progress("drawing", 2) as done:
+        done(1)
+        done(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_is_explained_with_its_place(capsys) -> None:
+    assert console.explain(OSError(errno.ENOSPC, "No space left on device", "/data/x")) == 1
+    assert "The disk is full (/data/x)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_stopping_by_hand_has_its_own_code() -> None:
+    assert console.explain(KeyboardInterrupt()) == 130
