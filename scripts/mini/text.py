@@ -42,7 +42,18 @@ JOINT_WIDTH = 128
 
 
 def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A byte-pair tokenizer with CLIP's own normalisation, in which each common word is one token."""
+    """The byte-pair tokenizer of all CLIPs here, trained once and kept.
+
+    Training it is not repeatable: the alphabet and pairs of equal frequency come in another order each time.
+    """
+    folder = work_folder() / "tokenizers" / "clip"
+    if not folder.exists():
+        train_clip_tokenizer(captions).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def train_clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """Train with CLIP's own normalisation; each common word becomes one token."""
     reference = CLIPTokenizer().backend_tokenizer
     raw = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     raw.normalizer, raw.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
