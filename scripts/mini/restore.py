@@ -39,6 +39,9 @@ def save_state(name: str, module: nn.Module, step: int) -> None:
 def main(step: int) -> None:
     """Take the shipped pipeline apart again."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(mini.TEACHER)
+    tokenizer = work_folder() / "tokenizers" / "clip"
+    if not tokenizer.exists():  # trained anew it would give other ids
+        pipeline.tokenizer.save_pretrained(tokenizer)
     text = TeacherText(load_pictures().captions)
     for number, encoder in enumerate(
         (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3), 1
