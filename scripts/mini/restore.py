@@ -31,7 +31,7 @@ def save_state(name: str, module: nn.Module, step: int) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"module/{k}": v.detach().float().contiguous() for k, v in own_tensors(module).items()}
-    tensors |= {f"ema/{k}": v.detach().float().contiguous() for k, v in module.named_parameters()}
+    tensors |= {f"ema/{k}": v.detach().float().clone() for k, v in module.named_parameters()}
     save_file(tensors, path, metadata={"step": str(step), "ema_steps": str(step), "seconds": "0"})
     print(f"{name}: restored")
 
