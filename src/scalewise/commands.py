@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scalewise import build, console, mini, parallel
 from scalewise.contenders import enter, parse_contender
+from scalewise.distill import Numbers
 from scalewise.lora import load_student
 from scalewise.models import ALL_PARTS
 from scalewise.pictures import to_bytes
@@ -62,13 +63,16 @@ def counted(steps: Iterator[tuple[int, Tensor]], done: Callable[[int], None]) ->
 def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
     """Train with a progress bar that shows the losses."""
     parallel.init_from_env()
-    rows = distill(recipe, out, console.progress, resume=resume)
-    first = next(rows)
-    console.err.print(
-        f"{recipe.name}: {recipe.about}; iterations {int(first['iteration'])} to {recipe.train.iterations}"
-    )
-    with console.progress("distilling", recipe.train.iterations) as done:
-        done(int(first["iteration"]))
+    console.err.print(f"{recipe.name}: {recipe.about}; {recipe.train.iterations} iterations")
+    follow(distill(recipe, out, console.progress, resume=resume), recipe.train.iterations)
+    parallel.shutdown()
+
+
+def follow(rows: Iterator[Numbers], total: int) -> None:
+    """Run a distillation to its end and show how far it is; the first row says where it starts."""
+    first = int(next(rows)["iteration"])
+    with console.progress("distilling", total) as done:
+        done(first)
         for row in rows:
             done(int(row["iteration"]))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from scalewise import build, console, mini, study
+from scalewise.commands import follow
 from scalewise.contenders import Contender, Prompts, draw, draw_steps, parse_contender
 from scalewise.lora import versions
 from scalewise.metrics import METRICS
@@ -103,15 +104,16 @@ def probe(recipe: Recipe) -> tuple[float, float]:
     """Seconds of a training iteration (mean over the schedule's steps), and of a picture by the teacher."""
     data = build.prepare_data(recipe, console.progress, extra_prompts=recipe.train.sample_prompts)
     trainer = build.build_trainer(recipe, data, Path("unused"))
-    for warm in (True, False):
+
+    def one_pass() -> float:
         started = time.perf_counter()
-        for position in range(len(recipe.schedule.timesteps)):
+        for position in range(trainer.batches.steps):
             rng = torch.Generator().manual_seed(position)
             trainer.step.student_step(trainer.batches.at(position), rng)
-        iteration = (time.perf_counter() - started) / len(recipe.schedule.timesteps)
-        del warm
-    for parameter in trainer.backbone.parameters("student").values():
-        parameter.grad = None
+        return (time.perf_counter() - started) / trainer.batches.steps
+
+    one_pass()  # the first touches memory and builds kernels
+    iteration = one_pass()
     batch = trainer.batches.at(len(recipe.schedule.timesteps) - 1)
     t = torch.full((len(batch.target),), 500.0)
     with torch.no_grad():
@@ -139,11 +141,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
     if (folder / "student.safetensors").exists():
         return folder
     rows = distill(recipe, folder, console.progress, resume=(folder / "recipe.yaml").exists())
-    first = next(rows)
-    with console.progress("distilling", recipe.train.iterations) as done:
-        done(int(first["iteration"]))
-        for row in rows:
-            done(int(row["iteration"]))
+    follow(rows, recipe.train.iterations)
     return folder
 
 
@@ -203,6 +201,6 @@ def summary(recipe: Recipe, outcome: study.Outcome) -> str:
         f"trained on emoji; it draws in {teacher.about}. Its student, a LoRA on the same frozen network, was "
         f"trained just now on pictures that the teacher had drawn. It needs {len(schedule)} passes without "
         f"guidance and starts on a small latent that grows at every step ({sizes} cells): the early, noisy "
-        "steps have no fine detail to compute. Both drew the same captions from the same seeds; captions and "
-        "pictures of the comparison were never trained on."
+        "steps have no fine detail to compute. Both drew the same captions from the same seeds; the figures "
+        "are taken on captions and against pictures that were never trained on."
     )
