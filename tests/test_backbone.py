@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from scalewise.backbone import settle
+
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -54,3 +56,15 @@ def test_bf16_precision_rounds_the_network_but_not_x0(make_backbone, question):
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"bf16": True}, "bf16"),
+     ({"avx512_f": True, "avx512_bf16": False}, "float32"), ({}, "float32")],
+)  # fmt: skip
+def test_precision_auto_takes_bf16_just_where_the_processor_multiplies_it(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert settle("auto", "cpu") == expected
+    assert settle("bf16", "cpu") == "bf16"
+    assert settle("float32", "cpu") == "float32"

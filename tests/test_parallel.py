@@ -32,7 +32,14 @@ def start(rank: int, folder: Path, port: int) -> None:
         torch.set_num_threads(1)
         assert parallel.init_from_env("cpu") == torch.device("cpu")
         assert parallel.init_from_env("cpu") == torch.device("cpu")  # a second call changes nothing
-        torch.save({"share": gradients_of_a_share(), "odd": odd_gradients(rank)}, folder / f"{rank}.pt")
+        torch.save(
+            {
+                "share": gradients_of_a_share(),
+                "odd": odd_gradients(rank),
+                "any": [parallel.any_of(rank == 1), parallel.any_of(False)],
+            },
+            folder / f"{rank}.pt",
+        )
         parallel.barrier()
         parallel.shutdown()
 
@@ -125,3 +132,8 @@ def test_more_processes_than_gpus_is_said_with_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"Process 3 .* there are 2. Start torchrun with --nproc-per-node 2"):
         parallel.init_from_env("cuda")
+
+
+def test_what_happens_in_one_process_is_known_to_all(results):
+    assert [found["any"] for found in results] == [[True, False]] * WORLD
+    assert parallel.any_of(True) and not parallel.any_of(False)

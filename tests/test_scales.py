@@ -16,7 +16,6 @@ from scalewise.scales import (
     blend_frames,
     downscale_area,
     shifted_sigmas,
-    token_ratio,
     upscale_latents,
 )
 
@@ -173,7 +172,6 @@ def test_token_counts_of_the_papers_set_ups(timesteps, scales, tokens, full):
     schedule.check(patch=2)
     assert schedule.tokens(2) == tokens
     assert schedule.at_full_scale().tokens(2) == full
-    assert token_ratio(schedule) == pytest.approx(tokens / full)
 
 
 def test_upscaling_to_the_same_size_returns_the_very_same_latents():

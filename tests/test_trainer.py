@@ -271,3 +271,20 @@ def test_a_run_that_could_not_be_built_leaves_nothing_to_resume(recipe: Recipe, 
     with pytest.raises(ValueError, match="no latents at 2x2"):
         train(recipe.override(["schedule.scales=['2', '6', '6', '8']"]), tmp_path / "run")
     train(recipe.override(["train.iterations=1"]), tmp_path / "run")
+
+
+def test_precision_auto_is_settled_once_and_kept_on_another_machine(recipe, tmp_path, monkeypatch):
+    auto = recipe.override(["train.precision=auto", "train.iterations=1"])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    train(auto, tmp_path)
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").train.precision == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    rows = train(auto.override(["train.iterations=2"]), tmp_path, resume=True)
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").train.precision == "bf16"
+
+
+def test_a_loss_that_breaks_in_another_process_stops_this_one_too(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("scalewise.parallel.any_of", lambda flag: True)
+    with pytest.raises(TrainingStopped, match="'a term of another process' became nan at iteration 1"):
+        train(recipe, tmp_path)

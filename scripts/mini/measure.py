@@ -44,7 +44,7 @@ def reconstruction(model: ModelAdapter) -> dict[str, float]:
 @torch.no_grad()
 def draw(model: ModelAdapter, prompts: Prompts, scale: Scale) -> torch.Tensor:
     """Pixels of all prompts by the teacher at a scale."""
-    recipe, backbone = find_recipe("mini"), Backbone(model, precision="bf16")
+    recipe, backbone = find_recipe("mini"), Backbone(model, precision="auto")
     uncond, parts = model.encode_prompts([""]), []
     with console.progress(f"teacher at {scale}", len(prompts)) as done:
         for start in range(0, len(prompts), 23):

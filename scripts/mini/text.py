@@ -21,7 +21,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from common import Pictures, Stage, batches, chunks, load_averaged, load_pictures, to_float, work_folder
+from common import (
+    Pictures,
+    Stage,
+    batches,
+    chunks,
+    half_is_fast,
+    load_averaged,
+    load_pictures,
+    to_float,
+    work_folder,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -222,7 +232,7 @@ def scorer_split(record: dict) -> bool:
 def contrastive(model: nn.Module, captions: list[str], pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Symmetric cross-entropy of every text tower with the image tower, plus the thumbnail regression."""
     thumbnail = F.interpolate(pixels, size=(8, 8), mode="area").flatten(1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
         image = model.image(augment(pixels, model.image_size))
         texts = model.texts(captions)
         sketches = [head(text) for head, text in zip(model.thumbnails, texts, strict=True)]
@@ -272,7 +282,7 @@ def train_towers(steps: int, batch: int) -> None:
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = batches(len(captions), batch, step, seed=11)
         image = embeddings[int(torch.randint(len(embeddings), ())), chosen]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
             texts = model.texts([captions[i] for i in chosen])
             sketches = [head(text).float() for head, text in zip(model.thumbnails, texts, strict=True)]
         goal = torch.arange(batch)

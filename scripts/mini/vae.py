@@ -15,7 +15,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-from common import Stage, batches, load_averaged, load_pictures, psnr, to_float, work_folder
+from common import Stage, batches, half_is_fast, load_averaged, load_pictures, psnr, to_float, work_folder
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -79,7 +79,7 @@ def train(steps: int, size: int, batch: int) -> None:
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         x = crops(to_float(raw[batches(len(raw), batch, step)]), size)
         target = F.conv2d(x, weight, stride=8) - offset
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
             posterior = model.encode(x).latent_dist
             z = posterior.sample()
             out = model.decode(z).sample.float()

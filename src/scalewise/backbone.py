@@ -13,7 +13,23 @@ from scalewise.models.base import Condition, ModelAdapter
 from scalewise.roles import TEACHER, Roles
 from scalewise.taps import tap
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["auto", "float32", "bf16"]
+
+
+def settle(precision: Precision, device: torch.device | str) -> Literal["float32", "bf16"]:
+    """Turn "auto" into "bf16" where the device multiplies bfloat16 natively, else into "float32".
+
+    Emulated bfloat16 is slower than float32: five times on a processor with AVX-512 alone.
+    """
+    if precision != "auto":
+        return precision
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if kind != "cpu":
+        return "float32"
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
 class Backbone:
@@ -31,7 +47,8 @@ class Backbone:
         seed: int = 0,
     ) -> None:
         """Give the model one LoRA adapter per role; `precision` "bf16" runs every forward under autocast."""
-        self.model, self.precision = model, precision
+        self.model = model
+        self.precision = settle(precision, next(model.denoiser.parameters()).device)
         self.roles = Roles(
             model.denoiser, roles, rank=rank, alpha=alpha, targets=targets or model.lora_targets, seed=seed
         )

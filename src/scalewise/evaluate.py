@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -114,14 +114,24 @@ class Judge:
         return Result(row, images, seen)
 
 
+def silent(_contender: Contender) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress."""
+    return nullcontext(lambda _done: None)
+
+
 def evaluate(
     model: ModelAdapter, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *, batch: int = 16,
     precision: Precision = "float32",
+    drawing: Callable[[Contender], AbstractContextManager[Callable[[int], None]]] = silent,
 ) -> Iterator[Result]:  # fmt: skip
-    """Draw and judge one contender after the other; the first is what the others are compared with."""
+    """Draw and judge one contender after the other; the first is what the others are compared with.
+
+    `drawing(contender)` is entered while one draws, and what it gives is called with the number done so far.
+    """
     first: Result | None = None
     for contender in contenders:
-        images = draw(model, contender, prompts, batch=batch, precision=precision)
+        with drawing(contender) as done:
+            images = draw(model, contender, prompts, batch=batch, precision=precision, done=done)
         result = judge.judge(contender, images, prompts=prompts, first=first)
         first = first or result
         yield result

@@ -94,6 +94,11 @@ def mean_scalars(values: Mapping[str, float]) -> dict[str, float]:
     return {name: means[name] for name in values}
 
 
+def any_of(flag: bool) -> bool:
+    """Tell whether the flag is set in any process."""
+    return mean_scalars({"flag": float(flag)})["flag"] > 0
+
+
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:
     kind = torch.promote_types(parameter.dtype, torch.float32)
     if parameter.grad is None:

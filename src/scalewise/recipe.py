@@ -195,7 +195,9 @@ class TrainRecipe(Frozen):
     batch: int = Field(16, ge=1, description="samples a process takes at once")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged before each update")
     seed: int = 0
-    precision: Literal["float32", "bf16"] = Field("bf16", description="bf16 = autocast")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="bf16 = autocast; auto = bf16 where the device multiplies it natively"
+    )
     gradient_checkpointing: bool = False
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the student's average; None = no average"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from scalewise import build, checkpoint, parallel
+from scalewise.backbone import Precision, settle
 from scalewise.distill import Numbers
 from scalewise.lora import save_student, versions
 from scalewise.pictures import sheet, to_bytes
@@ -81,6 +82,7 @@ def distill(
     recipe: Recipe, out: Path, progress: build.Progress, *, resume: bool = False
 ) -> Iterator[Numbers]:
     """Train a recipe's student into a folder; yields the log's rows, after one that says where it starts."""
+    recipe = settled(recipe, out)
     folder = RunFolder(out, recipe, resume=resume)
     data = build.prepare_data(recipe, progress, extra_prompts=recipe.train.sample_prompts)
     trainer = build.build_trainer(recipe, data, out)
@@ -109,6 +111,15 @@ def distill(
             log.close()
     if main:
         finish(trainer, data)
+
+
+def settled(recipe: Recipe, out: Path) -> Recipe:
+    """Replace precision "auto" by what the run in `out` began with, else by what this device is good at."""
+    if recipe.train.precision != "auto":
+        return recipe
+    begun = out / "recipe.yaml"
+    wanted: Precision = Recipe.from_yaml(begun).train.precision if begun.exists() else "auto"
+    return recipe.override([f"train.precision={settle(wanted, build.device())}"])
 
 
 def finish(trainer: Trainer, data: build.Data) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -247,10 +246,3 @@ def shifted_sigmas(steps: int, shift: float, *, train_steps: int = 1000) -> list
     low = shifted(1 / train_steps)
     levels = [1.0] if steps == 1 else [1 - (1 - low) * i / (steps - 1) for i in range(steps)]
     return [shifted(level) for level in levels] + [0.0]
-
-
-def token_ratio(schedule: ScaleSchedule) -> float:
-    """Tokens of the schedule over those of its full-scale twin; the denoiser's time falls about as much."""
-    ratio = schedule.tokens(1) / schedule.at_full_scale().tokens(1)
-    assert math.isfinite(ratio)
-    return ratio

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scalewise import bench, build, mini
-from scalewise.contenders import Contender, Prompts, draw, parse_contenders
-from scalewise.evaluate import Judge, Result, Row, save_rows, subject, table
+from scalewise.contenders import Contender, Prompts, parse_contenders
+from scalewise.evaluate import Judge, Result, Row, evaluate, save_rows, subject, table
 from scalewise.metrics import ClipScorer, measure
 from scalewise.models import ModelAdapter
 from scalewise.recipe import Recipe, RecipeError
@@ -92,13 +92,13 @@ def compare(
     parsed = parse_contenders(contenders, recipe)
     prompts, judge = Prompts.of(texts, seed=seed), judge_of(recipe, scorer, pool=texts)
     model = build.load(recipe, ("denoiser", "vae", "text"))
-    precision = recipe.train.precision
     results: list[Result] = []
-    for contender in parsed:
-        with progress(f"drawing: {contender.name}", len(prompts)) as done:
-            images = draw(model, contender, prompts, batch=batch, precision=precision, done=done)
-        _save_pictures(images, out / "pictures" / _file_name(contender.name))
-        results.append(judge.judge(contender, images, prompts=prompts, first=results[0] if results else None))
+    for result in evaluate(
+        model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,
+        drawing=lambda contender: progress(f"drawing: {contender.name}", len(prompts)),
+    ):  # fmt: skip
+        _save_pictures(result.images, out / "pictures" / _file_name(result.row.name))
+        results.append(result)
     rows = [r.row for r in results] + (real_rows(judge) if recipe.model.base == "mini" and not scorer else [])
     save_rows(rows, out)
     timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if speed else []

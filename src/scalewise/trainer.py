@@ -147,7 +147,7 @@ class Trainer:
                 (self.student, self.step.student_step) if student else (self.fake, self.step.fake_step)
             )
             assert side is not None
-            numbers = self._accumulate(compute, update)
+            numbers = self._together(compute, update)
             norm = side.update(self.iteration)
             row |= parallel.mean_scalars(numbers) | {
                 ("student" if student else "fake") + "/gradient_norm": norm
@@ -155,6 +155,19 @@ class Trainer:
         if self.average:
             self.average.update(self.iteration)
         return row
+
+    def _together(self, compute: Callable[..., Numbers], update: int) -> Numbers:
+        """Compute this process's gradients; a loss that breaks in one process stops all, instead of leaving
+        the others waiting for its gradients.
+        """
+        error, numbers = None, Numbers()
+        try:
+            numbers = self._accumulate(compute, update)
+        except LossError as found:
+            error = found
+        if parallel.any_of(error is not None):
+            raise error or LossError("a term of another process", math.nan)
+        return numbers
 
     def _accumulate(self, compute: Callable[..., Numbers], update: int) -> Numbers:
         """Average gradients and numbers over `train.accumulate` batches of the same step of the schedule."""
@@ -245,7 +258,8 @@ class Trainer:
         last = checkpoint.latest(self.checkpoints)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         return (
-            f"{error} at iteration {self.iteration + 1}; {kept}. Lower optimizer.lr or use precision float32."
+            f"{str(error).rstrip('.')} at iteration {self.iteration + 1}; {kept}. Lower optimizer.lr or use "
+            "train.precision=float32."
         )
 
 
