@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scalewise.backbone import settle
+from scalewise.backbone import Backbone, settle
+from scalewise.models import Flux
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,6 +44,16 @@ def test_guidance_1_is_none_and_needs_no_unconditional_condition(make_backbone, 
     assert torch.equal(
         backbone.predict_x0(x_t, t, cond, guidance=1.0, uncond=uncond), backbone.predict_x0(x_t, t, cond)
     )
+
+
+def test_guidance_that_is_an_input_takes_one_forward_and_no_unconditional_condition():
+    backbone, x_t, t = Backbone(Flux.tiny()), draw(2, 4, 8, 6), torch.tensor([900.0, 300.0])
+    cond = backbone.model.encode_prompts(["a red apple", "a dog"])
+    found = {w: backbone.predict_x0(x_t, t, cond, guidance=w) for w in (1.0, 3.0, 4.5)}
+    assert torch.equal(backbone.predict_x0(x_t, t, cond), found[4.5])  # the standard of a student
+    assert not torch.allclose(found[1.0], found[3.0], atol=1e-4)
+    backbone.model.embedded_guidance = 3.0
+    assert torch.equal(backbone.predict_x0(x_t, t, cond), found[3.0])
 
 
 def test_guidance_without_an_unconditional_condition_is_refused(make_backbone, question):

@@ -79,15 +79,18 @@ class Backbone:
         cond: Condition,
         *,
         role: str = TEACHER,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         uncond: Condition | None = None,
     ) -> Tensor:
         """x0 [N, ...] in float32 from x_t at levels t [N]; guidance w = 1 means none: x0 = uncond + w (cond -
         uncond).
 
-        With guidance, conditional and unconditional go through the model in one batch of 2 N.
+        With guidance, conditional and unconditional go through the model in one batch of 2 N; a model that
+        takes guidance as an input needs one of N.
         """
-        if guidance == 1.0:
+        embedded = None if guidance is None else self.model.with_guidance(cond, guidance)
+        if guidance is None or guidance == 1.0 or embedded is not None:
+            cond = embedded or cond
             with self._under(role):
                 prediction = self.model.predict(x_t, t, cond)
             return self.model.noise.x0(prediction, x_t, t)

@@ -43,11 +43,17 @@ class Roles:
         self.module, self.names = module, tuple(names)
         module.requires_grad_(False)
         module.eval()
+        # Inside blocks only: a target such as FLUX's "proj_out" is also the name of the network's last layer.
+        paths = [n for n, _ in module.named_modules() if any(n.endswith(f".{target}") for target in targets)]
+        if names and not paths:
+            raise ValueError(
+                f"No module matches the LoRA targets {list(targets)}; name modules of this model."
+            )
         # The teacher's layers must be wrapped even when no role is trained yet.
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha if alpha is not None else rank,
-            target_modules=list(targets),
+            target_modules=paths,
             init_lora_weights="gaussian",
             lora_dropout=0.0,
         )
@@ -59,10 +65,6 @@ class Roles:
                 inject_adapter_in_model(config, module, name)
         self.config = config
         self._layers = [(n, m) for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
-        if self.names and not self._layers:
-            raise ValueError(
-                f"No module matches the LoRA targets {list(targets)}; name modules of this model."
-            )
         self._parameters = {name: self._collect(name) for name in self.names}
         for parameters in self._parameters.values():
             for parameter in parameters.values():

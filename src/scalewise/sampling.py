@@ -1,4 +1,4 @@
-"""Sampling: the scale-wise few-step sampler of the student, and the teacher's ODE sampler.
+"""Sampling: the scale-wise few-step sampler of the student, and the teacher's own scheduler.
 
 Both are iterators over (step index, x0), so that progress bars, previews, pipelines and benchmarks run the
 very same code. `predict` stands for the model: (x_t, t [N]) -> x0.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,27 +57,28 @@ def sample_scale_wise(
             x = process.add_noise(x0, eps, torch.full((len(x),), after.t, device=x.device))
 
 
-def sample_ode(
+def sample_teacher(
     predict: Predict,
-    sigmas: Sequence[float],
-    scale: Scale,
+    scheduler: Any,
+    process: NoiseProcess,
     noise: Noise,
     *,
-    channels: int,
-    video: bool = False,
+    shape: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (i, x0) of Euler steps along the flow-matching ODE; `sigmas` end with 0, where x is x0 itself.
+    """Yield (i, x0) of the steps of a diffusers scheduler with its timesteps set, and last the sample itself.
 
-    dx/dsigma = (x - x0) / sigma. Working on x0 keeps the one question to the model.
+    `shape` is a sample's. The scheduler gets what the network would have predicted for the x0 given: working
+    on x0 keeps the one question to the model.
     """
-    x = noise(scale.shape(1, channels, video=video)[1:], device)
-    for i in range(len(sigmas) - 1):
-        sigma, following = sigmas[i], sigmas[i + 1]
-        x0 = predict(x, torch.full((len(x),), 1000 * sigma, device=x.device))
-        yield i, x0
-        # In float32 as a multiple of the velocity, which is how the reference sampler rounds.
-        x = x + (following - sigma) * ((x - x0) / sigma)
+    x = noise(shape, device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    final = len(scheduler.timesteps) - 1
+    for i, t in enumerate(scheduler.timesteps):
+        x_t = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        level = torch.full((len(x),), float(t), device=x.device)
+        x0 = predict(x_t, level)
+        x = scheduler.step(process.prediction(x0, x_t, level), t, x, return_dict=False)[0]
+        yield i, x if i == final else x0
 
 
 def student_steps(
@@ -89,7 +90,7 @@ def student_steps(
     role: str = "student",
 ) -> Iterator[tuple[int, Tensor]]:
     """Sample with a student: one forward a step, no guidance; sample i depends on its seed alone."""
-    predict = partial(_ask, backbone, cond, role=role, guidance=1.0, uncond=None)
+    predict = partial(_ask, backbone, cond, role=role, guidance=None, uncond=None)
     model = backbone.model
     return _without_gradients(
         sample_scale_wise(
@@ -118,13 +119,12 @@ def teacher_steps(
     predict = partial(_ask, backbone, cond, role=TEACHER, guidance=guidance, uncond=uncond)
     model = backbone.model
     return _without_gradients(
-        sample_ode(
+        sample_teacher(
             predict,
-            model.teacher_sigmas(steps),
-            scale,
+            model.teacher_scheduler(steps, scale),
+            model.noise,
             SampleNoise(seeds),
-            channels=model.channels,
-            video=model.video,
+            shape=scale.shape(1, model.channels, video=model.video)[1:],
             device=backbone.device,
         )
     )
@@ -144,7 +144,7 @@ def _ask(
     t: Tensor,
     *,
     role: str,
-    guidance: float,
+    guidance: float | None,
     uncond: Condition | None,
 ) -> Tensor:
     return backbone.predict_x0(x_t, t, cond, role=role, guidance=guidance, uncond=uncond)

@@ -9,17 +9,24 @@ from pathlib import Path
 import torch
 
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
+from scalewise.models.flux import Flux
 from scalewise.models.sd3 import SD3
+from scalewise.models.sdxl import SDXL
+from scalewise.models.wan import Wan
 
-FAMILIES: dict[str, type[ModelAdapter]] = {family.family: family for family in (SD3,)}
+FAMILIES: dict[str, type[ModelAdapter]] = {family.family: family for family in (SD3, Flux, SDXL, Wan)}
 
 __all__ = [
     "ALL_PARTS",
     "FAMILIES",
+    "SD3",
+    "SDXL",
     "Condition",
+    "Flux",
     "ModelAdapter",
     "ModelError",
     "Part",
+    "Wan",
     "family_of",
     "load_model",
 ]
@@ -43,7 +50,8 @@ def family_of(base: str | Path) -> type[ModelAdapter]:
             return family
     known = ", ".join(n for f in FAMILIES.values() for n in f.pipeline_classes)
     raise ModelError(
-        f"{base} is a {name or 'model of no named class'}, which no family here handles; known are {known}."
+        f"{base} is a {name or 'model of no named class'}, which no family here handles; known are {known}. "
+        "A family is added by one file (CONTRIBUTING.md)."
     )
 
 
@@ -53,9 +61,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     parts: Sequence[Part] = ALL_PARTS,
     max_sequence_length: int | None = None,
+    vae: str | Path | None = None,
 ) -> ModelAdapter:
     """Load the parts of a model that are asked for, whatever its family."""
-    return family_of(base).load(base, dtype=dtype, parts=parts, max_sequence_length=max_sequence_length)
+    return family_of(base).load(
+        base, dtype=dtype, parts=parts, max_sequence_length=max_sequence_length, vae=vae
+    )
 
 
 def _from_hub(base: str) -> Path:

@@ -74,6 +74,8 @@ class ModelAdapter(ABC):
     """Channels C of a latent."""
     vae_factor: int
     """Pixels along each side of a latent cell."""
+    frame_factor: int = 1
+    """Frames of video that a latent frame stands for (the first one for a single frame)."""
     blocks: int
     """Number of blocks that can be tapped."""
     width: int
@@ -92,8 +94,12 @@ class ModelAdapter(ABC):
         dtype: torch.dtype = torch.float32,
         parts: Sequence[Part] = ALL_PARTS,
         max_sequence_length: int | None = None,
+        vae: str | Path | None = None,
     ) -> ModelAdapter:
-        """Load the parts asked for from a folder in diffusers' layout or the hub; safetensors only."""
+        """Load the parts asked for from a folder in diffusers' layout or the hub; safetensors only.
+
+        `vae` is another autoencoder of the same latents, such as a tiny one (AutoencoderTiny).
+        """
 
     @classmethod
     @abstractmethod
@@ -110,11 +116,13 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels [N, 3, H, W] in [-1, 1] into normalised latents (the posterior's mode)."""
+        """Encode pixels [N, 3, H, W] (video [N, 3, F, H, W]) in [-1, 1] into normalised latents (the
+        posterior's mode).
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents into pixels [N, 3, H, W] in [-1, 1]."""
+        """Decode normalised latents into pixels [N, 3, H, W] (video [N, 3, F, H, W]) in [-1, 1]."""
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -129,8 +137,14 @@ class ModelAdapter(ABC):
         """Pick the image stream [N, L, D] out of a block's output."""
 
     @abstractmethod
-    def teacher_sigmas(self, steps: int) -> list[float]:
-        """Noise levels of the teacher's own schedule of `steps` steps, with the closing 0."""
+    def teacher_scheduler(self, steps: int, scale: Scale) -> Any:
+        """The model's own scheduler (diffusers), set to `steps` steps of a sample of a size."""
+
+    def with_guidance(self, cond: Condition, guidance: float) -> Condition | None:
+        """The condition that carries `guidance` as an input of the network; None where guidance means two
+        forwards.
+        """
+        return None
 
     @abstractmethod
     def release(self, *parts: Part) -> None:
@@ -148,6 +162,11 @@ class ModelAdapter(ABC):
     def token_count(self, scale: Scale) -> int:
         """Image tokens of one sample at a scale."""
         return scale.cells // self.patch**2
+
+    def pixel_size(self, scale: Scale) -> tuple[int, ...]:
+        """Height and width in pixels of a sample of a latent size; for video frames, height and width."""
+        size = (scale.height * self.vae_factor, scale.width * self.vae_factor)
+        return ((scale.frames - 1) * self.frame_factor + 1, *size) if self.video else size
 
     def enable_checkpointing(self, function: Any) -> None:
         """Switch gradient checkpointing on, with the given function around every block."""

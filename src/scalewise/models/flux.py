@@ -1,0 +1,144 @@
+"""FLUX.1: packed latents, embedded guidance, positions by ids that are made anew for every scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from scalewise.models.base import Condition
+from scalewise.models.pipelined import PipelineAdapter
+from scalewise.noise import FlowMatching
+from scalewise.scales import Scale
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Gather 2 x 2 cells of latents [N, C, H, W] into tokens [N, H/2 * W/2, 4 C]."""
+    count, channels, height, width = latents.shape
+    cells = latents.reshape(count, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // 2) * (width // 2), 4 * channels)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `pack`: tokens [N, H/2 * W/2, 4 C] to latents [N, C, H, W]."""
+    count, _, wide = tokens.shape
+    cells = tokens.reshape(count, height // 2, width // 2, wide // 4, 2, 2)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(count, wide // 4, height, width)
+
+
+def position_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Ids [H/2 * W/2, 3] of the tokens of a latent: (0, row, column)."""
+    rows, columns = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+    return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=-1).float()
+
+
+class Flux(PipelineAdapter):
+    """The family of `FluxPipeline`: FLUX.1-dev, whose guidance is an input, and its kin without guidance."""
+
+    family = "flux"
+    pipeline_class: ClassVar[Any] = FluxPipeline
+    pipeline_classes = ("FluxPipeline",)
+    text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    # The single blocks call their MLP proj_mlp and proj_out: named too, so that every block's attention and
+    # MLP are adapted, as in the other families (docs/decisions.md).
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_mlp", "proj_out")
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        self.noise = FlowMatching()
+        self.patch, self.channels = 2, int(config["in_channels"]) // 4
+        self.double_blocks = int(config["num_layers"])
+        self.blocks = self.double_blocks + int(config["num_single_layers"])
+        self.width = int(config["num_attention_heads"] * config["attention_head_dim"])
+        self.takes_guidance = bool(config["guidance_embeds"])
+        self.embedded_guidance = 4.5
+        side = int(getattr(self.pipeline, "default_sample_size", 128))
+        self.full_scale, self.largest_scale = Scale(1, side, side), None
+
+    def longest_sequence(self) -> int:
+        tokenizer = self.pipeline.tokenizer_2
+        return 512 if tokenizer is None else min(512, tokenizer.model_max_length)
+
+    def tokenizers(self) -> list[tuple[Any, int, str]]:
+        # CLIP gives the pooled embedding alone, from the first 77 tokens; T5 carries the text.
+        clip = self.pipeline.tokenizer
+        return [
+            (clip, clip.model_max_length, "CLIP"),
+            (self.pipeline.tokenizer_2, self.max_sequence_length, "T5"),
+        ]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        self._need("text_encoder", "text")
+        self.warn_of_overflow(prompts)
+        tokens, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return Condition({"tokens": tokens, "pooled": pooled})
+
+    def with_guidance(self, cond: Condition, guidance: float) -> Condition | None:
+        if not self.takes_guidance:
+            return None
+        told = torch.full((len(cond),), guidance, device=cond.tensors["tokens"].device)
+        return Condition({**cond.tensors, "guidance": told})
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        kind: Any = self.denoiser.dtype
+        height, width = x_t.shape[-2:]
+        tokens, guidance = cond.tensors["tokens"], None
+        if self.takes_guidance:
+            # The transformer multiplies by 1000 itself, t and guidance alike.
+            standard = torch.full((len(x_t),), self.embedded_guidance, device=x_t.device)
+            guidance = cond.tensors.get("guidance", standard).float()
+        prediction = self.denoiser(
+            hidden_states=pack(x_t).to(kind),
+            timestep=t.float() / 1000,
+            guidance=guidance,
+            pooled_projections=cond.tensors["pooled"].to(kind),
+            encoder_hidden_states=tokens.to(kind),
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=x_t.device),
+            img_ids=position_ids(height, width, x_t.device),
+            return_dict=False,
+        )[0]
+        return unpack(prediction, height, width)
+
+    def block_list(self) -> Sequence[nn.Module]:
+        transformer: Any = self.denoiser
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def image_tokens(self, output: Any) -> Tensor:
+        return output[1]
+
+    def scheduler_options(self, scheduler: Any, steps: int, scale: Scale) -> dict[str, Any]:
+        options = super().scheduler_options(scheduler, steps, scale)
+        return options | {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> Flux:
+        from scalewise.models import miniature
+
+        with miniature.seeded(seed):
+            transformer = FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                pooled_projection_dim=16,
+                guidance_embeds=True,
+                axes_dims_rope=(2, 2, 4),
+            )
+            texts = miniature.clip_and_t5_for_flux(width=16)
+            vae = miniature.image_vae(scaling_factor=0.4, shift_factor=0.2)
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=16,
+            max_image_seq_len=64, shift=3.0,
+        )  # fmt: skip
+        pipeline = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, transformer.config, vae.config, base="tiny-flux")

@@ -1,0 +1,215 @@
+"""What all families share: a diffusers pipeline whose parts are loaded, frozen, moved and dropped."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from scalewise.models.base import ALL_PARTS, ModelAdapter, ModelError, Part
+from scalewise.scales import Scale
+
+
+class PipelineAdapter(ModelAdapter):
+    """An adapter around the family's own diffusers pipeline, of which any part may be missing."""
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser_name: ClassVar[str] = "transformer"
+    text_names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        pipeline: Any,
+        config: Mapping[str, Any],
+        vae_config: Mapping[str, Any],
+        *,
+        base: str,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        """`config` is the denoiser's, `vae_config` the VAE's: sizes are known while neither is loaded."""
+        self.pipeline, self.base, self.config = pipeline, base, config
+        self.vae_config, self.vae_factor = vae_config, spatial_factor(vae_config)
+        self.describe(config)
+        self.max_sequence_length = max_sequence_length or self.longest_sequence()
+        for component in self._modules():
+            component.requires_grad_(False)
+            component.eval()
+
+    @abstractmethod
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """Set noise, patch, channels, blocks, width, full_scale and largest_scale from the configuration."""
+
+    @abstractmethod
+    def longest_sequence(self) -> int:
+        """Tokens that the long text encoder reads unless told otherwise."""
+
+    @abstractmethod
+    def tokenizers(self) -> list[tuple[Any, int, str]]:
+        """Tokenizer, number of tokens read and name of every text encoder: longer prompts are cut."""
+
+    @classmethod
+    def parts(cls) -> dict[Part, tuple[str, ...]]:
+        """Names of the pipeline's components by part."""
+        return {"denoiser": (cls.denoiser_name,), "vae": ("vae",), "text": cls.text_names}
+
+    @classmethod
+    def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+        """Type of the VAE in a model of `dtype`; some VAEs overflow or lose too much in half precision."""
+        return dtype
+
+    @classmethod
+    def load(
+        cls,
+        base: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        parts: Sequence[Part] = ALL_PARTS,
+        max_sequence_length: int | None = None,
+        vae: str | Path | None = None,
+    ) -> Self:
+        names = cls.parts()
+        chosen: dict[str, Any] = {n: None for part in ALL_PARTS if part not in parts for n in names[part]}
+        try:
+            config = AutoencoderKL.load_config(str(base), subfolder=cls.denoiser_name)
+            where = {"pretrained_model_name_or_path": str(vae)} if vae else {
+                "pretrained_model_name_or_path": str(base), "subfolder": "vae"}  # fmt: skip
+            vae_config = AutoencoderKL.load_config(**where)
+            kind = cls.vae_dtype(vae_config, dtype)
+            if "vae" in parts and (vae or kind != dtype):
+                vae_class = vae_class_of(vae_config, cls)
+                chosen["vae"] = vae_class.from_pretrained(**where, torch_dtype=kind, use_safetensors=True)
+            pipeline = cls.pipeline_class.from_pretrained(
+                str(base), dtype=dtype, use_safetensors=True, **chosen
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"Cannot load the model {base}: {_reason(error)}") from error
+        return cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
+
+    def save(self, folder: Path) -> None:
+        self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+    @property
+    def denoiser(self) -> nn.Module:  # type: ignore[override]
+        return self._need(self.denoiser_name, "denoiser")
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for c in self._modules() for p in c.parameters())
+
+    def to(self, device: torch.device | str) -> Self:
+        for component in self._modules():
+            component.to(device)
+        return self
+
+    def release(self, *parts: Part) -> None:
+        for part in parts:
+            for name in self.parts()[part]:
+                setattr(self.pipeline, name, None)
+
+    def warn_of_overflow(self, prompts: Sequence[str]) -> None:
+        """Warn of prompts whose end a text encoder will not read."""
+        for prompt in prompts:
+            cut = []
+            for tokenizer, limit, name in self.tokenizers():
+                length = len(tokenizer(prompt, verbose=False).input_ids)
+                if length > limit:
+                    cut.append(f"{name} reads {limit} of its {length} tokens")
+            if cut:
+                warnings.warn(
+                    f"The end of the prompt {prompt[:60]!r} is ignored: {', '.join(cut)}. Shorten it.",
+                    stacklevel=4,
+                )
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        vae: Any = self._need("vae", "vae")
+        found = vae.encode(pixels.to(self.device, vae.dtype))
+        # The mode and not a draw: the cached latent of an image is the same whenever it is made. A tiny
+        # autoencoder has no distribution.
+        latents = found.latents if isinstance(vae, AutoencoderTiny) else found.latent_dist.mode()
+        return self.normalise(latents.float())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae: Any = self._need("vae", "vae")
+        latents = self.denormalise(latents.float())
+        return vae.decode(latents.to(self.device, vae.dtype)).sample.float().clamp(-1, 1)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Bring the VAE's latents to what the denoiser wants: (z - shift) * factor."""
+        config = self._need("vae", "vae").config
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        config = self._need("vae", "vae").config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def block(self, index: int) -> nn.Module:
+        if not 0 <= index < self.blocks:
+            raise ModelError(f"There is no block {index}; this model has blocks 0 to {self.blocks - 1}.")
+        return self.block_list()[index]
+
+    @abstractmethod
+    def block_list(self) -> Sequence[nn.Module]:
+        """All blocks that can be tapped, in the order in which they run."""
+
+    def teacher_scheduler(self, steps: int, scale: Scale) -> Any:
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(steps, **self.scheduler_options(scheduler, steps, scale))
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def scheduler_options(self, scheduler: Any, steps: int, scale: Scale) -> dict[str, Any]:
+        """What the pipeline passes to `set_timesteps` besides the number of steps."""
+        if scheduler.config.get("use_dynamic_shifting"):
+            return {"mu": dynamic_shift(scheduler.config, self.token_count(scale))}
+        return {}
+
+    def _need(self, name: str, part: Part) -> Any:
+        component = getattr(self.pipeline, name, None)
+        assert component is not None, f"the {part} of {self.base} was not loaded"
+        return component
+
+    def _modules(self) -> list[nn.Module]:
+        return [c for c in self.pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+def spatial_factor(vae_config: Mapping[str, Any]) -> int:
+    """Pixels along each side of a latent cell."""
+    if "scale_factor_spatial" in vae_config:
+        return int(vae_config["scale_factor_spatial"])
+    levels = vae_config.get("encoder_block_out_channels") or vae_config["block_out_channels"]
+    return 2 ** (len(levels) - 1)
+
+
+def vae_class_of(vae_config: Mapping[str, Any], family: type[PipelineAdapter]) -> Any:
+    """The class that a VAE's configuration names, if diffusers has it and it is an autoencoder."""
+    import diffusers
+
+    name = str(vae_config.get("_class_name", ""))
+    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
+        raise ModelError(f"{name or 'a nameless class'} is no autoencoder of diffusers; give another VAE.")
+    return getattr(diffusers, name)
+
+
+def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The shift mu of a flow-matching schedule that depends on the number of image tokens: a line through
+    (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (top - base) * (tokens - low) / (high - low)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,133 @@
+"""Stable Diffusion XL: a UNet that predicts noise, variance preserving, told the size of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from scalewise.models.base import Condition, ModelError
+from scalewise.models.pipelined import PipelineAdapter
+from scalewise.noise import VariancePreserving
+from scalewise.scales import Scale
+
+
+class SDXL(PipelineAdapter):
+    """The family of `StableDiffusionXLPipeline`; features come from the UNet's middle block.
+
+    A "token" is a cell of the middle block, so `patch` is the factor by which the UNet shrinks its latent.
+    """
+
+    family = "sdxl"
+    pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
+    pipeline_classes = ("StableDiffusionXLPipeline",)
+    denoiser_name = "unet"
+    text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        scheduler = self.pipeline.scheduler
+        if scheduler.config.prediction_type != "epsilon":
+            raise ModelError(
+                f"{self.base} predicts {scheduler.config.prediction_type!r}; of SDXL's relatives only those "
+                "that predict 'epsilon' can be distilled here."
+            )
+        self.noise = VariancePreserving(scheduler.alphas_cumprod)
+        levels = config["block_out_channels"]
+        self.patch, self.channels, self.blocks = 2 ** (len(levels) - 1), int(config["in_channels"]), 1
+        self.width = int(levels[-1])
+        self.full_scale, self.largest_scale = Scale(1, config["sample_size"], config["sample_size"]), None
+
+    @classmethod
+    def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+        # SDXL's own VAE overflows in float16 and says so; the repaired ones say that they do not.
+        half = dtype == torch.float16 and vae_config.get("force_upcast", False)
+        return torch.float32 if half else dtype
+
+    def longest_sequence(self) -> int:
+        tokenizer = self.pipeline.tokenizer
+        return 77 if tokenizer is None else int(tokenizer.model_max_length)
+
+    def tokenizers(self) -> list[tuple[Any, int, str]]:
+        clip = self.pipeline.tokenizer
+        return [(clip, clip.model_max_length, "CLIP")]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        self._need("text_encoder", "text")
+        self.warn_of_overflow(prompts)
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            # No prompt means zeros, as it did when the model was trained.
+            empty = torch.tensor([not prompt for prompt in prompts], device=tokens.device)
+            tokens = torch.where(empty[:, None, None], 0.0, tokens)
+            pooled = torch.where(empty[:, None], 0.0, pooled)
+        return Condition({"tokens": tokens, "pooled": pooled})
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        kind: Any = self.denoiser.dtype
+        size = self.told_size(Scale(1, *x_t.shape[-2:]))
+        ids = torch.tensor([*size, 0, 0, *size], device=x_t.device, dtype=kind)
+        return self.denoiser(
+            x_t.to(kind),
+            t.float().clamp(max=999),
+            encoder_hidden_states=cond.tensors["tokens"].to(kind),
+            added_cond_kwargs={
+                "text_embeds": cond.tensors["pooled"].to(kind),
+                "time_ids": ids.expand(len(x_t), -1),
+            },
+            return_dict=False,
+        )[0]
+
+    def told_size(self, scale: Scale) -> tuple[int, int]:
+        """Height and width in pixels that the UNet is told, as original and as target size.
+
+        A latent smaller than the model was made for is a stage of a picture of full size: it is told that
+        size in its own shape. Told its own few pixels, SDXL draws the blurred pictures that it learned such
+        sizes from.
+        """
+        grow = max(1.0, (self.full_scale.cells / scale.cells) ** 0.5)
+        return round(scale.height * grow) * self.vae_factor, round(scale.width * grow) * self.vae_factor
+
+    def block_list(self) -> Sequence[nn.Module]:
+        return [self.denoiser.mid_block]  # type: ignore[list-item]
+
+    def image_tokens(self, output: Any) -> Tensor:
+        return output.flatten(2).transpose(1, 2)
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> SDXL:
+        from scalewise.models import miniature
+
+        with miniature.seeded(seed):
+            texts = miniature.two_clips(width=16)
+            unet = UNet2DConditionModel(
+                sample_size=8,
+                in_channels=4,
+                out_channels=4,
+                block_out_channels=(8, 16, 16),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=1,
+                attention_head_dim=(2, 2, 2),
+                norm_num_groups=4,
+                cross_attention_dim=32,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 16,
+            )
+            vae = miniature.image_vae(scaling_factor=0.13, shift_factor=None)
+        scheduler = EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+            steps_offset=1,
+        )  # fmt: skip
+        pipeline = StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, **texts)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, unet.config, vae.config, base="tiny-sdxl")
