@@ -18,12 +18,12 @@ FILES = {
 # A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as
 # long as no circle arises. A package stands for all of its files, which are free among themselves.
 RANKS = [
-    "errors scales noise losses rng parallel checkpoint console pictures mini",
+    "errors scales noise losses rng parallel checkpoint console pictures mini keys",
     "recipe spectrum taps roles heads models",
     "backbone data lora recipes",
     "sampling distill",
     "batches teacher",
-    "trainer build runs contenders evaluate metrics bench study report pipelines",
+    "trainer build runs contenders evaluate metrics bench study report pipelines plan",
     "commands demo",
     "cli",
     "__main__",

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from scalewise import keys
 from scalewise.backbone import Backbone
-from scalewise.lora import Student, StudentError, fused, load_student, save_student
+from scalewise.lora import Student, StudentError, fused, load_student, save_student, write_student
 from scalewise.models import SD3
 from scalewise.recipe import Recipe
 from scalewise.recipes import find_recipe
+from scalewise.scales import ScaleSchedule
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def file(make_backbone, recipe: Recipe, tmp_path: Path) -> Path:
     backbone = make_backbone("student")
     save_student(
         tmp_path / "student.safetensors", backbone.roles.state("student"), recipe,
-        targets=list(SD3.lora_targets), dtype=torch.float32,
+        dtype=torch.float32,
     )  # fmt: skip
     return tmp_path / "student.safetensors"
 
@@ -79,17 +82,75 @@ def test_the_base_comes_back_also_when_the_student_does_not_fit(file: Path) -> N
 
 
 def test_what_is_no_student_is_refused_with_the_reason(file: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     (tmp_path / "pickle.bin").write_bytes(b"\x80\x04")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-50])
     for name, said in (
         ("gone.safetensors", "There is no student"),
         ("pickle.bin", "never loaded"),
-        ("plain.safetensors", "no schedule"),
+        ("plain.safetensors", "no LoRA that can be read: 1 of 1 weights are not expected"),
         ("cut.safetensors", "damaged"),
     ):
         with pytest.raises(StudentError, match=said):
             load_student(tmp_path / name)
     assert isinstance(load_student(file), Student)
+
+
+@pytest.mark.parametrize("form", keys.FORMS)
+def test_every_convention_gives_the_same_student_back(file: Path, tmp_path: Path, form: keys.Form) -> None:
+    student, model = load_student(file), SD3.tiny()
+    out = tmp_path / "peft" if form == "peft" else tmp_path / f"{form}.safetensors"
+    write_student(out, student, dtype=torch.float32, form=form)
+    again = load_student(out).matched(model.denoiser)
+    assert again.tensors.keys() == student.tensors.keys()
+    assert all(torch.equal(again.tensors[k], v) for k, v in student.tensors.items())
+    assert (again.schedule, again.alpha, again.recipe) == (student.schedule, student.alpha, student.recipe)
+
+
+def strip(path: Path, out: Path) -> None:
+    """Rewrite a file without metadata, as those of others are."""
+    with safe_open(path, "pt") as opened:
+        save_file({k: opened.get_tensor(k) for k in opened.keys()}, out)  # noqa: SIM118
+
+
+@pytest.mark.parametrize("form", keys.FORMS)
+def test_a_file_of_others_needs_a_schedule_and_has_the_same_effect(
+    file: Path, tmp_path: Path, form: keys.Form
+) -> None:
+    student, schedule = load_student(file), ScaleSchedule.parse("1000@4 600@8")
+    path = tmp_path / "peft" if form == "peft" else tmp_path / "own.safetensors"
+    write_student(path, student, dtype=torch.float32, form=form)
+    weights = path / "adapter_model.safetensors" if form == "peft" else path
+    foreign = tmp_path / ("peft/adapter_model.safetensors" if form == "peft" else "foreign.safetensors")
+    strip(weights, foreign)
+    given = path if form == "peft" else foreign
+    with pytest.raises(StudentError, match=r"carries no schedule.*scalewise recipes"):
+        load_student(given)
+    found = load_student(given, schedule=schedule)
+    assert (found.schedule, found.rank, found.recipe) == (schedule, 4, {})
+    weights_of = {}
+    for name, one in (("own", student), ("foreign", found)):
+        model = SD3.tiny()
+        with fused(model.denoiser, one):
+            weights_of[name] = model.denoiser.transformer_blocks[0].attn.to_q.weight.clone()
+        weights_of["bare"] = model.denoiser.transformer_blocks[0].attn.to_q.weight.clone()
+    # diffusers' own files hold alpha in the metadata alone; without it alpha = rank, as it means there.
+    factor = 0.5 if form == "diffusers" else 1.0
+    expected = weights_of["bare"] + factor * (weights_of["own"] - weights_of["bare"])
+    torch.testing.assert_close(weights_of["foreign"], expected)
+
+
+def test_a_weight_below_one_takes_that_part_of_the_update(file: Path) -> None:
+    student, found = load_student(file), {}
+    for weight in (0.0, 0.5, 1.0):
+        model = SD3.tiny()
+        with fused(model.denoiser, student, weight=weight):
+            found[weight] = model.denoiser.transformer_blocks[1].ff.net[2].weight.clone()
+    torch.testing.assert_close(found[0.5], (found[0.0] + found[1.0]) / 2)
+    assert not torch.equal(found[0.0], found[1.0])
+
+
+def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(StudentError, match=r"adapter_model\.bin, a pickle, which is never loaded"):
+        load_student(tmp_path)

@@ -173,6 +173,11 @@ def test_a_prompts_condition_does_not_depend_on_its_neighbours(model):
     )
 
 
+def test_an_empty_condition_has_the_shapes_of_an_encoded_one(model):
+    real, empty = model.encode_prompts(PROMPTS), model.empty_condition(2, "cpu")
+    assert {k: v.shape for k, v in empty.tensors.items()} == {k: v.shape for k, v in real.tensors.items()}
+
+
 def test_conditions_are_picked_joined_repeated_and_cast_along_the_batch():
     cond = Condition({"tokens": draw(3, 5, 4), "mask": torch.arange(3).view(3, 1)})
     assert len(cond) == 3

@@ -245,3 +245,20 @@ def test_shifted_schedules_fall_from_1_to_0(steps, shift):
 def test_a_schedule_of_no_steps_is_refused():
     with pytest.raises(ValueError, match="at least one step, not 0"):
         shifted_sigmas(0, 3.0)
+
+
+def test_a_schedule_is_read_from_what_it_prints():
+    schedule = ScaleSchedule.build([1000, 800.5, 600], ["2x4x6", "3x4x6", "3x8x12"])
+    assert ScaleSchedule.parse(str(schedule)) == schedule
+    assert ScaleSchedule.parse("1000@8 600@16x24") == ScaleSchedule.build([1000, 600], [8, "16x24"])
+
+
+@pytest.mark.parametrize("text", ["1000", "1000@8 600", "t@8", ""])
+def test_a_schedule_that_cannot_be_read_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r"Cannot read the schedule.*1000@64 896@80"):
+        ScaleSchedule.parse(text)
+
+
+def test_a_schedule_that_makes_no_sense_says_why_also_when_it_was_read():
+    with pytest.raises(ValueError, match="timesteps must fall"):
+        ScaleSchedule.parse("600@8 1000@16")

@@ -46,7 +46,10 @@ def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
         dtype=getattr(torch, recipe.model.dtype),
         parts=tuple(parts),
         max_sequence_length=recipe.model.max_sequence_length,
+        vae=recipe.model.vae,
     )
+    if recipe.model.embedded_guidance is not None:
+        model.embedded_guidance = recipe.model.embedded_guidance
     return model.to(device())
 
 

@@ -22,7 +22,14 @@ from scalewise.teacher import generate
 
 
 def sample_pictures(
-    prompts: list[str], *, student: str, teacher: bool, base: str | None, seed: int, count: int, out: Path
+    prompts: list[str],
+    *,
+    student: str,
+    teacher: bool,
+    base: str | None,
+    seed: int,
+    count: int,
+    out: Path,
 ) -> tuple[list[Path], float]:
     """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
     from PIL import Image
@@ -36,7 +43,7 @@ def sample_pictures(
     texts = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for i in range(len(texts))]
     started = time.perf_counter()
-    cond, uncond = model.encode_prompts(texts), model.encode_prompts([""])
+    cond, uncond = model.encode_prompts(texts), model.encode_prompts([contender.negative_prompt])
     with (
         # What the student was trained in may be slow here; any precision draws the same picture.
         enter(model, contender, precision="auto") as sampler,

@@ -50,6 +50,8 @@ class Contender:
     """Its last scale is the size drawn; the teacher takes nothing else from it. None for a folder."""
     path: Path | None = None
     """The student's file or run, or the folder of pictures."""
+    negative_prompt: str = ""
+    """What the teacher's guidance leads away from."""
 
     @property
     def about(self) -> str:
@@ -124,7 +126,8 @@ def _teacher(rest: str, recipe: Recipe) -> Contender:
     steps = int(rest or recipe.teacher.steps)
     name = f"teacher, {steps} steps" if rest else "teacher"
     full = recipe.schedule.build().at_full_scale()
-    return Contender(name, "teacher", steps, recipe.teacher.guidance, full)
+    teacher = recipe.teacher
+    return Contender(name, "teacher", steps, teacher.guidance, full, negative_prompt=teacher.negative_prompt)
 
 
 def _undistilled(rest: str, recipe: Recipe) -> Contender:
@@ -199,7 +202,7 @@ def draw(
     """Draw all prompts: bytes [N, H, W, 3]. Image i depends on its caption and seed, not on the batch."""
     if contender.kind == "folder":
         return read_folder(contender, prompts)
-    uncond = model.encode_prompts([""])
+    uncond = model.encode_prompts([contender.negative_prompt])
     parts = []
     with enter(model, contender, precision=precision) as sampler:
         for start in range(0, len(prompts), batch):
@@ -215,7 +218,8 @@ def draw_steps(
     model: ModelAdapter, contender: Contender, prompts: Prompts, *, precision: Precision = "float32"
 ) -> list[np.ndarray]:
     """Draw a few prompts and decode x0 of every step: bytes [N, h_i, w_i, 3], growing with the scales."""
-    cond, uncond = model.encode_prompts(prompts.captions), model.encode_prompts([""])
+    cond = model.encode_prompts(prompts.captions)
+    uncond = model.encode_prompts([contender.negative_prompt])
     with enter(model, contender, precision=precision) as sampler:
         return [to_bytes(model.decode(x0)) for _, x0 in sampler(cond, uncond, prompts.seeds)]
 

@@ -152,7 +152,8 @@ def _parts(
 
     def text() -> None:
         held["cond"] = model.encode_prompts([caption] * batch)
-        held["uncond"] = model.encode_prompts([""]) if contender.guidance != 1 else held["cond"]
+        negative = [contender.negative_prompt]
+        held["uncond"] = model.encode_prompts(negative) if contender.guidance != 1 else held["cond"]
 
     def vae() -> None:
         model.decode(held["x0"])

@@ -1,13 +1,13 @@
-"""A student on disk: LoRA weights under diffusers' key names, with schedule and recipe in the metadata."""
+"""A student on disk: LoRA weights with schedule and recipe in the metadata, in any of three conventions."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scalewise import keys
 from scalewise.recipe import Recipe
 from scalewise.scales import ScaleSchedule
 
@@ -37,6 +38,27 @@ class Student:
     alpha: float
     base: str
     recipe: dict[str, Any]
+    """Empty for a file that was not written by scalewise."""
+    denoiser: str = "transformer"
+    """Name of the denoiser in the pipeline."""
+
+    def matched(self, module: nn.Module) -> Student:
+        """The student with the layer names of a denoiser; every layer has to exist and to fit in shape."""
+        layers = dict(module.named_modules())
+        tensors = keys.match_layers(self.tensors, layers)
+        check_pairs(tensors)
+        strangers = {n for n in tensors if n.rsplit(".lora_", 1)[0] not in layers}
+        if strangers:
+            raise StudentError(
+                f"The student does not fit this base: {len(strangers)} of its {len(tensors)} weights are for "
+                f"layers that are not there, for example {min(strangers)}. It was made for another model."
+            )
+        for name, a in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                layer: Any = layers[name.removesuffix(".lora_A.weight")]
+                weight = getattr(layer, "base_layer", layer).weight
+                _check_shape(name, weight, a, b=tensors[name.replace("lora_A", "lora_B")])
+        return replace(self, tensors=tensors)
 
 
 def versions() -> dict[str, str]:
@@ -52,82 +74,96 @@ def versions() -> dict[str, str]:
 
 
 def save_student(
-    path: Path,
-    tensors: dict[str, Tensor],
-    recipe: Recipe,
-    *,
-    targets: list[str],
-    dtype: torch.dtype = torch.float16,
-    prefix: str = "transformer",
-) -> None:
+    path: Path, tensors: dict[str, Tensor], recipe: Recipe, *, dtype: torch.dtype = torch.float16,
+    form: keys.Form = "diffusers", denoiser: str = "transformer",
+) -> None:  # fmt: skip
     """Write a student atomically; the schedule travels with the weights, so that it cannot get lost."""
     schedule = recipe.schedule.build()
-    alpha = recipe.lora.alpha if recipe.lora.alpha is not None else recipe.lora.rank
-    adapter = {
-        f"{prefix}.r": recipe.lora.rank,
-        f"{prefix}.lora_alpha": alpha,
-        f"{prefix}.target_modules": targets,
-    }
+    alpha = recipe.lora.alpha if recipe.lora.alpha is not None else float(recipe.lora.rank)
+    student = Student(
+        tensors, schedule, recipe.lora.rank, alpha, recipe.model.base, recipe.model_dump(mode="json"),
+        denoiser,
+    )  # fmt: skip
+    write_student(path, student, dtype=dtype, form=form)
+
+
+def write_student(
+    path: Path, student: Student, *, dtype: torch.dtype = torch.float16, form: keys.Form = "diffusers"
+) -> None:
+    """Write a student atomically in one of the conventions; all three carry the same metadata."""
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in student.tensors})
+    settings = {"r": student.rank, "lora_alpha": student.alpha, "target_modules": layers}
     metadata = {
         "format": "pt",
-        "scalewise.timesteps": json.dumps(schedule.timesteps),
-        "scalewise.scales": json.dumps([str(s) for s in schedule.scales]),
-        "scalewise.rank": str(recipe.lora.rank),
-        "scalewise.alpha": str(alpha),
-        "scalewise.base": recipe.model.base,
+        "scalewise.timesteps": json.dumps(student.schedule.timesteps),
+        "scalewise.scales": json.dumps([str(s) for s in student.schedule.scales]),
+        "scalewise.rank": str(student.rank),
+        "scalewise.alpha": str(student.alpha),
+        "scalewise.base": student.base,
+        "scalewise.denoiser": student.denoiser,
         "scalewise.versions": json.dumps(versions()),
-        "scalewise.recipe": recipe.model_dump_json(),
-        _DIFFUSERS_KEY: json.dumps(adapter),
+        "scalewise.recipe": json.dumps(student.recipe),
     }
+    if form == "diffusers":
+        metadata[_DIFFUSERS_KEY] = json.dumps({f"{student.denoiser}.{k}": v for k, v in settings.items()})
+    named = keys.write_names(
+        {k: v.to(dtype).contiguous() for k, v in student.tensors.items()}, form, denoiser=student.denoiser,
+        alpha=torch.tensor(student.alpha),
+    )  # fmt: skip
+    if form == "peft":  # a folder with the settings beside the weights is what PEFT reads
+        path.mkdir(parents=True, exist_ok=True)
+        config = {"peft_type": "LORA", "base_model_name_or_path": student.base, **settings}
+        (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        path = path / "adapter_model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(
-        {f"{prefix}.{k}": v.to(dtype).contiguous() for k, v in tensors.items()}, temporary, metadata=metadata
-    )
+    save_file(named, temporary, metadata=metadata)
     os.replace(temporary, path)
 
 
 @contextmanager
-def fused(module: nn.Module, student: Student) -> Iterator[None]:
+def fused(module: nn.Module, student: Student, *, weight: float = 1.0) -> Iterator[None]:
     """Add a student's update to the weights of a module without adapters; leaving restores them bit by bit.
 
-    W + alpha / rank B A: sampling then costs what the teacher's own forward costs.
+    W + weight alpha / rank B A: sampling then costs what the teacher's own forward costs.
     """
     before: dict[nn.Parameter, Tensor] = {}
-    _check_pairs(student)
     try:
-        for name, a in student.tensors.items():
-            if name.endswith(".lora_A.weight"):
-                weight = _weight(module, name.removesuffix(".lora_A.weight"))
-                b = student.tensors[name.replace("lora_A", "lora_B")].to(weight.device)
-                _check_shape(name, weight, a, b=b)
-                before[weight] = weight.detach().clone()
-                update = student.alpha / student.rank * (b.float() @ a.to(weight.device).float())
-                weight.data = (weight.data.float() + update).to(weight.dtype)
+        before = fuse(module, student, weight=weight)
         yield
     finally:
-        for weight, original in before.items():
-            weight.data = original
+        for parameter, original in before.items():
+            parameter.data = original
 
 
-def _check_pairs(student: Student) -> None:
-    a, b = (
-        {n.rsplit(f".{k}.", 1)[0] for n in student.tensors if f".{k}." in n} for k in ("lora_A", "lora_B")
-    )
+def fuse(module: nn.Module, student: Student, *, weight: float = 1.0) -> dict[nn.Parameter, Tensor]:
+    """Add a student's update to the weights for good; returns the weights as they were."""
+    student, before = student.matched(module), dict[nn.Parameter, Tensor]()
+    for name, a in student.tensors.items():
+        if name.endswith(".lora_A.weight"):
+            parameter: Any = module.get_submodule(name.removesuffix(".lora_A.weight")).weight
+            b = student.tensors[name.replace("lora_A", "lora_B")].to(parameter.device)
+            before[parameter] = parameter.detach().clone()
+            update = weight * student.alpha / student.rank * (b.float() @ a.to(parameter.device).float())
+            parameter.data = (parameter.data.float() + update).to(parameter.dtype)
+    return before
+
+
+def check_pairs(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of which one half is missing, and such that are no LoRA."""
+    a, b = ({n.rsplit(f".{k}.", 1)[0] for n in tensors if f".{k}." in n} for k in ("lora_A", "lora_B"))
+    strange = [n for n in tensors if ".lora_A." not in n and ".lora_B." not in n]
+    if strange or not a:
+        raise StudentError(
+            f"The file is no LoRA that can be read: {len(strange)} of {len(tensors)} weights are not expected"
+            + (f", for example {min(strange)}." if strange else ".")
+            + " Read are PEFT's, diffusers' and kohya's names."
+        )
     if a != b:
         raise StudentError(
             f"The student does not fit any base: {len(a ^ b)} layers lack one of their two matrices, for "
             f"example {sorted(a ^ b)[0]}. Fetch or train it again."
         )
-
-
-def _weight(module: nn.Module, path: str) -> nn.Parameter:
-    try:
-        return module.get_submodule(path).weight  # type: ignore[return-value]
-    except AttributeError:
-        raise StudentError(
-            f"The student does not fit this base: there is no layer {path}. It was made for another model."
-        ) from None
 
 
 def _check_shape(name: str, weight: nn.Parameter, a: Tensor, *, b: Tensor) -> None:
@@ -138,11 +174,17 @@ def _check_shape(name: str, weight: nn.Parameter, a: Tensor, *, b: Tensor) -> No
         )
 
 
-def load_student(path: str | Path) -> Student:
-    """Read a student: a .safetensors file, or a run's folder that holds student.safetensors."""
+def find_file(path: str | Path) -> Path:
+    """The safetensors file that a path means: the file itself, a run's folder, or a PEFT folder."""
     file = Path(path)
     if file.is_dir():
-        file = file / "student.safetensors"
+        found = [file / name for name in ("student.safetensors", "adapter_model.safetensors")]
+        file = next((f for f in found if f.exists()), found[0])
+        pickles = sorted(p.name for p in Path(path).glob("*.bin"))
+        if not file.exists() and pickles:
+            raise StudentError(
+                f"{path} holds {pickles[0]}, a pickle, which is never loaded. Convert it first."
+            )
     if not file.exists():
         raise StudentError(
             f"There is no student at {path}; give a .safetensors file or the folder of a finished run."
@@ -151,22 +193,54 @@ def load_student(path: str | Path) -> Student:
         raise StudentError(
             f"{file} is not a safetensors file; others (pickles) are never loaded. Convert it first."
         )
+    return file
+
+
+def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> Student:
+    """Read a student: a .safetensors file, a run's folder, or a PEFT folder.
+
+    `schedule` is for files that carry none in their metadata, and replaces the one of those that do.
+    """
+    file = find_file(path)
     try:
         with safe_open(file, "pt") as opened:
             head = opened.metadata() or {}
-            tensors = {key.partition(".")[2]: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+            raw = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StudentError(f"{file} is damaged ({error}); fetch or train it again.") from error
-    if "scalewise.timesteps" not in head:
-        raise StudentError(f"{file} carries no schedule in its metadata, so it was not written by scalewise.")
-    schedule = ScaleSchedule.build(
-        json.loads(head["scalewise.timesteps"]), json.loads(head["scalewise.scales"])
-    )
-    return Student(
-        tensors,
-        schedule,
-        int(head["scalewise.rank"]),
-        float(head["scalewise.alpha"]),
-        head["scalewise.base"],
-        json.loads(head["scalewise.recipe"]),
-    )
+    tensors, alphas = keys.read_names(raw)
+    check_pairs(tensors)
+    if "scalewise.timesteps" in head:
+        own = ScaleSchedule.build(
+            json.loads(head["scalewise.timesteps"]), json.loads(head["scalewise.scales"])
+        )
+        return Student(
+            tensors, schedule or own, int(head["scalewise.rank"]), float(head["scalewise.alpha"]),
+            head["scalewise.base"], json.loads(head["scalewise.recipe"]),
+            head.get("scalewise.denoiser", "transformer"),
+        )  # fmt: skip
+    if schedule is None:
+        raise StudentError(
+            f"{file} carries no schedule in its metadata, so it was not written by scalewise. Give its "
+            "schedule: the name of a recipe (`scalewise recipes` lists them) or timesteps with scales, as in "
+            '"1000@64 896@80 737@96 602@128".'
+        )
+    return _foreign(file, tensors, alphas, schedule=schedule)
+
+
+def _foreign(
+    file: Path, tensors: dict[str, Tensor], alphas: dict[str, float], *, schedule: ScaleSchedule
+) -> Student:
+    """A student from a file of others: rank from the shapes, alpha from the file or PEFT's settings."""
+    config: dict[str, Any] = {}
+    beside = file.with_name("adapter_config.json")
+    if file.name == "adapter_model.safetensors" and beside.exists():
+        config = json.loads(beside.read_text())
+    ranks = {name: a.shape[0] for name, a in tensors.items() if ".lora_A." in name}
+    rank = max(ranks.values())
+    out = dict(tensors)
+    for name, own in ranks.items():
+        layer, b = name.removesuffix(".lora_A.weight"), name.replace("lora_A", "lora_B")
+        alpha = alphas.get(layer, config.get("lora_alpha", own))
+        out[b] = tensors[b] * (alpha / own)  # from here on alpha = rank, whatever each layer had
+    return Student(out, schedule, rank, float(rank), config.get("base_model_name_or_path") or "", {})

@@ -59,13 +59,20 @@ class ModelRecipe(Frozen):
     max_sequence_length: int | None = Field(
         None, ge=1, description="T5 tokens; None = the family's usual number"
     )
+    vae: str | None = Field(
+        None, description="another autoencoder of the same latents, such as a tiny one; None = the base's"
+    )
+    embedded_guidance: float | None = Field(
+        None, ge=1, description="what a model with guidance as an input (FLUX) is told; None = the family's"
+    )
 
 
 class TeacherRecipe(Frozen):
     """How the teacher samples: the synthetic set, and the baseline that students are compared with."""
 
     steps: int = Field(28, ge=1)
-    guidance: float = Field(4.5, ge=1, description="classifier-free guidance; 1 = none")
+    guidance: float = Field(4.5, ge=1, description="classifier-free guidance, or FLUX's embedded; 1 = none")
+    negative_prompt: str = Field("", description="what guidance leads away from")
 
 
 class ScheduleRecipe(Frozen):
@@ -138,6 +145,21 @@ class LossRecipe(Frozen):
     gan: GanRecipe = GanRecipe()
     fake: FakeRecipe = FakeRecipe()
     feature_block: int = Field(0, ge=0, description="the block whose features MMD and GAN compare")
+    mmd_only: bool = Field(False, description="MMD alone on the teacher's features, whatever is set above")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, values: Any) -> Any:
+        """Switch off all but MMD in the values themselves, so that the stored recipe says what ran."""
+        if isinstance(values, dict) and values.get("mmd_only") is True:
+            parts = {k: v for k in ("mmd", "dmd", "gan") if isinstance(v := values.get(k, {}), dict)}
+            off: dict[str, dict[str, Any]] = {
+                "mmd": {"features": "teacher"},
+                "dmd": {"weight": 0.0},
+                "gan": {"weight": 0.0},
+            }
+            return {**values, **{k: {**part, **off[k]} for k, part in parts.items()}}
+        return values
 
     @property
     def needs_fake(self) -> bool:

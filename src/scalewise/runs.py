@@ -125,8 +125,10 @@ def settled(recipe: Recipe, out: Path) -> Recipe:
 def finish(trainer: Trainer, data: build.Data) -> None:
     """Write the student and the last grid of samples."""
     recipe = trainer.recipe
-    targets = list(recipe.lora.targets or trainer.backbone.model.lora_targets)
-    save_student(trainer.folder / "student.safetensors", trainer.student_weights(), recipe, targets=targets)
+    save_student(
+        trainer.folder / "student.safetensors", trainer.student_weights(), recipe,
+        denoiser=trainer.backbone.model.denoiser_name,
+    )  # fmt: skip
     draw_samples(trainer, data)
 
 

@@ -7,7 +7,7 @@ very same code. `predict` stands for the model: (x_t, t [N]) -> x0.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -39,17 +39,24 @@ def sample_scale_wise(
     channels: int,
     video: bool = False,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[int, Tensor]]:
+    start: Tensor | None = None,
+) -> Generator[tuple[int, Tensor], Tensor | None, None]:
     """Yield (i, x0 at s_i) for every step; the last x0 is the sample.
+
+    `start` are clean latents at s_1 to begin with instead of noise alone. Latents that are sent into the
+    generator take the place of the x0 just yielded.
 
     x0 is upscaled (never x_t), then noised afresh to the next level, also when the scale does not change
     (paper, section 4.1).
     """
     shape = schedule[0].scale.shape(1, channels, video=video)[1:]
     x = noise(shape, device)
+    if start is not None:
+        x = process.add_noise(start, x, torch.full((len(x),), schedule[0].t, device=x.device))
     for i, step in enumerate(schedule):
         x0 = predict(x, torch.full((len(x),), step.t, device=x.device))
-        yield i, x0
+        changed = yield i, x0
+        x0 = x0 if changed is None else changed
         if i + 1 < len(schedule):
             after = schedule[i + 1]
             x0 = upscale_latents(x0, after.scale)

@@ -86,6 +86,20 @@ class ScaleSchedule:
             )
         return cls(tuple(Step(float(t), Scale.parse(s)) for t, s in zip(timesteps, scales, strict=True)))
 
+    @classmethod
+    def parse(cls, text: str) -> ScaleSchedule:
+        """Read what `str` writes: "1000@64x64 896@80x80 737@96x96 602@128x128"."""
+        pairs = [part.split("@") for part in text.split()]
+        try:
+            return cls.build([float(t) for t, _ in pairs], [scale for _, scale in pairs])
+        except ValueError as error:
+            if pairs and all(len(pair) == 2 for pair in pairs):
+                raise
+            raise ValueError(
+                f"Cannot read the schedule {text!r}; write timestep@scale for every step, as in "
+                '"1000@64 896@80 737@96 602@128".'
+            ) from error
+
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("A schedule needs at least one step; give timesteps and scales.")
@@ -228,6 +242,19 @@ def downscale_area(x: Tensor, size: tuple[int, int]) -> Tensor:
     if size[0] > x.shape[-2] or size[1] > x.shape[-1]:
         raise ValueError(f"Area downscaling from {list(x.shape[-2:])} cannot enlarge to {list(size)}.")
     return F.interpolate(x, size=size, mode="area")
+
+
+def downscale_video(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bring pictures [N, 3, H, W] or videos [N, 3, F, H, W] to a size: (H, W) or (F, H, W).
+
+    By averaging over areas in space, by blending neighbouring frames in time.
+    """
+    if pixels.ndim == 4:
+        return downscale_area(pixels, (size[-2], size[-1]))
+    count, frames = pixels.shape[0], pixels.shape[2]
+    flat = pixels.transpose(1, 2).flatten(0, 1)
+    flat = downscale_area(flat, (size[-2], size[-1]))
+    return blend_frames(flat.unflatten(0, (count, frames)).transpose(1, 2), size[0])
 
 
 def shifted_sigmas(steps: int, shift: float, *, train_steps: int = 1000) -> list[float]:

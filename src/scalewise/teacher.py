@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scalewise.backbone import Backbone
@@ -15,7 +14,7 @@ from scalewise.models.base import ModelAdapter
 from scalewise.recipe import Recipe
 from scalewise.rng import derive
 from scalewise.sampling import last, teacher_steps
-from scalewise.scales import Scale
+from scalewise.scales import Scale, downscale_video
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -32,8 +31,7 @@ def latents_of_all_scales(
     out = {full: latents}
     for scale in scales:
         if scale != full:
-            size = (scale.height * model.vae_factor, scale.width * model.vae_factor)
-            out[scale] = model.encode(F.interpolate(pixels, size=size, mode="area"))
+            out[scale] = model.encode(downscale_video(pixels, model.pixel_size(scale)))
     return out
 
 
@@ -56,7 +54,7 @@ def generate(
     model, scales = backbone.model, sorted(set(recipe.schedule.build().scales))
     full = max(scales, key=lambda scale: scale.cells)
     writer = _writer(backbone, recipe, prompts, out=out, seed=seed, shard_rows=shard_rows)
-    uncond = model.encode_prompts([""])
+    uncond = model.encode_prompts([recipe.teacher.negative_prompt])
     todo = writer.missing(count)
     yield count - len(todo)
     try:
@@ -101,6 +99,7 @@ def _writer(
         settings={
             "teacher_steps": recipe.teacher.steps,
             "guidance": recipe.teacher.guidance,
+            "negative_prompt": recipe.teacher.negative_prompt,
             "seed": seed,
             "prompts": len(prompts),
             "prompts_key": derive(*prompts),

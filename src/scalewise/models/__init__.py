@@ -27,6 +27,7 @@ __all__ = [
     "ModelError",
     "Part",
     "Wan",
+    "family_named",
     "family_of",
     "load_model",
 ]
@@ -45,13 +46,18 @@ def family_of(base: str | Path) -> type[ModelAdapter]:
         name = json.loads(index.read_text()).get("_class_name", "")
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{index} does not describe a model ({error}); fetch the model again.") from error
+    return family_named(name, str(base))
+
+
+def family_named(pipeline_class: str, base: str) -> type[ModelAdapter]:
+    """The family of a pipeline class."""
     for family in FAMILIES.values():
-        if name in family.pipeline_classes:
+        if pipeline_class in family.pipeline_classes:
             return family
     known = ", ".join(n for f in FAMILIES.values() for n in f.pipeline_classes)
     raise ModelError(
-        f"{base} is a {name or 'model of no named class'}, which no family here handles; known are {known}. "
-        "A family is added by one file (CONTRIBUTING.md)."
+        f"{base} is a {pipeline_class or 'model of no named class'}, which no family here handles; known are "
+        f"{known}. A family is added by one file (CONTRIBUTING.md)."
     )
 
 

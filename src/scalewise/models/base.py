@@ -62,6 +62,8 @@ class ModelAdapter(ABC):
 
     family: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
+    denoiser_name: ClassVar[str] = "transformer"
+    """Name of the denoiser in the pipeline."""
     lora_targets: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
 
@@ -74,6 +76,8 @@ class ModelAdapter(ABC):
     """Channels C of a latent."""
     vae_factor: int
     """Pixels along each side of a latent cell."""
+    embedded_guidance: float = 1.0
+    """What a model that takes guidance as an input is told where nothing else is asked for: the student's."""
     frame_factor: int = 1
     """Frames of video that a latent frame stands for (the first one for a single frame)."""
     blocks: int
@@ -113,6 +117,10 @@ class ModelAdapter(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Embed prompts; warns about those longer than a text encoder reads."""
+
+    @abstractmethod
+    def empty_condition(self, count: int, device: torch.device | str) -> Condition:
+        """Uninitialised tensors in the shapes of `count` encoded prompts, from the configuration alone."""
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:

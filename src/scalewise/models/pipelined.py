@@ -22,7 +22,6 @@ class PipelineAdapter(ModelAdapter):
     """An adapter around the family's own diffusers pipeline, of which any part may be missing."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    denoiser_name: ClassVar[str] = "transformer"
     text_names: ClassVar[tuple[str, ...]]
 
     def __init__(

@@ -66,6 +66,14 @@ class SD3(PipelineAdapter):
         )
         return Condition({"tokens": tokens, "pooled": pooled})
 
+    def empty_condition(self, count: int, device: torch.device | str) -> Condition:
+        clip = self.pipeline.tokenizer
+        # CLIP's tokens stand before T5's.
+        length = self.max_sequence_length + (77 if clip is None else clip.model_max_length)
+        tokens = torch.empty(count, length, self.config["joint_attention_dim"], device=device)
+        pooled = torch.empty(count, self.config["pooled_projection_dim"], device=device)
+        return Condition({"tokens": tokens, "pooled": pooled})
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         kind: Any = self.denoiser.dtype
         return self.denoiser(

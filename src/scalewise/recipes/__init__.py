@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scalewise.recipe import Recipe, RecipeError, nearest
 from scalewise.recipes import mini
+from scalewise.recipes.published import PUBLISHED
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "mini": mini.full,
@@ -15,6 +16,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "mini-full-scale": mini.full_scale,
     "mini-full-scale-2": mini.full_scale_two,
     "mini-demo": mini.demo,
+    **PUBLISHED,
 }
 
 

@@ -65,9 +65,7 @@ def paper() -> Recipe:
 
 def mmd_only() -> Recipe:
     """Scale-wise, four steps, MMD alone on the teacher's features: no fake model, no discriminator."""
-    loss = released_loss(_BLOCK)
-    loss["mmd"]["features"] = "teacher"
-    loss |= {"dmd": {"weight": 0.0}, "gan": {"weight": 0.0}}
+    loss = released_loss(_BLOCK) | {"mmd_only": True}
     return _recipe("mini-mmd", "scale-wise, 4 steps, MMD alone: no fake model, no discriminator", loss=loss)
 
 

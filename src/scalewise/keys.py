@@ -1,0 +1,88 @@
+"""Names of LoRA weights in files: PEFT's, diffusers' and kohya's, and the one that is used inside.
+
+Inside, a weight is called <path of the layer>.lora_A.weight or .lora_B.weight; the layer then computes with
+W + alpha / rank B A. kohya's names hold the path with underscores, which only the model itself can undo.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from torch import Tensor
+
+Form = Literal["diffusers", "peft", "kohya"]
+FORMS: tuple[Form, ...] = ("diffusers", "peft", "kohya")
+
+_PEFT = "base_model.model."
+_FLAT = re.compile(r"^lora_(?:unet|transformer)_(?P<path>.+)\.(?P<part>lora_down|lora_up)\.weight$")
+_ALPHA = re.compile(r"^(?P<path>.+)\.alpha$")
+_PARTS = (
+    (re.compile(r"\.lora_A(\.\w+)?\.weight$"), ".lora_A.weight"),  # PEFT may name the adapter in between
+    (re.compile(r"\.lora_B(\.\w+)?\.weight$"), ".lora_B.weight"),
+    (re.compile(r"[._]lora[._]down\.weight$"), ".lora_A.weight"),
+    (re.compile(r"[._]lora[._]up\.weight$"), ".lora_B.weight"),
+)
+
+
+def form_of(names: Iterable[str]) -> Form:
+    """Tell which convention a file's names follow."""
+    names = list(names)
+    if any(_FLAT.match(name) for name in names):
+        return "kohya"
+    return "peft" if any(name.startswith(_PEFT) for name in names) else "diffusers"
+
+
+def read_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights under the inner names, and the alphas that the file gives, by layer.
+
+    kohya's layers keep their underscores; `match_layers` finds their paths. Weights of no LoRA keep their
+    names, so that whoever uses them can say what was not expected.
+    """
+    weights: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for name, value in tensors.items():
+        if flat := _FLAT.match(name):
+            part = "lora_A" if flat["part"] == "lora_down" else "lora_B"
+            weights[f"{flat['path']}.{part}.weight"] = value
+        elif alpha := _ALPHA.match(name):
+            path = re.sub(r"^lora_(?:unet|transformer)_", "", alpha["path"])
+            alphas[_plain(path)] = float(value)
+        else:
+            weights[_plain(name)] = value
+    return weights, alphas
+
+
+def _plain(name: str) -> str:
+    name = re.sub(r"^(transformer|unet|diffusion_model)\.", "", name.removeprefix(_PEFT))
+    for pattern, ending in _PARTS:
+        name = pattern.sub(ending, name)
+    return name
+
+
+def match_layers(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
+    """Give weights with underscored layer names the paths of a model's layers; others stay as they are."""
+    paths = {path.replace(".", "_"): path for path in layers}
+    out = {}
+    for name, value in tensors.items():
+        layer, sign, rest = name.partition(".lora_")
+        out[paths.get(layer, layer) + sign + rest if sign else name] = value
+    return out
+
+
+def write_names(
+    tensors: Mapping[str, Tensor], form: Form, *, denoiser: str, alpha: Tensor
+) -> dict[str, Tensor]:
+    """Weights under a convention's names; `denoiser` is its name in the pipeline, `alpha` is for kohya's."""
+    if form == "peft":
+        return {_PEFT + name: value for name, value in tensors.items()}
+    if form == "diffusers":
+        return {f"{denoiser}.{name}": value for name, value in tensors.items()}
+    out = {}
+    for name, value in tensors.items():
+        path, _, part = name.removesuffix(".weight").rpartition(".")
+        layer = f"lora_{denoiser}_{path.replace('.', '_')}"
+        out[f"{layer}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
+        out[f"{layer}.alpha"] = alpha.clone()
+    return out

@@ -1,0 +1,119 @@
+"""A model without weights: real classes on the meta device, from the configuration alone.
+
+Configurations of the models that have recipes come along (known/*.json); others are read from their folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalewise.models import family_named
+from scalewise.models.base import ModelError
+from scalewise.models.pipelined import PipelineAdapter
+
+FOLDER = Path(__file__).parent / "known"
+
+
+@functools.cache
+def known() -> dict[str, dict[str, Any]]:
+    """Configurations by hub id: the pipeline's class and options, denoiser, VAE, text encoders, scheduler."""
+    found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    return {entry["base"]: entry for entry in found}
+
+
+def configuration(base: str | Path) -> dict[str, Any]:
+    """The configuration of a known hub id or of a folder in diffusers' layout."""
+    if str(base) in known():
+        return known()[str(base)]
+    folder = Path(base)
+    if not (folder / "model_index.json").exists():
+        names = ", ".join(known())
+        raise ModelError(
+            f"The configuration of {base} is not known here; give its folder in diffusers' layout, or one of "
+            f"{names}."
+        )
+    index = _read(folder / "model_index.json")
+    texts = sorted(name for name in index if name.startswith("text_encoder") and index[name][0])
+    denoiser = "unet" if "unet" in index else "transformer"
+    tokenizers = sorted(name for name in index if name.startswith("tokenizer") and index[name][0])
+    lengths = [_read(folder / name / "tokenizer_config.json")["model_max_length"] for name in tokenizers]
+    return {
+        "base": str(base),
+        "pipeline_class": index["_class_name"],
+        "sequence": min(512, lengths[-1]),
+        "denoiser": _read(folder / denoiser / "config.json"),
+        "vae": _read(folder / "vae" / "config.json"),
+        "text": [[index[name][1], _read(folder / name / "config.json")] for name in texts],
+        "scheduler": _read(folder / "scheduler" / "scheduler_config.json"),
+        "pipeline": {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)},
+    }
+
+
+def skeleton(
+    base: str | Path, *, dtype: torch.dtype = torch.float32, max_sequence_length: int | None = None
+) -> PipelineAdapter:
+    """The adapter of a model whose denoiser has shapes and no numbers; VAE and text encoders are left out."""
+    import diffusers
+
+    config = configuration(base)
+    family: Any = family_named(config["pipeline_class"], str(base))
+    with torch.device("meta"):
+        denoiser = build(diffusers, config["denoiser"]["_class_name"], config["denoiser"])
+    exact = denoiser._keep_in_fp32_modules or ()
+    for name, tensor in [*denoiser.named_parameters(), *denoiser.named_buffers()]:
+        if tensor.is_floating_point() and not any(part in name.split(".") for part in exact):
+            tensor.data = tensor.data.to(dtype)
+    scheduler = getattr(diffusers, config["scheduler"]["_class_name"]).from_config(config["scheduler"])
+    options = inspect.signature(family.pipeline_class.__init__).parameters
+    parts: dict[str, Any] = {
+        name: None for name, option in options.items() if name != "self" and option.default is option.empty
+    }
+    parts |= {"scheduler": scheduler, family.denoiser_name: denoiser, **config["pipeline"]}
+    pipeline = family.pipeline_class(**parts)
+    longest = max_sequence_length or config.get("sequence")
+    model: PipelineAdapter = family(
+        pipeline, denoiser.config, config["vae"], base=str(base), max_sequence_length=longest
+    )
+    return model
+
+
+def build(library: Any, name: str, config: Mapping[str, Any]) -> Any:
+    """A diffusers module from its configuration."""
+    return getattr(library, name).from_config(config)
+
+
+def part_sizes(base: str | Path) -> dict[str, int]:
+    """Parameters of denoiser, VAE and text encoders, counted on the real classes."""
+    import diffusers
+    import transformers
+
+    config, sizes = configuration(base), dict[str, int]()
+    with torch.device("meta"):
+        for part in ("denoiser", "vae"):
+            sizes[part] = count(build(diffusers, config[part]["_class_name"], config[part]))
+        encoders = []
+        for name, values in config["text"]:
+            kind = getattr(transformers, name)
+            encoders.append(count(kind(kind.config_class(**values))))
+    return sizes | {"text": sum(encoders)}
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {path} ({error}); fetch the model again.") from error
+    return dict(found)

@@ -1,0 +1,113 @@
+"""diffusers pipelines that sample scale-wise, one for each family; `load` gives the one that fits a base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalewise import mini
+from scalewise.lora import StudentError, load_student
+from scalewise.models import SD3, SDXL, Flux, ModelError, Wan, family_of
+from scalewise.models.base import ModelAdapter
+from scalewise.pipelines.scale_wise import (
+    ADAPTER,
+    ScaleWiseFluxPipeline,
+    ScaleWisePipeline,
+    ScaleWiseSD3Pipeline,
+    ScaleWiseSDXLPipeline,
+    ScaleWiseWanPipeline,
+)
+from scalewise.recipe import RecipeError
+from scalewise.recipes import RECIPES, find_recipe
+from scalewise.scales import ScaleSchedule
+
+PIPELINES: dict[type[ModelAdapter], type[ScaleWisePipeline]] = {
+    SD3: ScaleWiseSD3Pipeline,
+    Flux: ScaleWiseFluxPipeline,
+    SDXL: ScaleWiseSDXLPipeline,
+    Wan: ScaleWiseWanPipeline,
+}
+
+__all__ = ["ADAPTER", "PIPELINES", "ScaleWisePipeline", "load", "read_schedule"]
+
+
+def load(
+    base: str | Path = "mini",
+    *,
+    student: str | Path | None = "mini",
+    schedule: str | ScaleSchedule | None = None,
+    weight: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """Load a base with a student into the family's scale-wise pipeline.
+
+    `base`: 'mini', a folder in diffusers' layout, or a hub id. `student`: a safetensors file, a run's or
+    PEFT folder, a hub id, or None for the undistilled base. `schedule`: replaces, or stands in for, the one
+    in the student's metadata: a ScaleSchedule, a recipe's name, or text such as "1000@64 896@80 737@96
+    602@128". `weight`: of the student's adapter. `options` go to the adapter's `load`: `vae` (a tiny
+    autoencoder's folder) and `max_sequence_length`.
+    """
+    folder = mini.resolve(str(base), mini.TEACHER)
+    family = family_of(folder)
+    given = read_schedule(schedule) if schedule is not None else None
+    found = (
+        load_student(_local(mini.resolve(str(student), mini.STUDENT)), schedule=given) if student else None
+    )
+    if found is None and given is None:
+        raise StudentError(
+            f"Without a student {base} has no schedule; give one, as in schedule='sd35-medium-4'."
+        )
+    if dtype == torch.float16 and not torch.cuda.is_available():
+        raise ModelError("float16 does not work on a CPU; give dtype=torch.float32 or torch.bfloat16.")
+    model: Any = family.load(folder, dtype=dtype, **options)
+    pipeline = PIPELINES[family](**model.pipeline.components)
+    pipeline.register_to_config(**_options_of(model.pipeline, pipeline))
+    pipeline.set_schedule(found.schedule if found else given)
+    if model.max_sequence_length:
+        pipeline.max_sequence_length = model.max_sequence_length
+    if found is not None:
+        pipeline.set_student(found, weight=weight)
+    return pipeline
+
+
+def read_schedule(schedule: str | ScaleSchedule) -> ScaleSchedule:
+    """A schedule from a recipe's name or from text."""
+    if isinstance(schedule, ScaleSchedule):
+        return schedule
+    if "@" in schedule:
+        return ScaleSchedule.parse(schedule)
+    try:
+        return find_recipe(schedule).schedule.build()
+    except RecipeError as error:
+        known = ", ".join(RECIPES)
+        raise RecipeError(f"There is no schedule {schedule!r}; known are those of {known}.") from error
+
+
+def _options_of(stock: Any, own: Any) -> dict[str, Any]:
+    """Settings of the stock pipeline that are no components, such as SDXL's zeros for an empty prompt."""
+    return {k: v for k, v in stock.config.items() if not k.startswith("_") and k not in own.components}
+
+
+def _local(student: str) -> str:
+    """A student's place on this disk; what is neither file nor folder is taken for a hub id."""
+    if Path(student).exists() or student.startswith((".", "/")) or student.count("/") != 1:
+        return student
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(student, allow_patterns=["*.safetensors", "adapter_config.json"])
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StudentError(
+            f"Cannot find the student {student!r}: it is no file here, and the hub answered: {reason} Give a "
+            "file, or log in if the repository is gated."
+        ) from error
+    files = sorted(Path(folder).rglob("*.safetensors"))
+    if len(files) > 1 and not (Path(folder) / "adapter_config.json").exists():
+        names = json.dumps([f.name for f in files])
+        raise StudentError(f"{student} holds several files, {names}; download one and give its path.")
+    return str(files[0]) if len(files) == 1 and files[0].parent != Path(folder) else folder

@@ -1,0 +1,282 @@
+"""Scale-wise sampling as diffusers pipelines: the stock classes, with another `__call__`.
+
+The sampler is the one of training (scalewise.sampling); what a family needs is asked of its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    WanPipeline,
+)
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
+from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from torch import Tensor
+
+from scalewise import keys
+from scalewise.lora import Student
+from scalewise.models import SD3, SDXL, Condition, Flux, ModelError, Wan
+from scalewise.rng import SampleNoise
+from scalewise.sampling import sample_scale_wise
+from scalewise.scales import Scale, ScaleSchedule, downscale_video, upscale_latents
+
+ADAPTER = "scalewise"
+Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+class GeneratorNoise:
+    """Noise from torch generators: one for the batch, or one for each sample."""
+
+    def __init__(self, generators: torch.Generator | Sequence[torch.Generator] | None, count: int) -> None:
+        if isinstance(generators, Sequence) and len(generators) != count:
+            raise ValueError(
+                f"{len(generators)} generators for {count} samples; give one, or one for each sample."
+            )
+        self.generators, self.count = generators, count
+
+    def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Draw the next noise [N, *shape]."""
+        if isinstance(self.generators, Sequence):
+            rows = [torch.randn(*shape, generator=g, device=g.device) for g in self.generators]
+            return torch.stack(rows).to(device)
+        kind = self.generators.device if self.generators else "cpu"
+        return torch.randn(self.count, *shape, generator=self.generators, device=kind).to(device)
+
+
+class ScaleWisePipeline:
+    """Mixed into a stock pipeline: few-step sampling that starts on a small latent and grows it."""
+
+    family: ClassVar[Any]
+    output: ClassVar[Any]
+    max_sequence_length: int | None = None
+    _schedule: ScaleSchedule | None = None
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """Timesteps and scales of the student."""
+        assert self._schedule is not None, "load() or set_schedule() give the schedule"
+        return self._schedule
+
+    def set_schedule(self, schedule: ScaleSchedule) -> None:
+        """Sample with this schedule from now on; one that does not fit the model is refused."""
+        model = self.adapter()
+        if model.video != any(scale.frames > 1 for scale in schedule.scales):
+            kind = "video" if model.video else "image"
+            raise ModelError(
+                f"The schedule {schedule} is of another family: this is a model for {kind}s. Give a schedule "
+                f"with {'frames, as in 21x60x104' if model.video else 'height and width alone'}."
+            )
+        schedule.check(patch=model.patch, largest=model.largest_scale)
+        self._schedule = schedule
+
+    def set_student(self, student: Student, *, weight: float = 1.0) -> None:
+        """Attach a student as the adapter "scalewise"; others may stand beside it (`set_adapters`)."""
+        pipeline: Any = self
+        name = self.family.denoiser_name
+        matched = student.matched(getattr(pipeline, name))
+        # diffusers takes rank and alpha from the shapes; with alpha / rank in B, weight 1 is the student.
+        scale = student.alpha / student.rank
+        tensors = {k: v * scale if ".lora_B." in k else v for k, v in matched.tensors.items()}
+        named = keys.write_names(tensors, "diffusers", denoiser=name, alpha=torch.tensor(1.0))
+        pipeline.load_lora_weights(named, adapter_name=ADAPTER)
+        pipeline.set_adapters([ADAPTER], [weight])
+
+    def adapter(self) -> Any:
+        """The family's adapter around this very pipeline."""
+        pipeline: Any = self
+        denoiser = getattr(pipeline, self.family.denoiser_name)
+        return self.family(
+            pipeline, denoiser.config, pipeline.vae.config, base=pipeline.name_or_path or "the pipeline",
+            max_sequence_length=self.max_sequence_length,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        schedule: ScaleSchedule | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        guidance_scale: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+    ) -> Any:
+        """Draw samples of prompts; the sizes are pixels (and frames), any that the model can take.
+
+        `generator`: one torch.Generator, or one a sample; `seed`: sample i takes seed + i, or seeds[i],
+        whatever the batch. `image` and `strength` in (0, 1]: start from pictures [N, 3, H, W] in [0, 1] or
+        PIL images, at the first step whose level t is at most 1000 x strength; the picture enters at the
+        scale before that step's, as the data did in training. `callback_on_step_end(pipe, i, t, {"latents":
+        x0})` may return other latents. Returns `.images`, or `.frames` of a video, like the stock pipeline.
+        """
+        model = self.adapter()
+        if negative_prompt:
+            raise ValueError(
+                "A negative prompt has no effect here: the student samples without classifier-free guidance, "
+                "which is where it would act. Leave it out."
+            )
+        if guidance_scale is not None:
+            self._check_guidance(model, guidance_scale)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        plan = (schedule or self.schedule).for_size(
+            self._full_scale(model, height, width, num_frames, schedule or self.schedule), model.patch
+        )
+        plan.check(patch=model.patch, largest=model.largest_scale)
+        noise = self._noise(len(prompts), generator, seed)
+        cond = model.encode_prompts(prompts)
+        start, latents = 0, None
+        if image is not None:
+            start, latents = self._start_from(model, image, strength, plan=plan, count=len(prompts))
+        steps = self._steps(model, plan, cond, noise=noise, start=start, latents=latents)
+        x0 = self._follow(steps, plan, start, callback_on_step_end)
+        return self._finish(model, x0, output_type, return_dict=return_dict)
+
+    def _check_guidance(self, model: Any, guidance: float) -> None:
+        if not getattr(model, "takes_guidance", False):
+            raise ValueError(
+                f"guidance_scale {guidance:g} has no effect here: the student samples without "
+                "classifier-free guidance. Leave it out."
+            )
+        model.embedded_guidance = guidance
+
+    def _full_scale(
+        self, model: Any, height: int | None, width: int | None, frames: int | None, schedule: ScaleSchedule
+    ) -> Scale:
+        full, cell = schedule.full, model.vae_factor * model.patch
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and (size % cell or size <= 0):
+                near = max(1, round(size / cell)) * cell
+                raise ValueError(f"{name} {size} is not divisible by {cell}; {near} would be.")
+        if frames is not None and not model.video:
+            raise ValueError("num_frames has no effect: this is a model for images. Leave it out.")
+        if frames is not None and (frames - 1) % model.frame_factor:
+            near = round((frames - 1) / model.frame_factor) * model.frame_factor + 1
+            raise ValueError(f"num_frames {frames} is not {model.frame_factor} k + 1; {near} would be.")
+        return Scale(
+            full.frames if frames is None else (frames - 1) // model.frame_factor + 1,
+            full.height if height is None else height // model.vae_factor,
+            full.width if width is None else width // model.vae_factor,
+        )
+
+    @staticmethod
+    def _noise(
+        count: int, generator: torch.Generator | Sequence[torch.Generator] | None,
+        seed: int | Sequence[int] | None,
+    ) -> Any:  # fmt: skip
+        if seed is None:
+            return GeneratorNoise(generator, count)
+        if generator is not None:
+            raise ValueError("Give generator or seed, not both.")
+        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds for {count} samples; give one, or one for each sample.")
+        return SampleNoise(seeds)
+
+    def _start_from(
+        self, model: Any, image: Any, strength: float, *, plan: ScaleSchedule, count: int
+    ) -> tuple[int, Tensor]:
+        """The step at which a picture enters, and its latents at the scale before."""
+        levels = [step.t for step in plan]
+        start = next((i for i, t in enumerate(levels) if t <= 1000 * strength), None)
+        if start is None or not 0 < strength <= 1:
+            raise ValueError(
+                f"strength {strength:g} lies below every step of the schedule; use "
+                f"{', '.join(f'{t / 1000:.3g}' for t in reversed(levels))}, or more."
+            )
+        processor: Any = self.video_processor if model.video else self.image_processor  # type: ignore[attr-defined]
+        pixels = image if isinstance(image, Tensor) else processor.pil_to_numpy(image)
+        if not isinstance(pixels, Tensor):
+            pixels = processor.numpy_to_pt(pixels)
+        if len(pixels) not in (1, count):
+            raise ValueError(f"{len(pixels)} pictures for {count} prompts; give one, or one for each.")
+        pixels = (2 * pixels.float() - 1).expand(count, *pixels.shape[1:])
+        return start, model.encode(downscale_video(pixels, model.pixel_size(plan.source(start))))
+
+    def _steps(
+        self, model: Any, plan: ScaleSchedule, cond: Condition, *, noise: Any, start: int,
+        latents: Tensor | None,
+    ) -> Any:  # fmt: skip
+        rest = ScaleSchedule(plan.steps[start:])
+        if latents is not None:
+            latents = upscale_latents(latents, rest[0].scale)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            found: Tensor = model.noise.x0(model.predict(x_t, t, cond), x_t, t)
+            return found
+
+        return sample_scale_wise(
+            predict, rest, model.noise, noise, channels=model.channels, video=model.video,
+            device=model.device, start=latents,
+        )  # fmt: skip
+
+    def _follow(self, steps: Any, plan: ScaleSchedule, start: int, callback: Callback | None) -> Tensor:
+        """Run the sampler under the pipeline's progress bar; the callback sees x0 and may change it."""
+        pipeline: Any = self
+        x0, changed = torch.empty(0), None
+        with pipeline.progress_bar(total=len(plan) - start) as bar:
+            while True:
+                try:
+                    i, x0 = steps.send(changed)  # None starts it, and leaves x0 as it is later on
+                except StopIteration:
+                    return x0
+                bar.update()
+                told = callback(self, start + i, plan[start + i].t, {"latents": x0}) if callback else None
+                changed = (told or {}).get("latents")
+                x0 = x0 if changed is None else changed
+
+    def _finish(self, model: Any, x0: Tensor, output_type: str, *, return_dict: bool) -> Any:
+        pipeline: Any = self
+        if output_type == "latent":
+            found: Any = x0
+        elif model.video:
+            found = pipeline.video_processor.postprocess_video(model.decode(x0), output_type=output_type)
+        else:
+            found = pipeline.image_processor.postprocess(model.decode(x0), output_type=output_type)
+        pipeline.maybe_free_model_hooks()
+        return self.output(found) if return_dict else (found,)
+
+
+class ScaleWiseSD3Pipeline(ScaleWisePipeline, StableDiffusion3Pipeline):
+    """SD3.5 and the mini."""
+
+    family = SD3
+    output = StableDiffusion3PipelineOutput
+
+
+class ScaleWiseFluxPipeline(ScaleWisePipeline, FluxPipeline):
+    """FLUX.1; `guidance_scale` is its embedded guidance."""
+
+    family = Flux
+    output = FluxPipelineOutput
+
+
+class ScaleWiseSDXLPipeline(ScaleWisePipeline, StableDiffusionXLPipeline):
+    """SDXL."""
+
+    family = SDXL
+    output = StableDiffusionXLPipelineOutput
+
+
+class ScaleWiseWanPipeline(ScaleWisePipeline, WanPipeline):
+    """Wan2.1, video."""
+
+    family = Wan
+    output = WanPipelineOutput

@@ -1,0 +1,240 @@
+"""What a recipe will cost, from the model's configuration alone: operations, speed-up, memory, batch.
+
+Operators are counted, not estimated: the model's real forward and backward run on the meta device, which has
+shapes and no numbers (torch's FlopCounterMode, attention included), and what autograd saves is added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from scalewise import mini
+from scalewise.models import Condition
+from scalewise.models.pipelined import PipelineAdapter
+from scalewise.models.skeleton import part_sizes, skeleton
+from scalewise.recipe import Recipe
+from scalewise.roles import Roles
+from scalewise.scales import Scale
+from scalewise.taps import tap
+
+GB = 1e9
+KEPT_FREE = 0.08  # of the device: the allocator's slack and the kernels' workspaces
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One sample through the denoiser at a scale, counted."""
+
+    scale: Scale
+    tokens: int
+    flops: float
+    """Forward of the whole network."""
+    feature_flops: float
+    """Forward up to the tapped block."""
+    train_flops: float
+    """Forward and backward of the student."""
+    feature_train_flops: float
+    """Forward and backward up to the tapped block."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one device holds while training."""
+
+    base: float
+    adapters: float
+    optimizer: float
+    activations: float
+    """Of one sample, at the largest scale."""
+    checkpointed: float
+    """The same with gradient checkpointing."""
+    not_held: dict[str, float] = field(default_factory=dict)
+    """Parts that are in memory only while prompts and pictures are encoded."""
+
+    @property
+    def fixed(self) -> float:
+        """Everything but activations."""
+        return self.base + self.adapters + self.optimizer
+
+    def total(self, batch: int, *, checkpointing: bool) -> float:
+        """Bytes for a batch."""
+        return self.fixed + batch * (self.checkpointed if checkpointing else self.activations)
+
+    def batch_that_fits(self, device_bytes: float, *, checkpointing: bool) -> int:
+        """Largest batch within the device, 0 if none."""
+        free = device_bytes * (1 - KEPT_FREE) - self.fixed
+        return max(0, int(free // (self.checkpointed if checkpointing else self.activations)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe costs."""
+
+    recipe: Recipe
+    steps: list[Forward]
+    full: Forward
+    teacher_forwards: int
+    parameters: dict[str, int]
+    lora_parameters: int
+    iteration: float
+    """Operations of one training iteration for one sample of each update, mean over the schedule's steps."""
+    iteration_full: float
+    """The same at full scale."""
+    iteration_mmd: float
+    """The same with MMD alone."""
+    memory: Memory
+
+    @property
+    def scale_wise(self) -> float:
+        """Operations of a sample by the student."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def full_scale(self) -> float:
+        """Operations of a sample in as many steps at full scale."""
+        return len(self.steps) * self.full.flops
+
+    @property
+    def teacher(self) -> float:
+        """Operations of a sample by the teacher."""
+        return self.teacher_forwards * self.full.flops
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Count everything for a recipe."""
+    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    dtype = getattr(torch, recipe.model.dtype)
+    model = skeleton(base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length)
+    sizes = part_sizes(base)
+    roles = Roles(model.denoiser, ["student"], rank=recipe.lora.rank, alpha=recipe.lora.alpha,
+                  targets=recipe.lora.targets or model.lora_targets)  # fmt: skip
+    lora = sum(p.numel() for p in roles.parameters("student").values())
+    schedule = recipe.schedule.build()
+    block = recipe.loss.feature_block
+    forwards = {scale: count_forward(model, scale, block, roles) for scale in set(schedule.scales)}
+    steps, full = [forwards[scale] for scale in schedule.scales], forwards[schedule.full]
+    embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
+    guided = recipe.teacher.guidance != 1 and not embedded
+    iteration = partial(iteration_flops, embedded=embedded)
+    alone = recipe.override(["loss.mmd_only=true"])
+    bytes_each = torch.finfo(dtype).bits // 8
+    trained = 2 if recipe.loss.needs_fake else 1
+    with roles.role("student"):
+        memory = Memory(
+            base=sizes["denoiser"] * bytes_each,
+            adapters=trained * lora * 4.0 + (lora * 4.0 if recipe.train.ema else 0.0),
+            optimizer=trained * lora * 12.0,  # gradient and two moments in float32
+            activations=saved_bytes(model, schedule.full, block, checkpointing=False),
+            checkpointed=saved_bytes(model, schedule.full, block, checkpointing=True),
+            not_held={part: sizes[part] * bytes_each for part in ("vae", "text")},
+        )
+    return Plan(
+        recipe, steps, full, recipe.teacher.steps * (2 if guided else 1), sizes, lora,
+        iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(alone, steps), memory,
+    )  # fmt: skip
+
+
+def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles) -> Forward:
+    """Count one sample at a scale: the teacher's forward, and the student's with its backward pass."""
+    run, features = partial(_predict, model, scale), partial(_features, model, scale, block)
+    with roles.role("teacher"), torch.no_grad():
+        flops, feature_flops = _flops(run), _flops(features)
+    with roles.role("student"):
+        return Forward(
+            scale, model.token_count(scale), flops, feature_flops,
+            _flops(lambda: run(True).sum().backward()), _flops(lambda: features(True).sum().backward()),
+        )  # fmt: skip
+
+
+def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> float:
+    """Operations of one iteration: DistillStep's fake updates and its student update, mean over the steps."""
+    loss, total = recipe.loss, 0.0
+    for step in steps:
+        student = step.train_flops
+        if loss.mmd.weight:
+            student += step.feature_flops + step.feature_train_flops
+        if loss.gan.weight:
+            student += step.feature_train_flops
+        if loss.dmd.weight:
+            guided = 1 if embedded or loss.dmd.guidance == 1 else 2
+            student += (guided + 1) * step.flops
+        fake = step.flops + step.train_flops + (step.feature_train_flops if loss.needs_head else 0.0)
+        total += student + (loss.fake.updates * fake if loss.needs_fake else 0.0)
+    return total / len(steps)
+
+
+def saved_bytes(model: PipelineAdapter, scale: Scale, block: int, *, checkpointing: bool) -> float:
+    """Bytes that autograd keeps for one sample: the student's graph, and a term's on features of its x0."""
+    return sum(
+        _saved(model, partial(run, True), checkpointing=checkpointing)
+        for run in (partial(_predict, model, scale), partial(_features, model, scale, block))
+    )
+
+
+def _saved(model: PipelineAdapter, run: Callable[[], Tensor], *, checkpointing: bool) -> float:
+    """Distinct storages that a forward saves. Checkpointed blocks keep their inputs; one is recomputed."""
+    weights = {_storage(p) for p in model.denoiser.parameters()}
+    kept: dict[int, int] = {}
+    held: list[Any] = []  # so that no storage's number is given twice
+    inside: list[int] = []
+
+    def keep(into: dict[int, int], tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in weights:
+            into[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+        return tensor
+
+    def around(module: Any, *inputs: Any) -> Any:
+        for value in inputs:
+            if isinstance(value, Tensor):
+                keep(kept, value)
+        own: dict[int, int] = {}
+        with saved_tensors_hooks(partial(keep, own), lambda tensor: tensor):
+            output = module(*inputs)
+        inside.append(sum(own.values()))
+        return output
+
+    if checkpointing:
+        model.enable_checkpointing(around)
+    try:
+        with saved_tensors_hooks(partial(keep, kept), lambda tensor: tensor):
+            output = run()
+    finally:
+        if checkpointing:
+            model.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+    held.append(output)
+    return sum(kept.values()) + max(inside, default=0)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _flops(run: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _question(model: PipelineAdapter, scale: Scale, gradient: bool) -> tuple[Tensor, Tensor, Condition]:
+    x_t = torch.empty(scale.shape(1, model.channels, video=model.video), device="meta")
+    x_t.requires_grad_(gradient)
+    return x_t, torch.full((1,), 500.0, device="meta"), model.empty_condition(1, "meta")
+
+
+def _predict(model: PipelineAdapter, scale: Scale, gradient: bool = False) -> Tensor:
+    return model.predict(*_question(model, scale, gradient))
+
+
+def _features(model: PipelineAdapter, scale: Scale, block: int, gradient: bool = False) -> Tensor:
+    with tap(model.block(block), model.image_tokens, stop=True) as found:
+        model.predict(*_question(model, scale, gradient))
+    return found.tokens

@@ -1,0 +1,120 @@
+"""Plans: counts of the full-size models, and what is derived from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from scalewise import models
+from scalewise.models import ModelError
+from scalewise.models.skeleton import configuration, known, part_sizes, skeleton
+from scalewise.plan import make_plan
+from scalewise.recipes import find_recipe
+from scalewise.roles import Roles
+
+# Parameters of the published models, and of LoRAs at the paper's ranks.
+SIZES = {
+    "sd35-medium": (2_243_171_520, 75_300_864),
+    "sd35-large": (8_056_627_520, 164_052_992),
+    "flux-dev": (11_901_408_320, None),
+    "wan21-1.3b": (1_418_996_800, 174_981_120),
+    "sdxl": (2_567_463_684, None),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_full_size_models_have_their_published_number_of_parameters(name):
+    recipe = find_recipe(name)
+    denoiser, lora = SIZES[name]
+    model = skeleton(recipe.model.base, dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.denoiser.parameters()) == denoiser
+    schedule = recipe.schedule.build()
+    schedule.check(patch=model.patch, largest=model.largest_scale)
+    assert schedule.full == model.full_scale
+    model.block(recipe.loss.feature_block)
+    if lora:
+        roles = Roles(model.denoiser, ["student"], rank=recipe.lora.rank, targets=model.lora_targets)
+        assert sum(p.numel() for p in roles.parameters("student").values()) == lora
+
+
+def test_fluxs_lora_counts_with_the_plain_list_and_with_ours():
+    model = skeleton(find_recipe("flux-dev").model.base, dtype=torch.bfloat16)
+    layers = {
+        name: module
+        for name, module in model.denoiser.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(name.endswith(f".{t}") for t in model.lora_targets)
+    }
+    plain = models.SD3.lora_targets
+    size = {name: 128 * (m.in_features + m.out_features) for name, m in layers.items()}
+    listed = sum(v for name, v in size.items() if any(name.endswith(f".{t}") for t in plain))
+    assert listed == 298_844_160
+    # 38 single blocks, each with an MLP 3072 -> 12288 and a projection 15360 -> 3072.
+    assert sum(size.values()) == 298_844_160 + 38 * 128 * (3072 + 12288 + 15360 + 3072)
+
+
+@pytest.mark.parametrize("base", known())
+def test_known_configurations_name_text_encoders_and_vae(base):
+    config = configuration(base)
+    assert models.family_named(config["pipeline_class"], base)
+    assert len(config["text"]) in (1, 2, 3)
+    assert config["vae"]["_class_name"].startswith("AutoencoderKL")
+
+
+@pytest.fixture(scope="module", params=models.FAMILIES)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "base"
+    models.FAMILIES[request.param].tiny().save(path)
+    return path, models.FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def plan(folder):
+    path, family = folder
+    scales = "['2x4x4', '3x4x8', '5x8x8']" if family.video else "['4', '4x8', '8']"
+    return make_plan(find_recipe("mini").override([
+        f"model.base={path}", "schedule.timesteps=[1000, 800, 600]", f"schedule.scales={scales}",
+        "lora.rank=4", "loss.feature_block=0", "model.max_sequence_length=null",
+    ]))  # fmt: skip
+
+
+def test_a_plan_counts_what_the_real_model_does(folder, plan):
+    _, family = folder
+    model = family.tiny()
+    cond = model.encode_prompts(["a"])
+    for step in plan.steps:
+        x_t = torch.randn(step.scale.shape(1, model.channels, video=model.video))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.predict(x_t, torch.tensor([500.0]), cond)
+        # Attention runs through another kernel on a real device, which counts both of its products as well.
+        assert step.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+        assert step.tokens == model.token_count(step.scale)
+        assert 0 < step.feature_flops < step.flops
+        assert 1.5 * step.flops < step.train_flops < 3.5 * step.flops
+    sizes = part_sizes(folder[0])
+    real = {"vae": model.pipeline.vae, "denoiser": model.denoiser}
+    for part, module in real.items():
+        assert sizes[part] == sum(p.numel() for p in module.parameters())
+
+
+def test_a_plans_ratios_follow_from_its_counts(plan):
+    assert plan.scale_wise == sum(step.flops for step in plan.steps) < plan.full_scale
+    assert plan.full_scale == 3 * plan.full.flops
+    assert plan.iteration_mmd < plan.iteration < plan.iteration_full
+    guided = 1 if plan.recipe.model.base.endswith("flux") else 2
+    assert plan.teacher_forwards in (28, 28 * guided)
+
+
+def test_a_plans_memory_is_bounded_by_its_parts(plan):
+    memory = plan.memory
+    assert 0 < memory.checkpointed < memory.activations
+    for checkpointing in (False, True):
+        batch = memory.batch_that_fits(1e9, checkpointing=checkpointing)
+        assert memory.total(batch, checkpointing=checkpointing) <= 1e9
+        assert memory.total(batch + 1, checkpointing=checkpointing) > 0.92e9
+    assert memory.batch_that_fits(1e3, checkpointing=True) == 0
+
+
+def test_a_base_without_a_known_configuration_is_named_with_those_that_are_known():
+    with pytest.raises(ModelError, match=r"nobody/nothing is not known here.*stable-diffusion-3\.5-medium"):
+        configuration("nobody/nothing")
