@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from test_trainer import run_as_a_process, wait_for_iteration
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_trainer import run_as_a_process, silent, wait_for_iteration
 from tiny_run import PROMPTS, make_tiny
 
-from scalewise import checkpoint
+from scalewise import checkpoint, runs
 from scalewise.cli import main
 from scalewise.recipe import Recipe
 
@@ -45,9 +48,9 @@ def run(capfd: pytest.CaptureFixture[str]):
 def test_every_command_has_help_with_an_example(run) -> None:
     code, text = run("--help")
     assert code == 0 and all(
-        w in text for w in ("demo", "generate", "distill", "sample", "evaluate", "recipes")
+        w in text for w in ("demo", "plan", "generate", "distill", "sample", "export", "evaluate", "recipes")
     )
-    for command in ("generate", "distill", "sample", "evaluate", "recipes"):
+    for command in ("plan", "generate", "distill", "sample", "export", "evaluate", "recipes"):
         code, text = run(command, "--help")
         assert code == 0 and "Example" in text and "scalewise " in text, command
 
@@ -70,6 +73,9 @@ def test_a_recipe_is_printed_as_yaml_that_reads_back(run, tmp_path: Path) -> Non
         (["distill", "mini", "schedule.timesteps=[1000,900,950,600]"], "timesteps must fall"),
         (["distill", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
         (["sample", "a dog", "--student", "nowhere"], "There is no student at nowhere"),
+        (["sample", "a dog", "--schedule", "minni"], "There is no schedule 'minni'"),
+        (["export", "mini", "out.safetensors", "--form", "webui"], "There is no form 'webui'"),
+        (["plan", "mini", "model.base=nowhere/at-all"], "configuration of nowhere/at-all is not known"),
         (["sample", "a dog", "--student", "setup.bin"], "There is no student at setup.bin"),
         (
             ["distill", "mini", "model.base=nowhere/at-all", "--dry-run"],
@@ -223,3 +229,39 @@ def test_help_works_without_a_home_or_a_terminal(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0 and "distill" in done.stdout
+
+
+def test_a_student_is_exported_for_others_and_sampled_from_their_file(run, recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run"
+    list(runs.distill(recipe.override(["train.iterations=1"]), path, silent))
+    code, text = run("export", path, "kohya.safetensors", "--form", "kohya")
+    assert code == 0 and "weights written to kohya.safetensors" in text
+    for student in (path, "kohya.safetensors"):
+        code, text = run("sample", "a dog", "--student", student, "--out", f"out-{Path(student).name}")
+        assert code == 0, text
+    pictures = [np.asarray(Image.open(next((tmp_path / f"out-{n}").iterdir()))) for n in
+                ("run", "kohya.safetensors")]  # fmt: skip
+    assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1  # half precision is all that differs
+
+    # Stripped of its metadata it is a file of others: base and schedule have to be given.
+    with safe_open("kohya.safetensors", "pt") as opened:
+        save_file({k: opened.get_tensor(k) for k in opened.keys()}, "bare.safetensors")  # noqa: SIM118
+    code, text = run("sample", "a dog", "--student", "bare.safetensors")
+    assert code == 1 and "carries no schedule" in text and "scalewise recipes" in text
+    schedule = str(recipe.schedule.build())
+    code, text = run("sample", "a dog", "--student", "bare.safetensors", "--schedule", schedule)
+    assert code == 1 and "give its base with --base" in text
+    code, text = run("sample", "a dog", "--student", "bare.safetensors", "--schedule", schedule, "--base",
+                     recipe.model.base, "--out", "bare", "--weight", "1")  # fmt: skip
+    assert code == 0, text
+    found = np.asarray(Image.open(next((tmp_path / "bare").iterdir())))
+    assert np.abs(found.astype(int) - pictures[1]).max() <= 1
+
+
+def test_a_plan_says_what_fits_and_what_to_switch_on(run, recipe_file):
+    code, text = run("plan", recipe_file, "--memory", "1", "--gpus", "2")
+    assert code == 0
+    for words in ("tokens", "TFLOPs", "faster than the teacher", "MMD alone", "frozen base (float32)",
+                  "a batch of 4 on each of 2 processes: 8 samples an update", "The recipe fits."):  # fmt: skip
+        assert words in text, (words, text)

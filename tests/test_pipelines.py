@@ -49,10 +49,8 @@ def recipe_of(family) -> Recipe:
 
 def random_student(backbone: Backbone) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(5)
-    return {
-        k: 0.2 * torch.randn(v.shape, generator=draw)
-        for k, v in sorted(backbone.parameters("student").items())
-    }
+    shapes = sorted((name, p.shape) for name, p in backbone.parameters("student").items())
+    return {name: 0.2 * torch.randn(shape, generator=draw) for name, shape in shapes}
 
 
 @pytest.fixture(scope="module")

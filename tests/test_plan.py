@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalewise import models
@@ -71,9 +72,9 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plan(folder):
     path, family = folder
-    scales = "['2x4x4', '3x4x8', '5x8x8']" if family.video else "['4', '4x8', '8']"
+    scales = "['2x4x4', '5x8x8']" if family.video else "['4', '8']"
     return make_plan(find_recipe("mini").override([
-        f"model.base={path}", "schedule.timesteps=[1000, 800, 600]", f"schedule.scales={scales}",
+        f"model.base={path}", "schedule.timesteps=[1000, 600]", f"schedule.scales={scales}",
         "lora.rank=4", "loss.feature_block=0", "model.max_sequence_length=null",
     ]))  # fmt: skip
 
@@ -84,10 +85,10 @@ def test_a_plan_counts_what_the_real_model_does(folder, plan):
     cond = model.encode_prompts(["a"])
     for step in plan.steps:
         x_t = torch.randn(step.scale.shape(1, model.channels, video=model.video))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # torch has no count for the CPU's own attention kernel; this one consists of products, which it has.
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model.predict(x_t, torch.tensor([500.0]), cond)
-        # Attention runs through another kernel on a real device, which counts both of its products as well.
-        assert step.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+        assert step.flops == counter.get_total_flops()
         assert step.tokens == model.token_count(step.scale)
         assert 0 < step.feature_flops < step.flops
         assert 1.5 * step.flops < step.train_flops < 3.5 * step.flops
@@ -97,12 +98,11 @@ def test_a_plan_counts_what_the_real_model_does(folder, plan):
         assert sizes[part] == sum(p.numel() for p in module.parameters())
 
 
-def test_a_plans_ratios_follow_from_its_counts(plan):
+def test_a_plans_ratios_follow_from_its_counts(plan, folder):
+    assert plan.teacher_forwards == (28 if folder[1].family == "flux" else 56)  # FLUX's guidance is an input
     assert plan.scale_wise == sum(step.flops for step in plan.steps) < plan.full_scale
-    assert plan.full_scale == 3 * plan.full.flops
+    assert plan.full_scale == 2 * plan.full.flops
     assert plan.iteration_mmd < plan.iteration < plan.iteration_full
-    guided = 1 if plan.recipe.model.base.endswith("flux") else 2
-    assert plan.teacher_forwards in (28, 28 * guided)
 
 
 def test_a_plans_memory_is_bounded_by_its_parts(plan):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from scalewise import demo
 from scalewise.cli import main
@@ -23,9 +24,15 @@ SHORTER = {
 }
 
 
+def blocks_of(*languages: str) -> list[str]:
+    """The README's code blocks in any of the languages; "" is a block that names none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.S | re.M)
+    return [text for language, text in found if language in languages]
+
+
 def commands() -> list[str]:
-    """The lines of the README's code blocks, without comments."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", README, flags=re.S | re.M)
+    """The lines of the README's command blocks, without comments."""
+    blocks = blocks_of("", "bash", "sh")
     lines = [re.sub(r"\s#.*", "", line).strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -64,6 +71,16 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"recipes", "generate", "distill", "sample", "evaluate"} <= set(ran)
     assert (tmp_path / "runs" / "mini" / "student.safetensors").exists()
     assert (tmp_path / "evaluation" / "figures.md").exists()
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = blocks_of("python")
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    with Image.open(tmp_path / "crab.png") as picture:
+        assert picture.size == (128, 128)
 
 
 def test_the_demo_ends_in_a_self_contained_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The command line: demo, generate, distill, sample, evaluate, recipes."""
+"""The command line: demo, plan, generate, distill, sample, export, evaluate, recipes."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ def sample(
         bool, typer.Option("--teacher", help="Draw with the teacher, at its full steps.")
     ] = False,
     base: Annotated[str | None, typer.Option(help="Another base than the one the student names.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="For a student without one: a recipe's name, or '1000@64 896@80 737@96 602@128'."),
+    ] = None,
+    weight: Annotated[float, typer.Option(min=0, help="The part of the student's update to apply.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Sample i takes seed + i.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
@@ -83,11 +88,10 @@ def sample(
     Example: `scalewise sample "a red crab, fluent style" "a dog face, noto style" --count 4`
     """
     console.quiet_libraries()
-    from scalewise.commands import sample_pictures
+    from scalewise.commands import Drawing, sample_pictures
 
-    files, seconds = sample_pictures(
-        prompts, student=student, teacher=teacher, base=base, seed=seed, count=count, out=out
-    )
+    asked = Drawing(student, teacher, base, schedule, weight, seed, count)
+    files, seconds = sample_pictures(prompts, asked, out)
     console.out.print(
         f"{len(files)} pictures in {seconds:.1f} s after loading: {', '.join(map(str, files))}",
         soft_wrap=True,
@@ -122,6 +126,41 @@ def distill(
     console.out.print(
         f"The student is {folder / 'student.safetensors'}; the log and sample grids lie beside it."
     )
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of each device (default: this machine's GPU, if any).")
+    ] = None,
+) -> None:
+    """Tell what a recipe will cost, without weights: operations, expected speed-up, memory, batch.
+
+    Examples: `scalewise plan sd35-medium --memory 24`, `scalewise plan flux-dev loss.mmd_only=true --gpus 8`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import run_plan
+
+    run_plan(_recipe(recipe, overrides), gpus=gpus, gigabytes=memory)
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="'mini', a LoRA file, or the folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="File to write; for peft a folder.")],
+    form: Annotated[str, typer.Option(help="diffusers, peft or kohya (ComfyUI reads it).")] = "diffusers",
+) -> None:
+    """Write a student under the names that another program reads; schedule and recipe stay in the metadata.
+
+    Example: `scalewise export runs/mini mini-kohya.safetensors --form kohya`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import export_student
+
+    console.out.print(f"{export_student(student, out, form)} weights written to {out}", soft_wrap=True)
 
 
 @app.command()

@@ -4,61 +4,104 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from scalewise import build, console, mini, parallel
-from scalewise.contenders import enter, parse_contender
+from scalewise import build, console, keys, mini, parallel
+from scalewise.contenders import Contender, enter, parse_contender
 from scalewise.distill import Numbers
-from scalewise.lora import load_student
+from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS
 from scalewise.pictures import to_bytes
+from scalewise.pipelines import read_schedule
+from scalewise.plan import GB, Plan, make_plan
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.runs import distill
 from scalewise.sampling import last
 from scalewise.teacher import generate
 
 
-def sample_pictures(
-    prompts: list[str],
-    *,
-    student: str,
-    teacher: bool,
-    base: str | None,
-    seed: int,
-    count: int,
-    out: Path,
-) -> tuple[list[Path], float]:
-    """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
-    from PIL import Image
+@dataclass(frozen=True)
+class Drawing:
+    """What `scalewise sample` was asked for."""
 
-    path = mini.resolve(student, mini.STUDENT)
-    recipe = Recipe.from_mapping(load_student(path).recipe, origin="the student's recipe")
-    if base:
-        recipe = recipe.override([f"model.base={base}"])
-    contender = parse_contender("teacher" if teacher else f"student:{path}", recipe)
-    model = build.load(recipe, ALL_PARTS)
-    texts = [p for p in prompts for _ in range(count)]
-    seeds = [seed + i for i in range(len(texts))]
+    student: str
+    teacher: bool = False
+    base: str | None = None
+    schedule: str | None = None
+    weight: float = 1.0
+    seed: int = 0
+    count: int = 1
+
+
+def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list[Path], float]:
+    """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
+    path = mini.resolve(asked.student, mini.STUDENT)
+    given = read_schedule(asked.schedule) if asked.schedule else None
+    student = load_student(path, schedule=given)
+    base = asked.base or student.base
+    if not base:
+        raise RecipeError(f"{path} does not say which model it is for; give its base with --base.")
+    contender = replace(_contender(student, asked), path=Path(path))
+    model = build.load(_recipe_of(student, base), ALL_PARTS)
+    texts = [p for p in prompts for _ in range(asked.count)]
+    seeds = [asked.seed + i for i in range(len(texts))]
     started = time.perf_counter()
     cond, uncond = model.encode_prompts(texts), model.encode_prompts([contender.negative_prompt])
     with (
         # What the student was trained in may be slow here; any precision draws the same picture.
-        enter(model, contender, precision="auto") as sampler,
+        enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
         console.progress("drawing", contender.steps) as done,
     ):
         latents = last(counted(sampler(cond, uncond, seeds), done))
-    pictures = to_bytes(model.decode(latents))
+    pixels = model.decode(latents)
     seconds = time.perf_counter() - started
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for text, own, picture in zip(texts, seeds, pictures, strict=True):
+    for text, own, sample in zip(texts, seeds, pixels, strict=True):
         name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-")
-        files.append(out / f"{name}-{own}.png")
-        Image.fromarray(picture).save(files[-1])
+        files.append(save_sample(sample, out / f"{name}-{own}"))
     return files, seconds
+
+
+def _recipe_of(student: Student, base: str) -> Recipe:
+    """The student's recipe, or for a file of others one that names base and schedule."""
+    if student.recipe:
+        return Recipe.from_mapping(student.recipe, origin="the student's recipe").override(
+            [f"model.base={base}"]
+        )
+    schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
+    return Recipe.from_mapping({"name": "foreign", "model": {"base": base}, "schedule": schedule})
+
+
+def _contender(student: Student, asked: Drawing) -> Contender:
+    if asked.teacher:
+        return parse_contender("teacher", _recipe_of(student, asked.base or student.base))
+    return Contender("student", "student", len(student.schedule), schedule=student.schedule)
+
+
+def save_sample(sample: Tensor, stem: Path) -> Path:
+    """Save pixels [3, H, W] as PNG, a video [3, F, H, W] as an animated one."""
+    frames = to_bytes(sample.unsqueeze(0) if sample.ndim == 3 else sample.transpose(0, 1))
+    pictures = [Image.fromarray(frame) for frame in frames]
+    path = stem.with_name(stem.name + ".png")
+    if len(pictures) == 1:
+        pictures[0].save(path)
+    else:
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // 16, loop=0)
+    return path
+
+
+def export_student(student: str, out: Path, form: str) -> int:
+    """Write a student under another convention's names; returns the number of weights."""
+    found = load_student(mini.resolve(student, mini.STUDENT))
+    write_student(out, found, form=keys.read_form(form))
+    return len(found.tensors)
 
 
 def counted(steps: Iterator[tuple[int, Tensor]], done: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:
@@ -104,6 +147,63 @@ def print_dry_run(recipe: Recipe) -> None:
     effective = recipe.train.batch * recipe.train.accumulate * parallel.world()
     console.out.print(
         f"{recipe.train.iterations} iterations of {effective} samples per update; nothing was trained"
+    )
+
+
+def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
+    """Count what a recipe costs and print it."""
+    with console.progress("counting operations", 1) as done:
+        plan = make_plan(recipe)
+        done(1)
+    table = Table("step", "t", "scale", "tokens", "TFLOPs", box=None, header_style="bold")
+    for i, (step, forward) in enumerate(zip(recipe.schedule.build(), plan.steps, strict=True)):
+        tokens, flops = f"{forward.tokens:,}", f"{forward.flops / 1e12:,.3g}"
+        table.add_row(str(i + 1), f"{step.t:g}", str(step.scale), tokens, flops)
+    console.out.print(table)
+    say = console.out.print
+    say(f"\nA sample, denoiser alone: student {plan.scale_wise / 1e12:,.3g} TFLOPs, as many steps at full "
+        f"scale {plan.full_scale / 1e12:,.3g}, the teacher's {plan.teacher_forwards} forwards "
+        f"{plan.teacher / 1e12:,.3g}")  # fmt: skip
+    paper = [f" (the paper measured {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
+    say(f"Expected: {plan.teacher / plan.scale_wise:.1f}x faster than the teacher{paper[0]}, "
+        f"{plan.full_scale / plan.scale_wise:.2f}x than full scale{paper[1]}")  # fmt: skip
+    say(f"An iteration and sample: {plan.iteration / 1e12:,.3g} TFLOPs; full scale "
+        f"{plan.iteration_full / plan.iteration:.2f}x as much, MMD alone a "
+        f"{plan.iteration / plan.iteration_mmd:.1f}th")  # fmt: skip
+    say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "
+        f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
+    _print_memory(plan, gpus=gpus, gigabytes=gigabytes)
+
+
+def _print_memory(plan: Plan, *, gpus: int, gigabytes: float | None) -> None:
+    memory, train = plan.memory, plan.recipe.train
+    rows = {
+        f"frozen base ({plan.recipe.model.dtype})": memory.base,
+        "adapters": memory.adapters,
+        "gradients and optimizer": memory.optimizer,
+        "activations of a sample": memory.activations,
+        "the same, checkpointed": memory.checkpointed,
+    }
+    table = Table("held on each device", "GB", box=None, header_style="bold")
+    for name, size in rows.items():
+        table.add_row(name, f"{size / GB:,.3g}")
+    for part, size in memory.not_held.items():
+        table.add_row(f"{part}: while data is prepared only", f"({size / GB:,.3g})")
+    console.out.print(table)
+    batch = train.batch * train.accumulate * gpus
+    console.out.print(f"a batch of {train.batch} on each of {gpus} processes: {batch} samples an update")
+    if gigabytes is None and torch.cuda.is_available():
+        gigabytes = torch.cuda.get_device_properties(0).total_memory / GB
+    if gigabytes is None:
+        console.out.print("Give --memory GB to learn which batch fits into a device.")
+        return
+    for checkpointing in (False, True):
+        fits = memory.batch_that_fits(gigabytes * GB, checkpointing=checkpointing)
+        how = "with" if checkpointing else "without"
+        console.out.print(f"{how} gradient checkpointing, {gigabytes:g} GB hold a batch of {fits}")
+    advice = plan.advice(gigabytes * GB, train.batch)
+    console.out.print(
+        f"The recipe's batch does not fit; switch on: {'; '.join(advice)}" if advice else "The recipe fits."
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scalewise import mini
 from scalewise.backbone import Backbone, Precision
-from scalewise.lora import fused, load_student
+from scalewise.lora import Student, fused, load_student
 from scalewise.models.base import Condition, ModelAdapter
 from scalewise.pictures import to_bytes
 from scalewise.recipe import Recipe
@@ -158,14 +158,20 @@ def _folder(rest: str, recipe: Recipe) -> Contender:
 
 @contextmanager
 def enter(
-    model: ModelAdapter, contender: Contender, *, precision: Precision = "float32"
-) -> Iterator[Sampler]:
-    """Give the contender's sampler; a student is fused into the model just for the time within."""
+    model: ModelAdapter, contender: Contender, *, precision: Precision = "float32",
+    student: Student | None = None, weight: float = 1.0,
+) -> Iterator[Sampler]:  # fmt: skip
+    """Give the contender's sampler; a student is fused into the model just for the time within.
+
+    `student`: one that is loaded already; `weight`: the part of its update that is taken.
+    """
     assert contender.schedule is not None, "a folder does not draw"
     held: AbstractContextManager[None] = nullcontext()
     if contender.kind == "student":
-        assert contender.path is not None
-        held = fused(model.denoiser, load_student(contender.path))
+        if student is None:
+            assert contender.path is not None
+            student = load_student(contender.path)
+        held = fused(model.denoiser, student, weight=weight)
     with held:
         backbone = Backbone(model, precision=precision)
         yield partial(_as_teacher if contender.kind == "teacher" else _as_student, backbone, contender)

@@ -26,12 +26,12 @@ _PARTS = (
 )
 
 
-def form_of(names: Iterable[str]) -> Form:
-    """Tell which convention a file's names follow."""
-    names = list(names)
-    if any(_FLAT.match(name) for name in names):
-        return "kohya"
-    return "peft" if any(name.startswith(_PEFT) for name in names) else "diffusers"
+def read_form(text: str) -> Form:
+    """Read a convention's name; ValueError with those there are."""
+    for form in FORMS:
+        if text == form:
+            return form
+    raise ValueError(f"There is no form {text!r} of LoRA names; write one of {', '.join(FORMS)}.")
 
 
 def read_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -26,6 +26,14 @@ from scalewise.scales import Scale
 from scalewise.taps import tap
 
 GB = 1e9
+# Seconds per sample in the paper (A100, batch 8, half precision, compiled, tiny VAE), by base and steps:
+# the teacher, full-scale students, scale-wise students.
+PAPER_SECONDS: dict[str, tuple[float, dict[int, float], dict[int, float]]] = {
+    "stabilityai/stable-diffusion-3.5-medium": (4.8, {4: 0.29, 2: 0.16}, {6: 0.19, 4: 0.17}),
+    "stabilityai/stable-diffusion-3.5-large": (8.3, {4: 0.63, 2: 0.33}, {6: 0.41, 4: 0.32}),
+    "black-forest-labs/FLUX.1-dev": (10.0, {4: 1.41, 2: 0.72}, {6: 0.97, 4: 0.72}),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (137.0, {4: 5.51, 2: 2.97}, {6: 2.61, 4: 1.84}),
+}
 KEPT_FREE = 0.08  # of the device: the allocator's slack and the kernels' workspaces
 
 
@@ -106,6 +114,36 @@ class Plan:
     def teacher(self) -> float:
         """Operations of a sample by the teacher."""
         return self.teacher_forwards * self.full.flops
+
+    @property
+    def paper_speed_up(self) -> tuple[float | None, float | None]:
+        """Measured in the paper: teacher over scale-wise, and full-scale over scale-wise of as many steps."""
+        teacher, full, scale_wise = PAPER_SECONDS.get(self.recipe.model.base, (0.0, {}, {}))
+        number = len(self.steps)
+        own = scale_wise.get(number)
+        if own is None or self.recipe.schedule.full_scale:
+            return None, None
+        return teacher / own, full[number] / own if number in full else None
+
+    def advice(self, device_bytes: float, batch: int) -> list[str]:
+        """What to switch on, gentlest first, when a batch does not fit into a device."""
+        memory, train = self.memory, self.recipe.train
+        if memory.total(batch, checkpointing=train.gradient_checkpointing) <= device_bytes * (1 - KEPT_FREE):
+            return []
+        fits = memory.batch_that_fits(device_bytes, checkpointing=True)
+        found = [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+        if 0 < fits < batch:
+            pieces = -(-batch // fits)
+            found.append(f"train.batch={-(-batch // pieces)} train.accumulate={train.accumulate * pieces}")
+        if fits == 0:
+            if self.recipe.model.dtype == "float32":
+                found.append("model.dtype=bfloat16")
+            if self.recipe.loss.needs_fake:
+                found.append("loss.mmd_only=true (one adapter and one optimizer instead of two)")
+            if self.recipe.lora.rank > 16:
+                found.append(f"lora.rank={self.recipe.lora.rank // 4}")
+            found.append("a device with more memory: the frozen base is not split over devices")
+        return found
 
 
 def make_plan(recipe: Recipe) -> Plan:

@@ -37,6 +37,8 @@ class SD3(PipelineAdapter):
         self.blocks = int(config["num_layers"])
         self.width = int(config["num_attention_heads"] * config["attention_head_dim"])
         self.full_scale = Scale(1, config["sample_size"], config["sample_size"])
+        tokenizer = self.pipeline.tokenizer
+        self.clip_length = 77 if tokenizer is None else int(tokenizer.model_max_length)
         positions = int(config["pos_embed_max_size"]) * self.patch
         self.largest_scale = Scale(1, positions, positions)
 
@@ -67,9 +69,7 @@ class SD3(PipelineAdapter):
         return Condition({"tokens": tokens, "pooled": pooled})
 
     def empty_condition(self, count: int, device: torch.device | str) -> Condition:
-        clip = self.pipeline.tokenizer
-        # CLIP's tokens stand before T5's.
-        length = self.max_sequence_length + (77 if clip is None else clip.model_max_length)
+        length = self.clip_length + self.max_sequence_length  # CLIP's tokens stand before T5's
         tokens = torch.empty(count, length, self.config["joint_attention_dim"], device=device)
         pooled = torch.empty(count, self.config["pooled_projection_dim"], device=device)
         return Condition({"tokens": tokens, "pooled": pooled})

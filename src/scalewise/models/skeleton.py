@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalewise.models import family_named
+from scalewise.models import SD3, family_named
 from scalewise.models.base import ModelError
 from scalewise.models.pipelined import PipelineAdapter
 
@@ -49,6 +49,7 @@ def configuration(base: str | Path) -> dict[str, Any]:
         "base": str(base),
         "pipeline_class": index["_class_name"],
         "sequence": min(512, lengths[-1]),
+        "clip_sequence": lengths[0],
         "denoiser": _read(folder / denoiser / "config.json"),
         "vae": _read(folder / "vae" / "config.json"),
         "text": [[index[name][1], _read(folder / name / "config.json")] for name in texts],
@@ -82,6 +83,8 @@ def skeleton(
     model: PipelineAdapter = family(
         pipeline, denoiser.config, config["vae"], base=str(base), max_sequence_length=longest
     )
+    if isinstance(model, SD3):
+        model.clip_length = config.get("clip_sequence", 77)
     return model
 
 
