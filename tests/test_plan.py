@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalewise import models
+from scalewise.counting import count
 from scalewise.models import ModelError
 from scalewise.models.skeleton import configuration, known, part_sizes, skeleton
-from scalewise.plan import make_plan
+from scalewise.plan import _predict, make_plan
 from scalewise.recipes import find_recipe
 from scalewise.roles import Roles
+from scalewise.scales import Scale
 
 # Parameters of the published models, and of LoRAs at the paper's ranks.
 SIZES = {
@@ -69,10 +73,14 @@ def folder(request, tmp_path_factory):
     return path, models.FAMILIES[request.param]
 
 
+def sizes(family) -> list[Scale]:
+    return [Scale(2, 4, 4), Scale(5, 8, 8)] if family.video else [Scale(1, 4, 4), Scale(1, 8, 8)]
+
+
 @pytest.fixture(scope="module")
 def plan(folder):
     path, family = folder
-    scales = "['2x4x4', '5x8x8']" if family.video else "['4', '8']"
+    scales = [str(scale) for scale in sizes(family)]
     return make_plan(find_recipe("mini").override([
         f"model.base={path}", "schedule.timesteps=[1000, 600]", f"schedule.scales={scales}",
         "lora.rank=4", "loss.feature_block=0", "model.max_sequence_length=null",
@@ -96,6 +104,37 @@ def test_a_plan_counts_what_the_real_model_does(folder, plan):
     real = {"vae": model.pipeline.vae, "denoiser": model.denoiser}
     for part, module in real.items():
         assert sizes[part] == sum(p.numel() for p in module.parameters())
+
+
+def test_standing_in_for_blocks_that_are_alike_changes_no_count(folder):
+    path, family = folder
+    model = skeleton(path)
+    roles = Roles(model.denoiser, ["student"], rank=4, targets=model.lora_targets)
+    scale = sizes(family)[-1]
+    with roles.role("student"):
+        alike = model.repeated_blocks()
+        assert len(alike) > 1
+        one, all_run = (
+            count(lambda: _predict(model, scale, gradient=True), model.denoiser, blocks=blocks, backward=True)
+            for blocks in (alike, [])
+        )
+    assert one.flops == all_run.flops
+    # By itself a block saves what the network saves, but for tensors that two neighbours share.
+    assert one.activations == pytest.approx(all_run.activations, rel=0.1)
+    assert one.checkpointed < one.activations
+
+
+def test_attention_is_counted_as_flash_kernels_compute_it():
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, device="meta")
+    x = torch.empty(1, 5, 8, device="meta", requires_grad=True)
+    qkv = x.unsqueeze(1).expand(1, 2, 5, 8)
+    forward = 2 * (2 * 2 * 5 * 5 * 8)  # two products of two heads
+    found = count(
+        lambda: F.scaled_dot_product_attention(qkv, key=qkv, value=qkv), layer, blocks=[], backward=True
+    )
+    assert found.flops == 3.5 * forward  # and five backward, one of which makes the scores anew
+    # x (float32, seen through views), the output, and one number for each query: no 5 x 5 scores.
+    assert found.activations == 4 * (5 * 8 + 2 * 5 * 8 + 2 * 5)
 
 
 def test_a_plans_ratios_follow_from_its_counts(plan, folder):

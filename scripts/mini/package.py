@@ -1,7 +1,8 @@
 """Stage 5: put the trained parts into the package, in diffusers' folder layout and half precision.
 
-    python scripts/mini/package.py      # writes
-    src/scalewise/mini/{teacher,scorer,captions.json,reference.safetensors}
+    python scripts/mini/package.py
+
+Writes teacher/, scorer/, captions.json and reference.safetensors in src/scalewise/mini.
 
 What lands there is what `StableDiffusion3Pipeline.from_pretrained` of stock diffusers loads.
 """
@@ -61,8 +62,7 @@ def reference(scorer: Scorer) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Write everything but the synthetic set and the student, which the project's own commands make."""
-    for name in ("teacher", "scorer"):
-        shutil.rmtree(TARGET / name, ignore_errors=True)
+    shutil.rmtree(TARGET / "teacher", ignore_errors=True)
     pipeline = teacher()
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(TARGET / "teacher", safe_serialization=True)
@@ -71,6 +71,7 @@ def main() -> None:
         values = {k: v for k, v in json.loads(config.read_text()).items() if k != "torch_dtype"}
         config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
     if (work_folder() / "scorer" / "state.safetensors").exists():
+        shutil.rmtree(TARGET / "scorer", ignore_errors=True)  # without a state the shipped one stays
         scorer = load_averaged("scorer", Scorer(load_pictures().captions))
         save_file(reference(scorer), TARGET / "reference.safetensors")
         ClipScorer(scorer.clip, scorer.clip_tokenizer).save(TARGET / "scorer")

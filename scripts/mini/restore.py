@@ -1,12 +1,10 @@
 """Go on with the mini from the shipped weights: rebuild the stages' states that later training needs.
 
-    python scripts/mini/restore.py --step 2800     # then: python scripts/mini/denoiser.py --steps 12000
+    python scripts/mini/restore.py --step 6400     # then: python scripts/mini/denoiser.py --steps 12000
 
-Writes mini-work/{vae,towers,denoiser}; `data.py` has to have run. Optimizers start anew, and what is not
-shipped
-(the image tower that the text encoders were trained against) starts untrained: it is needed for retraining
-the
-text encoders only. Stages that have a state already are left alone.
+Writes mini-work/{vae,towers,denoiser,scorer}; `data.py` has to have run. Optimizers start anew, and what is
+not shipped starts untrained: the image tower that the text encoders were trained against, and the scorer's
+thumbnail head (both matter for training them further only). Stages that have a state are left alone.
 """
 
 from __future__ import annotations
@@ -17,10 +15,11 @@ from common import load_pictures, own_tensors, work_folder
 from denoiser import build as build_denoiser
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import save_file
-from text import TeacherText
+from text import Scorer, TeacherText
 from torch import nn
 
 from scalewise import mini
+from scalewise.metrics import ClipScorer
 
 
 def save_state(name: str, module: nn.Module, step: int) -> None:
@@ -36,7 +35,7 @@ def save_state(name: str, module: nn.Module, step: int) -> None:
     print(f"{name}: restored")
 
 
-def main(step: int) -> None:
+def main(step: int, scorer_step: int) -> None:
     """Take the shipped pipeline apart again."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(mini.TEACHER)
     tokenizer = work_folder() / "tokenizers" / "clip"
@@ -51,6 +50,9 @@ def main(step: int) -> None:
     denoiser.load_state_dict(pipeline.transformer.float().state_dict())
     save_state("towers", text, step=0)
     save_state("denoiser", denoiser, step=step)
+    scorer = Scorer(load_pictures().captions)
+    scorer.clip.load_state_dict(ClipScorer.load(mini.SCORER).model.state_dict())
+    save_state("scorer", scorer, step=scorer_step)
     balanced = work_folder() / "vae" / "balanced.safetensors"
     balanced.parent.mkdir(parents=True, exist_ok=True)
     if not balanced.exists():
@@ -62,4 +64,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--step", type=int, default=1000, help="where the learning rate's schedule goes on")
-    main(parser.parse_args().step)
+    parser.add_argument("--scorer-step", type=int, default=430)
+    options = parser.parse_args()
+    main(options.step, options.scorer_step)

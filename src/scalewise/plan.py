@@ -1,22 +1,19 @@
 """What a recipe will cost, from the model's configuration alone: operations, speed-up, memory, batch.
 
-Operators are counted, not estimated: the model's real forward and backward run on the meta device, which has
-shapes and no numbers (torch's FlopCounterMode, attention included), and what autograd saves is added up.
+Operators are counted, not estimated: the model's real forward and backward run on the meta device, and what
+autograd keeps for the backward pass is added up (counting.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from scalewise import mini
+from scalewise.counting import count
 from scalewise.models import Condition
 from scalewise.models.pipelined import PipelineAdapter
 from scalewise.models.skeleton import part_sizes, skeleton
@@ -51,6 +48,10 @@ class Forward:
     """Forward and backward of the student."""
     feature_train_flops: float
     """Forward and backward up to the tapped block."""
+    activations: float
+    """Bytes that autograd keeps in a student's update."""
+    checkpointed: float
+    """The same with gradient checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +166,14 @@ def make_plan(recipe: Recipe) -> Plan:
     alone = recipe.override(["loss.mmd_only=true"])
     bytes_each = torch.finfo(dtype).bits // 8
     trained = 2 if recipe.loss.needs_fake else 1
-    with roles.role("student"):
-        memory = Memory(
-            base=sizes["denoiser"] * bytes_each,
-            adapters=trained * lora * 4.0 + (lora * 4.0 if recipe.train.ema else 0.0),
-            optimizer=trained * lora * 12.0,  # gradient and two moments in float32
-            activations=saved_bytes(model, schedule.full, block, checkpointing=False),
-            checkpointed=saved_bytes(model, schedule.full, block, checkpointing=True),
-            not_held={part: sizes[part] * bytes_each for part in ("vae", "text")},
-        )
+    memory = Memory(
+        base=sizes["denoiser"] * bytes_each,
+        adapters=trained * lora * 4.0 + (lora * 4.0 if recipe.train.ema else 0.0),
+        optimizer=trained * lora * 12.0,  # gradient and two moments in float32
+        activations=full.activations,
+        checkpointed=full.checkpointed,
+        not_held={part: sizes[part] * bytes_each for part in ("vae", "text")},
+    )
     return Plan(
         recipe, steps, full, recipe.teacher.steps * (2 if guided else 1), sizes, lora,
         iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(alone, steps), memory,
@@ -183,13 +183,16 @@ def make_plan(recipe: Recipe) -> Plan:
 def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles) -> Forward:
     """Count one sample at a scale: the teacher's forward, and the student's with its backward pass."""
     run, features = partial(_predict, model, scale), partial(_features, model, scale, block)
+    counted = partial(count, network=model.denoiser, blocks=model.repeated_blocks())
     with roles.role("teacher"), torch.no_grad():
-        flops, feature_flops = _flops(run), _flops(features)
+        flops, feature_flops = (counted(ask, backward=False).flops for ask in (run, features))
     with roles.role("student"):
-        return Forward(
-            scale, model.token_count(scale), flops, feature_flops,
-            _flops(lambda: run(True).sum().backward()), _flops(lambda: features(True).sum().backward()),
-        )  # fmt: skip
+        whole, part = (counted(partial(ask, gradient=True), backward=True) for ask in (run, features))
+    # The student's graph waits while a term's on the features of its x0 is there.
+    return Forward(
+        scale, model.token_count(scale), flops, feature_flops, whole.flops, part.flops,
+        float(whole.activations + part.activations), float(whole.checkpointed + part.checkpointed),
+    )  # fmt: skip
 
 
 def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> float:
@@ -209,70 +212,17 @@ def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> 
     return total / len(steps)
 
 
-def saved_bytes(model: PipelineAdapter, scale: Scale, block: int, *, checkpointing: bool) -> float:
-    """Bytes that autograd keeps for one sample: the student's graph, and a term's on features of its x0."""
-    return sum(
-        _saved(model, partial(run, True), checkpointing=checkpointing)
-        for run in (partial(_predict, model, scale), partial(_features, model, scale, block))
-    )
-
-
-def _saved(model: PipelineAdapter, run: Callable[[], Tensor], *, checkpointing: bool) -> float:
-    """Distinct storages that a forward saves. Checkpointed blocks keep their inputs; one is recomputed."""
-    weights = {_storage(p) for p in model.denoiser.parameters()}
-    kept: dict[int, int] = {}
-    held: list[Any] = []  # so that no storage's number is given twice
-    inside: list[int] = []
-
-    def keep(into: dict[int, int], tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in weights:
-            into[_storage(tensor)] = tensor.untyped_storage().nbytes()
-            held.append(tensor)
-        return tensor
-
-    def around(module: Any, *inputs: Any) -> Any:
-        for value in inputs:
-            if isinstance(value, Tensor):
-                keep(kept, value)
-        own: dict[int, int] = {}
-        with saved_tensors_hooks(partial(keep, own), lambda tensor: tensor):
-            output = module(*inputs)
-        inside.append(sum(own.values()))
-        return output
-
-    if checkpointing:
-        model.enable_checkpointing(around)
-    try:
-        with saved_tensors_hooks(partial(keep, kept), lambda tensor: tensor):
-            output = run()
-    finally:
-        if checkpointing:
-            model.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
-    held.append(output)
-    return sum(kept.values()) + max(inside, default=0)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _flops(run: Callable[[], Any]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
-
-
 def _question(model: PipelineAdapter, scale: Scale, gradient: bool) -> tuple[Tensor, Tensor, Condition]:
     x_t = torch.empty(scale.shape(1, model.channels, video=model.video), device="meta")
     x_t.requires_grad_(gradient)
     return x_t, torch.full((1,), 500.0, device="meta"), model.empty_condition(1, "meta")
 
 
-def _predict(model: PipelineAdapter, scale: Scale, gradient: bool = False) -> Tensor:
+def _predict(model: PipelineAdapter, scale: Scale, *, gradient: bool = False) -> Tensor:
     return model.predict(*_question(model, scale, gradient))
 
 
-def _features(model: PipelineAdapter, scale: Scale, block: int, gradient: bool = False) -> Tensor:
+def _features(model: PipelineAdapter, scale: Scale, block: int, *, gradient: bool = False) -> Tensor:
     with tap(model.block(block), model.image_tokens, stop=True) as found:
         model.predict(*_question(model, scale, gradient))
     return found.tokens

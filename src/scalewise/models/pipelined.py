@@ -161,6 +161,10 @@ class PipelineAdapter(ModelAdapter):
     def block_list(self) -> Sequence[nn.Module]:
         """All blocks that can be tapped, in the order in which they run."""
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The modules that the network consists of many of."""
+        return list(self.block_list())
+
     def teacher_scheduler(self, steps: int, scale: Scale) -> Any:
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(steps, **self.scheduler_options(scheduler, steps, scale))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from scalewise.models.base import Condition, ModelError
@@ -104,6 +105,9 @@ class SDXL(PipelineAdapter):
 
     def block_list(self) -> Sequence[nn.Module]:
         return [self.denoiser.mid_block]  # type: ignore[list-item]
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return [m for m in self.denoiser.modules() if isinstance(m, BasicTransformerBlock)]
 
     def image_tokens(self, output: Any) -> Tensor:
         return output.flatten(2).transpose(1, 2)

@@ -1,0 +1,215 @@
+"""Operations and saved bytes of a network on the meta device, where tensors have shapes and no numbers.
+
+Real operators are counted (torch's FlopCounterMode), attention included. A network's blocks are alike, and
+a run on the meta device costs milliseconds an operator, so every different block is run once, by itself,
+forward and backward; its likes are stood in for by its outputs and its count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Count:
+    """What a run took."""
+
+    flops: float = 0.0
+    saved: dict[int, int] = field(default_factory=dict)
+    """Bytes that autograd keeps, by storage."""
+    inside: int = 0
+    """Further bytes that it keeps inside blocks, but for their inputs."""
+    largest: int = 0
+    """The most that one block keeps inside."""
+    inputs: dict[int, int] = field(default_factory=dict)
+    """Bytes of the blocks' inputs, by storage: what checkpointing keeps."""
+    outside: dict[int, int] = field(default_factory=dict)
+    """Bytes that autograd keeps outside blocks, by storage."""
+
+    @property
+    def activations(self) -> int:
+        """Bytes kept without checkpointing."""
+        return sum(self.saved.values()) + self.inside
+
+    @property
+    def checkpointed(self) -> int:
+        """Bytes kept with every block checkpointed: their inputs, and one block that is recomputed."""
+        return sum((self.outside | self.inputs).values()) + self.largest
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block by itself."""
+
+    flops: float
+    inside: int
+    saved_inputs: tuple[int, ...]
+    outputs: tuple[tuple[torch.Size, torch.dtype, bool], ...]
+    layout: Any
+    plain: tuple[Any, ...]
+
+
+class _StandIn(torch.autograd.Function):
+    """Outputs and gradients of the right shapes, without an operation."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Sequence[tuple[torch.Size, torch.dtype, bool]], *inputs: Tensor) -> Any:
+        ctx.shapes = [(i.shape, i.dtype) for i in inputs]
+        outputs = tuple(torch.empty(shape, dtype=kind, device="meta") for shape, kind, _ in made)
+        ctx.mark_non_differentiable(*[o for o, (_, _, needs) in zip(outputs, made, strict=True) if not needs])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Tensor) -> Any:
+        return (None, *(torch.empty(shape, dtype=kind, device="meta") for shape, kind in ctx.shapes))
+
+
+class _Flash(torch.autograd.Function):
+    """Attention as flash kernels compute it: the scores are never kept, the backward pass makes them anew.
+
+    On the meta device torch would take the plain kernel, which keeps every head's L x L scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = (query @ key.transpose(-1, -2)) @ value
+        # With the logarithms of the softmax's sums, one float32 for each query.
+        sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        query, key, value, _, _ = ctx.saved_tensors
+        weights = query @ key.transpose(-1, -2)
+        scores = gradient @ value.transpose(-1, -2)
+        return scores @ key, scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ gradient
+
+
+class _FlashMode(TorchFunctionMode):
+    """Replaces torch's attention."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            names = dict(zip(("query", "key", "value"), args, strict=False)) | options
+            return _Flash.apply(names["query"], names["key"], names["value"])
+        return func(*args, **options)
+
+
+def count(
+    run: Callable[[], Tensor], network: nn.Module, *, blocks: Sequence[nn.Module], backward: bool
+) -> Count:
+    """Count a run of a network, and its backward pass if asked for; many of `blocks` are alike."""
+    found, held = Count(), list[Any]()
+    weights = {_storage(p) for p in network.parameters()}
+    known: dict[Any, _Block] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in weights:
+            found.saved[_storage(tensor)] = found.outside[_storage(tensor)] = _bytes(tensor)
+            held.append(tensor)  # so that no storage's number is given twice
+        return tensor
+
+    def around(block: nn.Module, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        leaves, layout = tree_flatten((args, options))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = (_signature(block), backward, tuple((i.shape, i.dtype, i.requires_grad) for i in inputs))
+        if key not in known:
+            known[key] = _alone(original, leaves, layout, weights, backward=backward)
+        own = known[key]
+        found.flops += own.flops
+        found.inside += own.inside
+        found.largest = max(found.largest, own.inside)
+        held.extend(inputs)
+        found.inputs |= {_storage(i): _bytes(i) for i in inputs}
+        found.saved |= {_storage(inputs[p]): _bytes(inputs[p]) for p in own.saved_inputs}
+        made = iter(_StandIn.apply(own.outputs, *inputs))
+        return tree_unflatten([next(made) if p is _TENSOR else p for p in own.plain], own.layout)
+
+    with _patched(blocks, around), _FlashMode(), FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = run()
+        if backward:
+            output.sum().backward()
+    held.append(output)
+    found.flops += float(counter.get_total_flops())
+    return found
+
+
+_TENSOR = object()
+
+
+def _alone(
+    original: Callable[..., Any], leaves: list[Any], layout: Any, weights: set[int], *, backward: bool
+) -> _Block:
+    """Run a block by itself, forward and backward, outside the count around it."""
+    copies = [
+        leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    ]
+    inputs = [c for c in copies if isinstance(c, Tensor)]
+    saved: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in weights:
+            saved[_storage(tensor)] = _bytes(tensor)
+            held.append(tensor)
+        return tensor
+
+    with torch.utils._python_dispatch._disable_current_modes(), FlopCounterMode(display=False) as counter:
+        args, options = tree_unflatten(copies, layout)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = original(*args, **options)
+        outputs, out_layout = tree_flatten(result)
+        tensors = [o for o in outputs if isinstance(o, Tensor)]
+        if backward:
+            torch.autograd.backward([o.sum() for o in tensors if o.requires_grad])
+    places = {_storage(i): position for position, i in enumerate(inputs)}
+    return _Block(
+        float(counter.get_total_flops()),
+        sum(size for storage, size in saved.items() if storage not in places),
+        tuple(places[storage] for storage in saved if storage in places),
+        tuple((o.shape, o.dtype, o.requires_grad) for o in tensors),
+        out_layout,
+        tuple(_TENSOR if isinstance(o, Tensor) else o for o in outputs),
+    )
+
+
+@contextmanager
+def _patched(blocks: Sequence[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
+    """Replace the blocks' forward, so that hooks on them still run."""
+    for block in blocks:
+        block.forward = partial(around, block, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]
+
+
+def _signature(block: nn.Module) -> Any:
+    return type(block), tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
