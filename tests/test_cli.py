@@ -75,6 +75,9 @@ def test_a_recipe_is_printed_as_yaml_that_reads_back(run, tmp_path: Path) -> Non
         (["sample", "a dog", "--student", "nowhere"], "There is no student at nowhere"),
         (["sample", "a dog", "--schedule", "minni"], "There is no schedule 'minni'"),
         (["export", "mini", "out.safetensors", "--form", "webui"], "There is no form 'webui'"),
+        (["export", "mini", "out.txt"], "out.txt is no name of a .safetensors file"),
+        (["sample", "a dog", "--teacher", "--schedule", "mini"], "the teacher has its own steps"),
+        (["sample", "a dog", "--schedule", "1000@2x8x8 800@2x8x8"], "this is a model for images"),
         (["plan", "mini", "model.base=nowhere/at-all"], "configuration of nowhere/at-all is not known"),
         (["sample", "a dog", "--student", "setup.bin"], "There is no student at setup.bin"),
         (

@@ -134,7 +134,7 @@ def test_a_file_of_others_needs_a_schedule_and_has_the_same_effect(
         with fused(model.denoiser, one):
             weights_of[name] = model.denoiser.transformer_blocks[0].attn.to_q.weight.clone()
         weights_of["bare"] = model.denoiser.transformer_blocks[0].attn.to_q.weight.clone()
-    # diffusers' own files hold alpha in the metadata alone; without it alpha = rank, as it means there.
+    # Stripped of all metadata diffusers' names say nothing of alpha: then alpha = rank, as diffusers has it.
     factor = 0.5 if form == "diffusers" else 1.0
     expected = weights_of["bare"] + factor * (weights_of["own"] - weights_of["bare"])
     torch.testing.assert_close(weights_of["foreign"], expected)
@@ -154,3 +154,45 @@ def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(StudentError, match=r"adapter_model\.bin, a pickle, which is never loaded"):
         load_student(tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "factor"), [
+    ({"r": 4, "lora_alpha": 16}, 4.0), ({"r": 4, "lora_alpha": 4, "use_rslora": True}, 2.0), ({"r": 4}, 1.0),
+])  # fmt: skip
+def test_alpha_of_others_is_read_from_the_metadata_that_diffusers_writes(file, tmp_path, settings, factor):
+    with safe_open(file, "pt") as opened:
+        tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    head = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in settings.items()})}
+    save_file(tensors, tmp_path / "other.safetensors", metadata=head)
+    student = load_student(tmp_path / "other.safetensors", schedule=ScaleSchedule.parse("1000@8"))
+    for name, value in load_student(file).tensors.items():
+        expected = value * factor if ".lora_B." in name else value
+        torch.testing.assert_close(student.tensors[name], expected)
+    assert student.alpha == student.rank == 4
+
+
+def test_layers_of_different_rank_get_one_without_changing_their_update(file, tmp_path):
+    student, model = load_student(file), SD3.tiny()
+    one = "transformer_blocks.0.attn.to_q"
+    tensors = dict(student.tensors)
+    tensors[f"{one}.lora_A.weight"] = tensors[f"{one}.lora_A.weight"][:2].clone()
+    tensors[f"{one}.lora_B.weight"] = tensors[f"{one}.lora_B.weight"][:, :2].clone()
+    save_file({f"transformer.{k}": v for k, v in tensors.items()}, tmp_path / "mixed.safetensors")
+    found = load_student(tmp_path / "mixed.safetensors", schedule=student.schedule)
+    a, b = found.tensors[f"{one}.lora_A.weight"], found.tensors[f"{one}.lora_B.weight"]
+    assert a.shape[0] == b.shape[1] == found.rank == 4
+    torch.testing.assert_close(b @ a, tensors[f"{one}.lora_B.weight"] @ tensors[f"{one}.lora_A.weight"])
+    with fused(model.denoiser, found):
+        pass
+
+
+def test_settings_that_cannot_be_honoured_are_refused(file, tmp_path):
+    with safe_open(file, "pt") as opened:
+        tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    for text, said in (
+        ('{"transformer.use_dora": true}', "made with use_dora"),
+        ("{", "settings of .* damaged"),
+    ):
+        save_file(tensors, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": text})
+        with pytest.raises(StudentError, match=said):
+            load_student(tmp_path / "x.safetensors", schedule=ScaleSchedule.parse("1000@8"))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import pickle
 import warnings
 import weakref
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from families import ask_diffusers
 from torch import nn
 
@@ -100,6 +103,49 @@ def test_a_saved_model_comes_back_the_same_from_the_hubs_folder_layout(family, m
         "largest_scale",
     ):
         assert getattr(loaded, field) == getattr(model, field), field
+
+
+def test_a_vaes_configuration_may_leave_out_what_its_class_has_by_default(family, model, folder):
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    options = inspect.signature(type(model.pipeline.vae).__init__).parameters
+    short = {k: v for k, v in config.items() if k not in options or options[k].default != v}
+    assert len(short) < len(config)
+    path.write_text(json.dumps(short))
+    loaded = load_model(folder)
+    assert (loaded.vae_factor, loaded.frame_factor) == (model.vae_factor, model.frame_factor)
+    z = latents(model, 1)
+    assert torch.equal(loaded.decode(z), model.decode(z))
+
+
+def test_a_vae_of_other_latents_is_refused(family, model, folder, tmp_path):
+    with torch.random.fork_rng():
+        AutoencoderKL(
+            block_out_channels=(8,), norm_num_groups=4, latent_channels=16,
+            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    with pytest.raises(ModelError, match=r"The VAE .*vae has (latent_channels|z_dim) (16|None) and"):
+        load_model(folder, vae=tmp_path / "vae")
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"])
+def test_a_teachers_scheduler_has_to_be_deterministic(kind):
+    model = models.SDXL.tiny()
+    model.pipeline.scheduler = getattr(diffusers, kind).from_config(model.pipeline.scheduler.config)
+    if kind == "DDIMScheduler":
+        assert len(model.teacher_scheduler(5, IMAGES[1]).timesteps) == 5
+    else:
+        with pytest.raises(ModelError, match=f"{kind} .* draws noise of its own"):
+            model.teacher_scheduler(5, IMAGES[1])
+
+
+def test_sdxl_is_told_full_size_while_it_grows_and_its_own_size_at_the_end():
+    model = models.SDXL.tiny()
+    model.vae_factor, model.full_scale = 8, Scale(1, 128, 128)
+    assert model.told_size(Scale(1, 64, 64)) == model.told_size(Scale(1, 128, 128)) == (1024, 1024)
+    assert model.told_size(Scale(1, 112, 144)) == (896, 1152)  # one of SDXL's own buckets
+    height, width = model.told_size(Scale(1, 56, 72))
+    assert abs(height * width / 1024**2 - 1) < 0.02 and abs(width / height - 72 / 56) < 0.02
 
 
 def test_a_loaded_model_is_frozen_and_without_dropout(folder):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
+from torch import nn
 
 import scalewise
 from scalewise import models
@@ -172,8 +177,81 @@ def test_image_to_image_enters_at_the_step_of_its_strength(family, pipe):
         assert drawn.shape == schedule.full.shape(2, model.channels, video=model.video)
     other = outputs(pipe(PROMPTS, image=1 - pixels, strength=0.6, seed=0, output_type="latent"))
     assert not torch.allclose(other, drawn, atol=1e-3)  # the picture matters
-    with pytest.raises(ValueError, match=r"strength 0\.5 lies below every step .* 0\.6, 0\.8, 1, or more"):
-        pipe(PROMPTS, image=pixels, strength=0.5)
+    for strength, said in ((0.5, r"0\.5 lies below every step"), (1.5, r"1\.5 is more than all")):
+        with pytest.raises(ValueError, match=said + r".* 0\.6, 0\.8, 1, or between"):
+            pipe(PROMPTS, image=pixels, strength=strength)
+    with pytest.raises(ValueError, match="3 pictures for 2 prompts"):
+        pipe(PROMPTS, image=pixels.expand(3, *pixels.shape[1:]))
+    with pytest.raises(ValueError, match=r"has the shape .* is drawn; resize it"):
+        pipe(PROMPTS, image=pixels[..., 2:])
+
+
+def test_any_pil_image_is_cropped_to_the_size_drawn(family, pipe):
+    frames = 5 if family.video else 1
+    for mode, size in (("RGBA", (40, 20)), ("L", (7, 9)), ("RGB", (64, 64))):
+        pictures = [Image.new(mode, size, 200)] * frames
+        given = pictures if family.video else pictures[0]
+        drawn = outputs(pipe(PROMPTS[0], image=given, strength=0.8, seed=0, output_type="latent",
+                             num_frames=5 if family.video else None))  # fmt: skip
+        assert drawn.isfinite().all()
+
+
+def test_what_cannot_be_drawn_is_refused(pipe):
+    for arguments in ({"prompt": []}, {"prompt": PROMPTS, "output_type": "jpeg"},
+                      {"prompt": PROMPTS, "num_images_per_prompt": 0}):  # fmt: skip
+        with pytest.raises(ValueError, match="nothing to draw with"):
+            pipe(**arguments)
+
+
+def test_a_second_student_takes_the_place_of_the_first_with_its_own_schedule(family, folder, student):
+    pipe = scalewise.load(folder, student=student)
+    pipe.set_progress_bar_config(disable=True)
+    first = outputs(pipe(PROMPTS, seed=0, output_type="latent"))
+    other = load_student(student)
+    last_two = ScaleSchedule(other.schedule.steps[1:])
+    pipe.set_student(replace(other, schedule=last_two), weight=0.5)
+    assert pipe.schedule == last_two
+    pipe.set_student(other)
+    again = outputs(pipe(PROMPTS, seed=0, output_type="latent"))
+    torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
+
+
+def test_offloaded_components_draw_the_same(folder, student, pipe):
+    away = scalewise.load(folder, student=student)
+    away.set_progress_bar_config(disable=True)
+    for component in away.components.values():
+        if isinstance(component, nn.Module):  # what enable_sequential_cpu_offload does, with a CPU to run on
+            accelerate.cpu_offload(component, torch.device("cpu"))
+    assert away.adapter().device == torch.device("cpu")
+    expected = outputs(pipe(PROMPTS, seed=0, output_type="pt"))
+    found = outputs(away(PROMPTS, seed=0, output_type="pt"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_tells_the_student_what_it_was_told_in_training(tmp_path):
+    models.Flux.tiny().save(tmp_path / "base")
+    tensors = random_student(Backbone(models.Flux.tiny(), ["student"], rank=4))
+    recipe = recipe_of(models.Flux).override(["model.embedded_guidance=1.5", "model.max_sequence_length=7"])
+    save_student(tmp_path / "student.safetensors", tensors, recipe, dtype=torch.float32)
+    model = scalewise.load(tmp_path / "base", student=tmp_path / "student.safetensors").adapter()
+    assert (model.embedded_guidance, model.max_sequence_length) == (1.5, 7)
+
+
+@pytest.mark.parametrize(
+    "names", [["a.safetensors"], ["sub/b.safetensors"], ["a.safetensors", "b.safetensors"], []]
+)
+def test_a_hub_repository_has_to_hold_one_student(names, tmp_path, monkeypatch, folder, student):
+    for name in names:
+        (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(student, tmp_path / "hub" / name)
+    (tmp_path / "hub").mkdir(exist_ok=True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    if len(names) == 1:
+        assert scalewise.load(folder, student="somebody/student").schedule == load_student(student).schedule
+    else:
+        held = "a.safetensors, b.safetensors" if names else "no .safetensors file"
+        with pytest.raises(StudentError, match=f"somebody/student holds {held}; download the one you mean"):
+            scalewise.load(folder, student="somebody/student")
 
 
 def test_the_students_weight_scales_it_and_a_second_lora_stands_beside_it(pipe, folder, student):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from scalewise import models
 from scalewise.counting import count
 from scalewise.models import ModelError
 from scalewise.models.skeleton import configuration, known, part_sizes, skeleton
-from scalewise.plan import _predict, make_plan
+from scalewise.plan import Forward, Memory, Plan, _predict, make_plan
 from scalewise.recipes import find_recipe
 from scalewise.roles import Roles
 from scalewise.scales import Scale
@@ -157,3 +159,27 @@ def test_a_plans_memory_is_bounded_by_its_parts(plan):
 def test_a_base_without_a_known_configuration_is_named_with_those_that_are_known():
     with pytest.raises(ModelError, match=r"nobody/nothing is not known here.*stable-diffusion-3\.5-medium"):
         configuration("nobody/nothing")
+
+
+def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_ups_alone():
+    with pytest.raises(ValueError, match="33x33 is not divisible by the patch size 2"):
+        make_plan(find_recipe("sd35-medium-2").override(["schedule.scales=['33', '128']"]))
+    with pytest.raises(ModelError, match="of another family: this is a model for videos"):
+        make_plan(find_recipe("flux-dev").override(["model.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]))
+    for name, steps, speed in (("sd35-medium", 6, 4.8 / 0.19), ("wan21-1.3b", 4, 137 / 1.84)):
+        recipe = find_recipe(name)
+        blank = Forward(Scale(1, 1, 1), 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+        plan = Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, Memory(1, 1, 1, 1, 1))
+        assert plan.paper_speed_up[0] == pytest.approx(speed)
+        other = recipe.override([f"schedule.timesteps={[999, *recipe.schedule.timesteps[1:]]}"])
+        assert replace(plan, recipe=other).paper_speed_up == (None, None)
+
+
+def test_a_recipe_without_mmd_has_a_plan(folder):
+    path, family = folder
+    recipe = find_recipe("mini").override([
+        f"model.base={path}", "schedule.timesteps=[1000]", f"schedule.scales=['{sizes(family)[-1]}']",
+        "lora.rank=4", "loss.feature_block=0", "model.max_sequence_length=null", "loss.mmd.weight=0",
+    ])  # fmt: skip
+    plan = make_plan(recipe)
+    assert plan.iteration_mmd < plan.iteration

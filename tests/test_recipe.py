@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from scalewise.recipe import Levels, LossRecipe, MmdRecipe, Recipe, RecipeError, field_names, nearest
+from scalewise.recipes import RECIPES, find_recipe
 from scalewise.scales import ScaleSchedule
 
 
@@ -174,3 +175,21 @@ def test_the_papers_levels_of_mmd_are_drawn_uniformly_from_0_to_600():
 def test_the_nearest_word_is_offered_or_else_all_there_are():
     assert nearest("mini-mdm", ["mini", "mini-mmd"]) == "did you mean 'mini-mmd'?"
     assert nearest("qqq", ["mini", "mini-mmd"]) == "known are: mini, mini-mmd."
+
+
+def test_recipes_that_share_a_set_agree_on_its_scales():
+    scales: dict[str, set[str]] = {}
+    for name in RECIPES:
+        recipe = find_recipe(name)
+        mine = {str(s) for s in recipe.schedule.build().scales}
+        shared = scales.setdefault(recipe.data.path, mine)
+        assert mine == shared or recipe.model.base == "mini", name
+
+
+def test_mmd_alone_is_one_override_and_leaves_the_rest():
+    for name in RECIPES:
+        recipe = find_recipe(name)
+        alone = recipe.override(["loss.mmd_only=true"])
+        assert not alone.loss.needs_fake and not alone.loss.needs_head
+        assert alone.loss.mmd.features == "teacher" and alone.loss.mmd.weight == recipe.loss.mmd.weight
+        assert Recipe.from_mapping(alone.model_dump(mode="json")) == alone

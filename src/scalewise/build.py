@@ -55,7 +55,7 @@ def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
 
 def check(recipe: Recipe, model: ModelAdapter) -> None:
     """Refuse a recipe that does not fit the model: scales, feature block."""
-    recipe.schedule.build().check(patch=model.patch, largest=model.largest_scale)
+    model.check_schedule(recipe.schedule.build())
     model.block(recipe.loss.feature_block)
 
 
@@ -111,7 +111,8 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
     def scales_for(full: Scale) -> list[Scale]:
         return sorted(set(schedule.for_size(full, model.patch).scales))
 
-    key = hashlib.sha256(f"{folder.resolve()}{schedule}{recipe.data}".encode()).hexdigest()[:16]
+    made_by = f"{recipe.model.base} {recipe.model.vae} {recipe.model.dtype}"
+    key = hashlib.sha256(f"{folder.resolve()}{schedule}{recipe.data}{made_by}".encode()).hexdigest()[:16]
     with progress("encoding images", len(list_files(folder))) as done:
         return encode_folder(
             model,

@@ -151,7 +151,10 @@ def plan(
 def export(
     student: Annotated[str, typer.Argument(help="'mini', a LoRA file, or the folder of a run.")],
     out: Annotated[Path, typer.Argument(help="File to write; for peft a folder.")],
-    form: Annotated[str, typer.Option(help="diffusers, peft or kohya (ComfyUI reads it).")] = "diffusers",
+    form: Annotated[str, typer.Option(help="diffusers, peft or kohya.")] = "diffusers",
+    schedule: Annotated[
+        str | None, typer.Option(help="For a LoRA without one: a recipe's name, or '1000@64 896@80 ...'.")
+    ] = None,
 ) -> None:
     """Write a student under the names that another program reads; schedule and recipe stay in the metadata.
 
@@ -160,7 +163,9 @@ def export(
     console.quiet_libraries()
     from scalewise.commands import export_student
 
-    console.out.print(f"{export_student(student, out, form)} weights written to {out}", soft_wrap=True)
+    console.out.print(
+        f"{export_student(student, out, form, schedule)} weights written to {out}", soft_wrap=True
+    )
 
 
 @app.command()

@@ -41,6 +41,8 @@ class Drawing:
 
 def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list[Path], float]:
     """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
+    if asked.teacher and asked.schedule:
+        raise RecipeError("--schedule is a student's; the teacher has its own steps. Leave one of them out.")
     path = mini.resolve(asked.student, mini.STUDENT)
     given = read_schedule(asked.schedule) if asked.schedule else None
     student = load_student(path, schedule=given)
@@ -49,6 +51,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
         raise RecipeError(f"{path} does not say which model it is for; give its base with --base.")
     contender = replace(_contender(student, asked), path=Path(path))
     model = build.load(_recipe_of(student, base), ALL_PARTS)
+    model.check_schedule(student.schedule)
     texts = [p for p in prompts for _ in range(asked.count)]
     seeds = [asked.seed + i for i in range(len(texts))]
     started = time.perf_counter()
@@ -76,7 +79,9 @@ def _recipe_of(student: Student, base: str) -> Recipe:
             [f"model.base={base}"]
         )
     schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
-    return Recipe.from_mapping({"name": "foreign", "model": {"base": base}, "schedule": schedule})
+    # Bases of others are large: on a GPU in half precision, as they are published.
+    model = {"base": base, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
+    return Recipe.from_mapping({"name": "foreign", "model": model, "schedule": schedule})
 
 
 def _contender(student: Student, asked: Drawing) -> Contender:
@@ -97,10 +102,13 @@ def save_sample(sample: Tensor, stem: Path) -> Path:
     return path
 
 
-def export_student(student: str, out: Path, form: str) -> int:
+def export_student(student: str, out: Path, form: str, schedule: str | None) -> int:
     """Write a student under another convention's names; returns the number of weights."""
-    found = load_student(mini.resolve(student, mini.STUDENT))
-    write_student(out, found, form=keys.read_form(form))
+    kind, given = keys.read_form(form), read_schedule(schedule) if schedule else None
+    if kind != "peft" and (out.is_dir() or out.suffix != ".safetensors"):
+        raise RecipeError(f"{out} is no name of a .safetensors file; give one (for --form peft a folder).")
+    found = load_student(mini.resolve(student, mini.STUDENT), schedule=given)
+    write_student(out, found, form=kind)
     return len(found.tensors)
 
 

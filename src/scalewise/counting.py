@@ -101,10 +101,9 @@ class _Flash(torch.autograd.Function):
 class _FlashMode(TorchFunctionMode):
     """Replaces torch's attention."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        options = kwargs or {}
+    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
+        args = given[0] if given else ()
+        options: dict[str, Any] = (given[1] if len(given) > 1 else None) or {}
         if func is F.scaled_dot_product_attention:
             names = dict(zip(("query", "key", "value"), args, strict=False)) | options
             return _Flash.apply(names["query"], names["key"], names["value"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -178,7 +179,8 @@ def find_file(path: str | Path) -> Path:
     """The safetensors file that a path means: the file itself, a run's folder, or a PEFT folder."""
     file = Path(path)
     if file.is_dir():
-        found = [file / name for name in ("student.safetensors", "adapter_model.safetensors")]
+        names = ("student.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+        found = [file / name for name in names]
         file = next((f for f in found if f.exists()), found[0])
         pickles = sorted(p.name for p in Path(path).glob("*.bin"))
         if not file.exists() and pickles:
@@ -225,22 +227,37 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
             "schedule: the name of a recipe (`scalewise recipes` lists them) or timesteps with scales, as in "
             '"1000@64 896@80 737@96 602@128".'
         )
-    return _foreign(file, tensors, alphas, schedule=schedule)
+    return _foreign(tensors, alphas, _settings(file, head), schedule=schedule)
+
+
+def _settings(file: Path, head: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings of a file: in its metadata, as diffusers writes them, or in the JSON beside it."""
+    beside = file.with_name("adapter_config.json")
+    text = head.get(_DIFFUSERS_KEY) or (beside.read_text() if beside.exists() else "{}")
+    try:
+        found = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise StudentError(f"The settings of {file} are damaged ({error}); fetch it again.") from error
+    unknown = [name for name in ("alpha_pattern", "use_dora") if found.get(name)]
+    if unknown:
+        raise StudentError(f"{file} was made with {unknown[0]}, which is not supported; train it without.")
+    return found
 
 
 def _foreign(
-    file: Path, tensors: dict[str, Tensor], alphas: dict[str, float], *, schedule: ScaleSchedule
+    tensors: dict[str, Tensor], alphas: dict[str, float], config: dict[str, Any], *, schedule: ScaleSchedule
 ) -> Student:
     """A student from a file of others: rank from the shapes, alpha from the file or PEFT's settings."""
-    config: dict[str, Any] = {}
-    beside = file.with_name("adapter_config.json")
-    if file.name == "adapter_model.safetensors" and beside.exists():
-        config = json.loads(beside.read_text())
     ranks = {name: a.shape[0] for name, a in tensors.items() if ".lora_A." in name}
     rank = max(ranks.values())
     out = dict(tensors)
     for name, own in ranks.items():
         layer, b = name.removesuffix(".lora_A.weight"), name.replace("lora_A", "lora_B")
         alpha = alphas.get(layer, config.get("lora_alpha", own))
-        out[b] = tensors[b] * (alpha / own)  # from here on alpha = rank, whatever each layer had
+        scale = alpha / own**0.5 if config.get("use_rslora") else alpha / own
+        # Padded to one rank, since files of the conventions name one for all layers.
+        out[name] = F.pad(tensors[name], (0, 0, 0, rank - own))
+        out[b] = F.pad(
+            tensors[b] * scale, (0, rank - own)
+        )  # from here on alpha = rank, whatever each layer had
     return Student(out, schedule, rank, float(rank), config.get("base_model_name_or_path") or "", {})

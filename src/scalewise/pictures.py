@@ -16,6 +16,11 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
     return scaled.byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def middle_frame(pixels: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] as they are, of videos [N, 3, F, H, W] the frame in the middle."""
+    return pixels if pixels.ndim == 4 else pixels[:, :, pixels.shape[2] // 2]
+
+
 def sheet(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 4) -> Image.Image:
     """Lay pictures (uint8 [H, W, 3], possibly of different sizes) out on a white page, row by row."""
     height = max(p.shape[0] for p in pictures) + gap

@@ -6,6 +6,7 @@ autograd keeps for the backward pass is added up (counting.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,8 +19,9 @@ from scalewise.models import Condition
 from scalewise.models.pipelined import PipelineAdapter
 from scalewise.models.skeleton import part_sizes, skeleton
 from scalewise.recipe import Recipe
+from scalewise.recipes import find_recipe
 from scalewise.roles import Roles
-from scalewise.scales import Scale
+from scalewise.scales import Scale, ScaleSchedule
 from scalewise.taps import tap
 
 GB = 1e9
@@ -32,6 +34,12 @@ PAPER_SECONDS: dict[str, tuple[float, dict[int, float], dict[int, float]]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (137.0, {4: 5.51, 2: 2.97}, {6: 2.61, 4: 1.84}),
 }
 KEPT_FREE = 0.08  # of the device: the allocator's slack and the kernels' workspaces
+# The schedules behind those of them that are published.
+PAPER_SCHEDULES: dict[tuple[str, int], Callable[[], ScaleSchedule]] = {
+    (find_recipe(name).model.base, steps): lambda name=name: find_recipe(name).schedule.build()  # type: ignore[misc]
+    for name, steps in (("sd35-medium", 6), ("sd35-medium-4", 4), ("sd35-large", 4), ("flux-dev", 4),
+                        ("wan21-1.3b", 4))
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,8 @@ class Plan:
         teacher, full, scale_wise = PAPER_SECONDS.get(self.recipe.model.base, (0.0, {}, {}))
         number = len(self.steps)
         own = scale_wise.get(number)
-        if own is None or self.recipe.schedule.full_scale:
+        published = PAPER_SCHEDULES.get((self.recipe.model.base, number))
+        if own is None or published is None or str(self.recipe.schedule.build()) != str(published()):
             return None, None
         return teacher / own, full[number] / own if number in full else None
 
@@ -157,13 +166,15 @@ def make_plan(recipe: Recipe) -> Plan:
                   targets=recipe.lora.targets or model.lora_targets)  # fmt: skip
     lora = sum(p.numel() for p in roles.parameters("student").values())
     schedule = recipe.schedule.build()
+    model.check_schedule(schedule)
     block = recipe.loss.feature_block
+    model.block(block)
     forwards = {scale: count_forward(model, scale, block, roles) for scale in set(schedule.scales)}
     steps, full = [forwards[scale] for scale in schedule.scales], forwards[schedule.full]
     embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
     guided = recipe.teacher.guidance != 1 and not embedded
     iteration = partial(iteration_flops, embedded=embedded)
-    alone = recipe.override(["loss.mmd_only=true"])
+    alone = recipe.override(["loss.mmd.weight=1", "loss.mmd_only=true"])
     bytes_each = torch.finfo(dtype).bits // 8
     trained = 2 if recipe.loss.needs_fake else 1
     memory = Memory(

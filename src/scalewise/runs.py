@@ -15,7 +15,7 @@ from scalewise import build, checkpoint, parallel
 from scalewise.backbone import Precision, settle
 from scalewise.distill import Numbers
 from scalewise.lora import save_student, versions
-from scalewise.pictures import sheet, to_bytes
+from scalewise.pictures import middle_frame, sheet, to_bytes
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.rng import derive
 from scalewise.sampling import student_steps
@@ -146,7 +146,8 @@ def draw_samples(trainer: Trainer, data: build.Data) -> Path | None:
     decoder = build.load(recipe, ["vae"])
     with using_average(trainer):
         steps = [
-            to_bytes(decoder.decode(x0)) for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)
+            to_bytes(middle_frame(decoder.decode(x0)))
+            for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)
         ]
     pictures = [step[i] for i in range(len(prompts)) for step in steps]
     path = trainer.folder / "samples" / f"iteration-{trainer.iteration:06d}.png"

@@ -89,16 +89,13 @@ class ScaleSchedule:
     @classmethod
     def parse(cls, text: str) -> ScaleSchedule:
         """Read what `str` writes: "1000@64x64 896@80x80 737@96x96 602@128x128"."""
-        pairs = [part.split("@") for part in text.split()]
-        try:
-            return cls.build([float(t) for t, _ in pairs], [scale for _, scale in pairs])
-        except ValueError as error:
-            if pairs and all(len(pair) == 2 for pair in pairs):
-                raise
+        if not re.fullmatch(r"([\d.]+@[\dx]+\s*)+", text.strip()):
             raise ValueError(
                 f"Cannot read the schedule {text!r}; write timestep@scale for every step, as in "
                 '"1000@64 896@80 737@96 602@128".'
-            ) from error
+            )
+        pairs = [part.split("@") for part in text.split()]
+        return cls.build([float(t) for t, _ in pairs], [scale for _, scale in pairs])
 
     def __post_init__(self) -> None:
         if not self.steps:

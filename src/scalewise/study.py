@@ -92,6 +92,8 @@ def compare(
     parsed = parse_contenders(contenders, recipe)
     prompts, judge = Prompts.of(texts, seed=seed), judge_of(recipe, scorer, pool=texts)
     model = build.load(recipe, ("denoiser", "vae", "text"))
+    if model.video:
+        raise RecipeError(f"{recipe.model.base} makes videos; the metrics here are of pictures alone.")
     results: list[Result] = []
     for result in evaluate(
         model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scalewise.noise import NoiseProcess
-from scalewise.scales import Scale
+from scalewise.scales import Scale, ScaleSchedule
 
 Part = Literal["denoiser", "vae", "text"]
 ALL_PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")
@@ -170,6 +170,20 @@ class ModelAdapter(ABC):
     def token_count(self, scale: Scale) -> int:
         """Image tokens of one sample at a scale."""
         return scale.cells // self.patch**2
+
+    def check_schedule(self, schedule: ScaleSchedule) -> None:
+        """Refuse a schedule of another kind of model, or with scales that this one cannot take."""
+        if any(scale.frames > 1 for scale in schedule.scales) and not self.video:
+            raise ModelError(
+                f"The schedule {schedule} is of another family: this is a model for images. Give scales of "
+                "height and width alone."
+            )
+        if self.video and all(scale.frames == 1 for scale in schedule.scales) and self.full_scale.frames > 1:
+            raise ModelError(
+                f"The schedule {schedule} is of another family: this is a model for videos. Give scales with "
+                "frames, as in 21x60x104."
+            )
+        schedule.check(patch=self.patch, largest=self.largest_scale)
 
     def pixel_size(self, scale: Scale) -> tuple[int, ...]:
         """Height and width in pixels of a sample of a latent size; for video frames, height and width."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -80,10 +81,12 @@ class PipelineAdapter(ModelAdapter):
             config = AutoencoderKL.load_config(str(base), subfolder=cls.denoiser_name)
             where = {"pretrained_model_name_or_path": str(vae)} if vae else {
                 "pretrained_model_name_or_path": str(base), "subfolder": "vae"}  # fmt: skip
-            vae_config = AutoencoderKL.load_config(**where)
+            vae_config = with_defaults(AutoencoderKL.load_config(**where))
             kind = cls.vae_dtype(vae_config, dtype)
+            if vae:
+                check_vae(vae_config, AutoencoderKL.load_config(str(base), subfolder="vae"), str(vae))
             if "vae" in parts and (vae or kind != dtype):
-                vae_class = vae_class_of(vae_config, cls)
+                vae_class = vae_class_of(vae_config)
                 chosen["vae"] = vae_class.from_pretrained(**where, torch_dtype=kind, use_safetensors=True)
             pipeline = cls.pipeline_class.from_pretrained(
                 str(base), dtype=dtype, use_safetensors=True, **chosen
@@ -101,6 +104,9 @@ class PipelineAdapter(ModelAdapter):
 
     @property
     def device(self) -> torch.device:
+        # Offloaded components lie elsewhere than they run; diffusers knows where that is.
+        if any(hasattr(m, "_hf_hook") for c in self._modules() for m in (c, *c.children())):
+            return torch.device(self.pipeline._execution_device)
         return next(p.device for c in self._modules() for p in c.parameters())
 
     def to(self, device: torch.device | str) -> Self:
@@ -168,7 +174,14 @@ class PipelineAdapter(ModelAdapter):
     def teacher_scheduler(self, steps: int, scale: Scale) -> Any:
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(steps, **self.scheduler_options(scheduler, steps, scale))
-        scheduler.set_begin_index(0)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        if "generator" in inspect.signature(scheduler.step).parameters and is_stochastic(scheduler):
+            raise ModelError(
+                f"The scheduler {type(scheduler).__name__} of {self.base} draws noise of its own, so samples "
+                "could not be made again; put a deterministic one, such as EulerDiscreteScheduler or "
+                "DDIMScheduler, into the base's scheduler folder."
+            )
         return scheduler
 
     def scheduler_options(self, scheduler: Any, steps: int, scale: Scale) -> dict[str, Any]:
@@ -186,6 +199,33 @@ class PipelineAdapter(ModelAdapter):
         return [c for c in self.pipeline.components.values() if isinstance(c, nn.Module)]
 
 
+def is_stochastic(scheduler: Any) -> bool:
+    """Whether a scheduler adds fresh noise at its steps."""
+    name = type(scheduler).__name__
+    sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
+    random = any(part in name for part in ("Ancestral", "LCM", "DDPM", "SDE", "TCD"))
+    return random or sde or bool(scheduler.config.get("stochastic_sampling"))
+
+
+def check_vae(other: Mapping[str, Any], own: Mapping[str, Any], place: str) -> None:
+    """Refuse an autoencoder whose latents are not the base's own: other channels, or pictures for video."""
+    own = with_defaults(own)
+    for what in ("latent_channels", "z_dim", "scale_factor_temporal"):
+        if other.get(what) != own.get(what):
+            raise ModelError(
+                f"The VAE {place} has {what} {other.get(what)} and the base's has {own.get(what)}, so its "
+                "latents are others. Give one that was made for this base."
+            )
+
+
+def with_defaults(vae_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A VAE's configuration with its class's own defaults: files written before a setting came lack it."""
+    kind = vae_class_of(vae_config)
+    options = inspect.signature(kind.__init__).parameters
+    defaults = {name: o.default for name, o in options.items() if o.default is not o.empty}
+    return {**defaults, **vae_config}
+
+
 def spatial_factor(vae_config: Mapping[str, Any]) -> int:
     """Pixels along each side of a latent cell."""
     if "scale_factor_spatial" in vae_config:
@@ -194,7 +234,7 @@ def spatial_factor(vae_config: Mapping[str, Any]) -> int:
     return 2 ** (len(levels) - 1)
 
 
-def vae_class_of(vae_config: Mapping[str, Any], family: type[PipelineAdapter]) -> Any:
+def vae_class_of(vae_config: Mapping[str, Any]) -> Any:
     """The class that a VAE's configuration names, if diffusers has it and it is an autoencoder."""
     import diffusers
 

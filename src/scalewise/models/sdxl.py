@@ -31,6 +31,11 @@ class SDXL(PipelineAdapter):
 
     def describe(self, config: Mapping[str, Any]) -> None:
         scheduler = self.pipeline.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ModelError(
+                f"{self.base} has the scheduler {type(scheduler).__name__}, of another noise process than "
+                "SDXL's (it has no alphas_cumprod); such models cannot be distilled here."
+            )
         if scheduler.config.prediction_type != "epsilon":
             raise ModelError(
                 f"{self.base} predicts {scheduler.config.prediction_type!r}; of SDXL's relatives only those "
@@ -100,7 +105,9 @@ class SDXL(PipelineAdapter):
         size in its own shape. Told its own few pixels, SDXL draws the blurred pictures that it learned such
         sizes from.
         """
-        grow = max(1.0, (self.full_scale.cells / scale.cells) ** 0.5)
+        grow = (self.full_scale.cells / scale.cells) ** 0.5
+        if grow < 1.1:  # full size already: SDXL's own buckets vary by some percent
+            grow = 1.0
         return round(scale.height * grow) * self.vae_factor, round(scale.width * grow) * self.vae_factor
 
     def block_list(self) -> Sequence[nn.Module]:

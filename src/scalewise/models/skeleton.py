@@ -17,7 +17,7 @@ from torch import nn
 
 from scalewise.models import SD3, family_named
 from scalewise.models.base import ModelError
-from scalewise.models.pipelined import PipelineAdapter
+from scalewise.models.pipelined import PipelineAdapter, with_defaults
 
 FOLDER = Path(__file__).parent / "known"
 
@@ -81,7 +81,7 @@ def skeleton(
     pipeline = family.pipeline_class(**parts)
     longest = max_sequence_length or config.get("sequence")
     model: PipelineAdapter = family(
-        pipeline, denoiser.config, config["vae"], base=str(base), max_sequence_length=longest
+        pipeline, denoiser.config, with_defaults(config["vae"]), base=str(base), max_sequence_length=longest
     )
     if isinstance(model, SD3):
         model.clip_length = config.get("clip_sequence", 77)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,15 @@ def load(
         )
     if dtype == torch.float16 and not torch.cuda.is_available():
         raise ModelError("float16 does not work on a CPU; give dtype=torch.float32 or torch.bfloat16.")
+    told = found.recipe.get("model", {}) if found else {}
+    options = {"max_sequence_length": told.get("max_sequence_length")} | options
     model: Any = family.load(folder, dtype=dtype, **options)
     pipeline = PIPELINES[family](**model.pipeline.components)
     pipeline.register_to_config(**_options_of(model.pipeline, pipeline))
-    pipeline.set_schedule(found.schedule if found else given)
-    if model.max_sequence_length:
-        pipeline.max_sequence_length = model.max_sequence_length
+    if found is None:
+        pipeline.set_schedule(given)
+    pipeline.max_sequence_length = model.max_sequence_length
+    pipeline.embedded_guidance = told.get("embedded_guidance")
     if found is not None:
         pipeline.set_student(found, weight=weight)
     return pipeline
@@ -99,7 +101,7 @@ def _local(student: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(student, allow_patterns=["*.safetensors", "adapter_config.json"])
+        folder = snapshot_download(student, allow_patterns=["*.safetensors", "*adapter_config.json"])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudentError(
@@ -107,7 +109,7 @@ def _local(student: str) -> str:
             "file, or log in if the repository is gated."
         ) from error
     files = sorted(Path(folder).rglob("*.safetensors"))
-    if len(files) > 1 and not (Path(folder) / "adapter_config.json").exists():
-        names = json.dumps([f.name for f in files])
-        raise StudentError(f"{student} holds several files, {names}; download one and give its path.")
-    return str(files[0]) if len(files) == 1 and files[0].parent != Path(folder) else folder
+    if len(files) != 1:
+        names = ", ".join(str(f.relative_to(folder)) for f in files) or "no .safetensors file"
+        raise StudentError(f"{student} holds {names}; download the one you mean and give its path.")
+    return str(files[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import (
     FluxPipeline,
@@ -19,16 +20,18 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from PIL import ImageOps
 from torch import Tensor
 
 from scalewise import keys
 from scalewise.lora import Student
-from scalewise.models import SD3, SDXL, Condition, Flux, ModelError, Wan
+from scalewise.models import SD3, SDXL, Condition, Flux, Wan
 from scalewise.rng import SampleNoise
 from scalewise.sampling import sample_scale_wise
 from scalewise.scales import Scale, ScaleSchedule, downscale_video, upscale_latents
 
 ADAPTER = "scalewise"
+OUTPUTS = ("pil", "np", "pt", "latent")
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -57,6 +60,8 @@ class ScaleWisePipeline:
     family: ClassVar[Any]
     output: ClassVar[Any]
     max_sequence_length: int | None = None
+    embedded_guidance: float | None = None
+    """What the student was told in training where guidance is an input; None = the family's standard."""
     _schedule: ScaleSchedule | None = None
 
     @property
@@ -67,20 +72,19 @@ class ScaleWisePipeline:
 
     def set_schedule(self, schedule: ScaleSchedule) -> None:
         """Sample with this schedule from now on; one that does not fit the model is refused."""
-        model = self.adapter()
-        if model.video != any(scale.frames > 1 for scale in schedule.scales):
-            kind = "video" if model.video else "image"
-            raise ModelError(
-                f"The schedule {schedule} is of another family: this is a model for {kind}s. Give a schedule "
-                f"with {'frames, as in 21x60x104' if model.video else 'height and width alone'}."
-            )
-        schedule.check(patch=model.patch, largest=model.largest_scale)
+        self.adapter().check_schedule(schedule)
         self._schedule = schedule
 
     def set_student(self, student: Student, *, weight: float = 1.0) -> None:
-        """Attach a student as the adapter "scalewise"; others may stand beside it (`set_adapters`)."""
+        """Sample with a student, attached as the adapter "scalewise" in place of one that may be there.
+
+        Others may stand beside it: `load_lora_weights` of a style, then `set_adapters([ADAPTER, "style"])`.
+        """
         pipeline: Any = self
         name = self.family.denoiser_name
+        self.set_schedule(student.schedule)
+        if ADAPTER in pipeline.get_list_adapters().get(name, []):
+            pipeline.delete_adapters(ADAPTER)
         matched = student.matched(getattr(pipeline, name))
         # diffusers takes rank and alpha from the shapes; with alpha / rank in B, weight 1 is the student.
         scale = student.alpha / student.rank
@@ -93,10 +97,13 @@ class ScaleWisePipeline:
         """The family's adapter around this very pipeline."""
         pipeline: Any = self
         denoiser = getattr(pipeline, self.family.denoiser_name)
-        return self.family(
+        model = self.family(
             pipeline, denoiser.config, pipeline.vae.config, base=pipeline.name_or_path or "the pipeline",
             max_sequence_length=self.max_sequence_length,
         )  # fmt: skip
+        if self.embedded_guidance is not None:
+            model.embedded_guidance = self.embedded_guidance
+        return model
 
     @torch.no_grad()
     def __call__(
@@ -136,10 +143,15 @@ class ScaleWisePipeline:
             self._check_guidance(model, guidance_scale)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        if not prompts or output_type not in OUTPUTS:
+            fault = f"output_type {output_type!r}" if prompts else "no prompt"
+            raise ValueError(f"There is nothing to draw with {fault}; give prompts, and one of {OUTPUTS}.")
+        if schedule is not None:
+            model.check_schedule(schedule)
         plan = (schedule or self.schedule).for_size(
             self._full_scale(model, height, width, num_frames, schedule or self.schedule), model.patch
         )
-        plan.check(patch=model.patch, largest=model.largest_scale)
+        model.check_schedule(plan)
         noise = self._noise(len(prompts), generator, seed)
         cond = model.encode_prompts(prompts)
         start, latents = 0, None
@@ -167,8 +179,8 @@ class ScaleWisePipeline:
                 raise ValueError(f"{name} {size} is not divisible by {cell}; {near} would be.")
         if frames is not None and not model.video:
             raise ValueError("num_frames has no effect: this is a model for images. Leave it out.")
-        if frames is not None and (frames - 1) % model.frame_factor:
-            near = round((frames - 1) / model.frame_factor) * model.frame_factor + 1
+        if frames is not None and ((frames - 1) % model.frame_factor or frames < 1):
+            near = max(0, round((frames - 1) / model.frame_factor)) * model.frame_factor + 1
             raise ValueError(f"num_frames {frames} is not {model.frame_factor} k + 1; {near} would be.")
         return Scale(
             full.frames if frames is None else (frames - 1) // model.frame_factor + 1,
@@ -197,18 +209,34 @@ class ScaleWisePipeline:
         levels = [step.t for step in plan]
         start = next((i for i, t in enumerate(levels) if t <= 1000 * strength), None)
         if start is None or not 0 < strength <= 1:
+            where = "lies below every step of the schedule" if start is None else "is more than all"
             raise ValueError(
-                f"strength {strength:g} lies below every step of the schedule; use "
-                f"{', '.join(f'{t / 1000:.3g}' for t in reversed(levels))}, or more."
+                f"strength {strength:g} {where}; use one of "
+                f"{', '.join(f'{t / 1000:.3g}' for t in reversed(levels))}, or between them."
             )
-        processor: Any = self.video_processor if model.video else self.image_processor  # type: ignore[attr-defined]
-        pixels = image if isinstance(image, Tensor) else processor.pil_to_numpy(image)
-        if not isinstance(pixels, Tensor):
-            pixels = processor.numpy_to_pt(pixels)
+        pixels = self._pixels(model, image, model.pixel_size(plan.full))
         if len(pixels) not in (1, count):
             raise ValueError(f"{len(pixels)} pictures for {count} prompts; give one, or one for each.")
         pixels = (2 * pixels.float() - 1).expand(count, *pixels.shape[1:])
         return start, model.encode(downscale_video(pixels, model.pixel_size(plan.source(start))))
+
+    @staticmethod
+    def _pixels(model: Any, image: Any, size: tuple[int, ...]) -> Tensor:
+        """Pictures [N, 3, H, W] (video [N, 3, F, H, W]) in [0, 1]. PIL images are cropped to the size drawn;
+        a list of them is a batch, or the frames of one video.
+        """
+        if not isinstance(image, Tensor):
+            pictures = image if isinstance(image, Sequence) else [image]
+            fitted = [ImageOps.fit(picture.convert("RGB"), (size[-1], size[-2])) for picture in pictures]
+            image = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 for p in fitted])
+            if model.video:
+                image = image.transpose(0, 1).unsqueeze(0)
+        if tuple(image.shape[1:]) != (3, *size):
+            raise ValueError(
+                f"The picture has the shape {list(image.shape)}, but [N, 3, {', '.join(map(str, size))}] is "
+                "drawn; resize it, or give PIL images, which are cropped."
+            )
+        return image
 
     def _steps(
         self, model: Any, plan: ScaleSchedule, cond: Condition, *, noise: Any, start: int,

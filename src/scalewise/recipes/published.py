@@ -72,6 +72,7 @@ def _flux(name: str, about: str, timesteps: Sequence[float], scales: Sequence[in
     return _recipe(
         name, about, base="black-forest-labs/FLUX.1-dev", timesteps=timesteps, scales=scales, block=15,
         model={"embedded_guidance": 4.5}, teacher={"steps": 30, "guidance": 5.0}, lora={"rank": 128},
+        data={"path": f"synthetic/{name}"},  # the two forms have other scales
     )  # fmt: skip
 
 
