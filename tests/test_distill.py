@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
 from scalewise import distill, losses
+from scalewise.backbone import Backbone
 from scalewise.distill import Batch, DistillStep, LossError, draw_levels
 from scalewise.heads import DiscriminatorHead
-from scalewise.models import SD3
+from scalewise.models import SDXL, Flux, ModelAdapter, Wan
 from scalewise.recipe import Levels, LossRecipe
 from scalewise.rng import generator
 
@@ -72,15 +74,14 @@ def gradients(step: DistillStep, role: str) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in step.backbone.parameters(role).items()}
 
 
-def separate_model(step: DistillStep, role: str | None) -> SD3:
+def separate_model(step: DistillStep, role: str | None) -> ModelAdapter:
     """A model of its own for one role: another denoiser with that role's LoRA, always switched on."""
-    copy = SD3.tiny()
+    copy = type(step.backbone.model).tiny()
     if role is None:
         return copy
     weights = step.backbone.roles.state(role)
-    inject_adapter_in_model(
-        LoraConfig(r=4, lora_alpha=4, target_modules=list(copy.lora_targets)), copy.denoiser, "own"
-    )
+    layers = [name.removesuffix(".lora_A.weight") for name in weights if ".lora_A." in name]
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=layers), copy.denoiser, "own")
     for name, parameter in copy.denoiser.named_parameters():
         if ".own." in name:
             parameter.data = weights[name.replace(".own.", ".")].clone()
@@ -89,24 +90,38 @@ def separate_model(step: DistillStep, role: str | None) -> SD3:
     return copy
 
 
-def own_gradients(model: SD3) -> dict[str, torch.Tensor]:
+def own_gradients(model: ModelAdapter) -> dict[str, torch.Tensor]:
     return {n.replace(".own.", "."): p.grad for n, p in model.denoiser.named_parameters() if ".own." in n}
 
 
-def x0_of(model: SD3, x_t, t, cond) -> torch.Tensor:
-    return x_t - (t / 1000).view(-1, 1, 1, 1) * model.predict(x_t, t, cond)
+def alpha_and_sigma(model: ModelAdapter, t, like) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of x0 and noise at t, written out for both kinds of process."""
+    if isinstance(model, SDXL):
+        table = model.pipeline.scheduler.alphas_cumprod.double().numpy()
+        abar = torch.from_numpy(np.interp(t.numpy().clip(0, 999), np.arange(1000), table)).float()
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    else:
+        alpha, sigma = 1 - t / 1000, t / 1000
+    return tuple(v.view(-1, *[1] * (like.ndim - 1)) for v in (alpha, sigma))
 
 
-def features_of(model: SD3, x_t, t, cond) -> torch.Tensor:
+def x0_of(model: ModelAdapter, x_t, t, cond) -> torch.Tensor:
+    alpha, sigma = alpha_and_sigma(model, t, x_t)
+    predicted = model.predict(x_t, t, cond)
+    return (x_t - sigma * predicted) / alpha if isinstance(model, SDXL) else x_t - sigma * predicted
+
+
+def features_of(model: ModelAdapter, x_t, t, cond) -> torch.Tensor:
     kept = []
-    with model.block(BLOCK).register_forward_hook(lambda _m, _i, output: kept.append(output[1])):
+    block = 0 if isinstance(model, SDXL) else BLOCK
+    with model.block(block).register_forward_hook(lambda _m, _i, out: kept.append(model.image_tokens(out))):
         model.predict(x_t, t, cond)
     return kept[0]
 
 
-def noised(x0, eps, t) -> torch.Tensor:
-    sigma = (t / 1000).view(-1, 1, 1, 1)
-    return (1 - sigma) * x0 + sigma * eps
+def noised(model: ModelAdapter, x0, eps, t) -> torch.Tensor:
+    alpha, sigma = alpha_and_sigma(model, t, x0)
+    return alpha * x0 + sigma * eps
 
 
 def mmd_written_out(mmd, real, fake) -> torch.Tensor:
@@ -124,7 +139,9 @@ def joint_student_loss(loss: LossRecipe, batch: Batch, rng, student, fake, teach
     """The whole loss of a student update in one graph through three models, as a textbook would write it."""
     n, cond = len(batch.source), batch.cond
     t = torch.full((n,), batch.t)
-    x0 = x0_of(student, noised(batch.source, torch.randn(batch.source.shape, generator=rng), t), t, cond)
+    x0 = x0_of(
+        student, noised(student, batch.source, torch.randn(batch.source.shape, generator=rng), t), t, cond
+    )
     total = torch.zeros(())
     if loss.mmd.weight:
         if loss.mmd.clean:
@@ -133,21 +150,26 @@ def joint_student_loss(loss: LossRecipe, batch: Batch, rng, student, fake, teach
             own = generator(rng.initial_seed(), "mmd")
             level, eps = draw_levels(loss.mmd.levels, n, own), torch.randn(x0.shape, generator=own)
         judge = teacher if loss.mmd.features == "teacher" else fake
-        real_features = features_of(judge, noised(batch.target, eps, level), level, cond)
-        fake_features = features_of(judge, noised(x0, eps, level), level, cond)
+        real_features = features_of(judge, noised(judge, batch.target, eps, level), level, cond)
+        fake_features = features_of(judge, noised(judge, x0, eps, level), level, cond)
         total = total + loss.mmd.weight * mmd_written_out(loss.mmd, real_features, fake_features)
     if loss.dmd.weight or loss.gan.weight:
         own = generator(rng.initial_seed(), "dmd_gan")
         level, eps = draw_levels(loss.dmd.levels, n, own), torch.randn(x0.shape, generator=own)
-        x_t = noised(x0, eps, level)
+        x_t = noised(student, x0, eps, level)
     if loss.gan.weight:
         total = total + loss.gan.weight * F.softplus(-head(features_of(fake, x_t, level, cond))).mean()
     if loss.dmd.weight:
-        told = x0_of(teacher, x_t, level, cond)
-        untold = x0_of(teacher, x_t, level, batch.uncond.expand(n))
-        p_real = x0 - (untold + loss.dmd.guidance * (told - untold))
+        if isinstance(teacher, Flux):  # guidance is an input
+            real = x0_of(teacher, x_t, level, teacher.with_guidance(cond, loss.dmd.guidance))
+        else:
+            told = x0_of(teacher, x_t, level, cond)
+            untold = x0_of(teacher, x_t, level, batch.uncond.expand(n))
+            real = untold + loss.dmd.guidance * (told - untold)
+        p_real = x0 - real
         p_fake = x0 - x0_of(fake, x_t, level, cond)
-        direction = (p_real - p_fake) / p_real.abs().mean((1, 2, 3), keepdim=True)
+        size = p_real.abs().flatten(1).mean(1).view(-1, *[1] * (p_real.ndim - 1))
+        direction = (p_real - p_fake) / size
         total = total + loss.dmd.weight * 0.5 * F.mse_loss(x0, (x0 - direction).detach())
     return total
 
@@ -173,6 +195,34 @@ def test_the_students_gradients_equal_those_of_three_separate_models(make_step, 
     assert largest_error(gradients(step, "student"), own_gradients(student)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["paper", "released", "mmd alone"])
+@pytest.mark.parametrize("family", [Flux, SDXL, Wan])
+def test_an_iteration_of_every_family_has_the_gradients_of_separate_models(family, name):
+    block = 0 if family is SDXL else BLOCK
+    loss = LossRecipe.model_validate(LOSSES[name].model_dump() | {"feature_block": block})
+    model = family.tiny()
+    backbone = Backbone(model, ["student", *(["fake"] if loss.needs_fake else [])], rank=4)
+    for number, role in enumerate(("student", "fake")[: 1 + loss.needs_fake]):
+        for i, parameter in enumerate(backbone.parameters(role).values()):
+            parameter.data = 0.2 * draw(*parameter.shape, seed=1000 * number + i)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        head = DiscriminatorHead(model.width) if loss.needs_head else None
+    step = DistillStep(backbone, loss, head=head)
+    shape = (2, 4, 5, 8, 4) if family.video else (2, 4, 8, 4)
+    cond, uncond = model.encode_prompts(["a red apple", "a dog"]), model.encode_prompts([""])
+    batch = Batch(draw(*shape), 0.8 * draw(*shape, seed=1), cond, uncond, t=737.0558, index=2)
+    student, teacher = separate_model(step, "student"), separate_model(step, None)
+    fake = separate_model(step, "fake") if loss.needs_fake else None
+    joint_student_loss(loss, batch, generator(3), student, fake, teacher, head).backward()
+    step.student_step(batch, generator(3))
+    assert largest_error(gradients(step, "student"), own_gradients(student)) < 1e-4
+    if loss.needs_fake:
+        assert all(parameter.grad is None for parameter in backbone.parameters("fake").values())
+        step.fake_step(batch, generator(4))
+        assert all(parameter.grad is not None for parameter in backbone.parameters("fake").values())
+
+
 @pytest.mark.parametrize("name", ["paper", "dmd alone"])
 def test_the_fake_models_gradients_equal_those_of_separate_models(make_step, batch, name):
     loss = LOSSES[name]
@@ -180,12 +230,16 @@ def test_the_fake_models_gradients_equal_those_of_separate_models(make_step, bat
     student, fake, rng = separate_model(step, "student"), separate_model(step, "fake"), generator(4)
     t = torch.full((4,), batch.t)
     with torch.no_grad():
-        x0 = x0_of(student, noised(batch.source, torch.randn(4, 4, 8, 6, generator=rng), t), t, batch.cond)
+        x0 = x0_of(
+            student, noised(student, batch.source, torch.randn(4, 4, 8, 6, generator=rng), t), t, batch.cond
+        )
     level, eps = draw_levels(loss.fake.levels, 4, rng), torch.randn(4, 4, 8, 6, generator=rng)
-    total = F.mse_loss(x0_of(fake, noised(x0, eps, level), level, batch.cond), x0)
+    total = F.mse_loss(x0_of(fake, noised(fake, x0, eps, level), level, batch.cond), x0)
     expected_head = []
     if step.head:
-        seen, real = (features_of(fake, noised(x, eps, level), level, batch.cond) for x in (x0, batch.target))
+        seen, real = (
+            features_of(fake, noised(fake, x, eps, level), level, batch.cond) for x in (x0, batch.target)
+        )
         judged = F.softplus(step.head(seen)).mean() + F.softplus(-step.head(real)).mean()
         total = total + loss.gan.discriminator_weight * judged
         expected_head = list(torch.autograd.grad(total, list(step.head.parameters()), retain_graph=True))
@@ -402,7 +456,8 @@ def test_statistics_show_a_student_that_leaves_the_range_of_real_latents(make_st
     numbers = make_step(LOSSES["mmd alone"]).student_step(batch, generator(3))
     t = torch.full((4,), batch.t)
     backbone = make_step(LOSSES["mmd alone"]).backbone
-    x_t = noised(batch.source, torch.randn(4, 4, 8, 6, generator=generator(3)), t)
+    eps = torch.randn(4, 4, 8, 6, generator=generator(3))
+    x_t = noised(backbone.model, batch.source, eps, t)
     with torch.no_grad():
         x0 = backbone.predict_x0(x_t, t, batch.cond, role="student")
     assert numbers["x0/mean"] == pytest.approx(x0.mean().item(), abs=1e-6)
