@@ -196,3 +196,14 @@ def test_settings_that_cannot_be_honoured_are_refused(file, tmp_path):
         save_file(tensors, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": text})
         with pytest.raises(StudentError, match=said):
             load_student(tmp_path / "x.safetensors", schedule=ScaleSchedule.parse("1000@8"))
+
+
+@pytest.mark.parametrize(("layer", "denoiser"), [
+    ("mid_block.attentions.0.to_q", "unet"), ("transformer_blocks.0.attn.to_q", "transformer"),
+])  # fmt: skip
+def test_the_denoisers_name_of_a_file_of_others_follows_from_its_layers(tmp_path, layer, denoiser):
+    path = f"base_model.model.{layer}"
+    tensors = {f"{path}.{part}.weight": torch.ones(2, 2) for part in ("lora_A", "lora_B")}
+    save_file(tensors, tmp_path / "other.safetensors")
+    student = load_student(tmp_path / "other.safetensors", schedule=ScaleSchedule.parse("1000@8"))
+    assert student.denoiser == denoiser

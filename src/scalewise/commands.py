@@ -57,7 +57,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     started = time.perf_counter()
     cond, uncond = model.encode_prompts(texts), model.encode_prompts([contender.negative_prompt])
     with (
-        # What the student was trained in may be slow here; any precision draws the same picture.
+        # What the student was trained in may be slow here, and another precision draws nearly the same.
         enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
         console.progress("drawing", contender.steps) as done,
     ):

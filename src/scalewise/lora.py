@@ -260,4 +260,8 @@ def _foreign(
         out[b] = F.pad(
             tensors[b] * scale, (0, rank - own)
         )  # from here on alpha = rank, whatever each layer had
-    return Student(out, schedule, rank, float(rank), config.get("base_model_name_or_path") or "", {})
+    unet = any(name.startswith(("down_blocks", "mid_block", "up_blocks")) for name in tensors)
+    base = config.get("base_model_name_or_path") or ""
+    return Student(
+        out, schedule, rank, float(rank), base, {}, denoiser="unet" if unet else "transformer"
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from scalewise.errors import first_line
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
 from scalewise.models.flux import Flux
 from scalewise.models.sd3 import SD3
@@ -81,8 +82,7 @@ def _from_hub(base: str) -> Path:
     try:
         return Path(hf_hub_download(base, "model_index.json"))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"Cannot find the model {base!r}: it is no folder here, and the hub answered: {reason} "
-            "Give a folder in diffusers' layout, or log in if the model is gated."
+            f"Cannot find the model {base!r}: it is no folder here, and the hub answered: "
+            f"{first_line(error)} Give a folder in diffusers' layout, or log in if the model is gated."
         ) from error

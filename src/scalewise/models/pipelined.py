@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from scalewise.errors import first_line
 from scalewise.models.base import ALL_PARTS, ModelAdapter, ModelError, Part
 from scalewise.scales import Scale
 
@@ -92,7 +93,7 @@ class PipelineAdapter(ModelAdapter):
                 str(base), dtype=dtype, use_safetensors=True, **chosen
             )
         except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"Cannot load the model {base}: {_reason(error)}") from error
+            raise ModelError(f"Cannot load the model {base}: {first_line(error)}") from error
         return cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
 
     def save(self, folder: Path) -> None:
@@ -251,8 +252,3 @@ def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return base + (top - base) * (tokens - low) / (high - low)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

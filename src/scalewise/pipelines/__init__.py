@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from scalewise import mini
+from scalewise.errors import first_line
 from scalewise.lora import StudentError, load_student
 from scalewise.models import SD3, SDXL, Flux, ModelError, Wan, family_of
 from scalewise.models.base import ModelAdapter
@@ -103,10 +104,9 @@ def _local(student: str) -> str:
     try:
         folder = snapshot_download(student, allow_patterns=["*.safetensors", "*adapter_config.json"])
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudentError(
-            f"Cannot find the student {student!r}: it is no file here, and the hub answered: {reason} Give a "
-            "file, or log in if the repository is gated."
+            f"Cannot find the student {student!r}: it is no file here, and the hub answered: "
+            f"{first_line(error)} Give a file, or log in if the repository is gated."
         ) from error
     files = sorted(Path(folder).rglob("*.safetensors"))
     if len(files) != 1:
