@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from scalewise import keys
 from scalewise.backbone import Backbone
 from scalewise.lora import Student, StudentError, fused, load_student, save_student, write_student
-from scalewise.models import SD3
+from scalewise.models import SD3, Wan
 from scalewise.recipe import Recipe
 from scalewise.recipes import find_recipe
 from scalewise.scales import ScaleSchedule
@@ -207,3 +208,36 @@ def test_the_denoisers_name_of_a_file_of_others_follows_from_its_layers(tmp_path
     save_file(tensors, tmp_path / "other.safetensors")
     student = load_student(tmp_path / "other.safetensors", schedule=ScaleSchedule.parse("1000@8"))
     assert student.denoiser == denoiser
+
+
+def wan_student() -> Student:
+    backbone = Backbone(Wan.tiny(), ["student"], rank=4, alpha=2)
+    draw = torch.Generator().manual_seed(0)
+    tensors = {k: torch.randn(v.shape, generator=draw) for k, v in backbone.roles.state("student").items()}
+    return Student(tensors, ScaleSchedule.parse("1000@2x4x4 600@3x8x8"), 4, 2.0, "wan", {})
+
+
+def test_wans_kohya_names_are_its_authors_and_diffusers_reads_them(tmp_path):
+    student = wan_student()
+    write_student(tmp_path / "own.safetensors", student, dtype=torch.float32, form="kohya")
+    tensors = load_file(tmp_path / "own.safetensors")
+    assert "lora_unet_blocks_0_self_attn_q.lora_down.weight" in tensors
+    assert "lora_unet_blocks_2_cross_attn_o.alpha" in tensors
+    converted = lora_conversion_utils._convert_musubi_wan_lora_to_diffusers(dict(tensors))
+    for name, value in student.tensors.items():
+        if ".lora_B." in name:
+            a = name.replace("lora_B", "lora_A")
+            found = converted[f"transformer.{name}"] @ converted[f"transformer.{a}"]
+            torch.testing.assert_close(found, value @ student.tensors[a] * 2 / 4)
+    again = load_student(tmp_path / "own.safetensors").matched(Wan.tiny().denoiser)
+    assert again.tensors.keys() == student.tensors.keys()
+    assert all(torch.equal(again.tensors[k], v) for k, v in student.tensors.items())
+
+
+def test_wans_authors_names_with_dots_are_read(tmp_path):
+    student, layer = wan_student(), "diffusion_model.blocks.1.cross_attn.k"
+    ours = "blocks.1.attn2.to_k"
+    pair = {f"{layer}.lora_{p}.weight": student.tensors[f"{ours}.lora_{p}.weight"] for p in "AB"}
+    save_file(pair, tmp_path / "dots.safetensors")
+    found = load_student(tmp_path / "dots.safetensors", schedule=student.schedule)
+    assert found.matched(Wan.tiny().denoiser).tensors.keys() == {f"{ours}.lora_{p}.weight" for p in "AB"}

@@ -6,6 +6,7 @@ import gc
 import inspect
 import json
 import pickle
+import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -377,6 +378,19 @@ def test_a_model_whose_weights_are_missing_or_damaged_is_refused_in_one_line(fol
         load_model(folder)
     assert "\n" not in str(raised.value)
     assert str(folder) in str(raised.value)
+
+
+def test_a_tokenizer_whose_files_are_missing_is_refused(family, folder):
+    # transformers would make one of a few words without a warning.
+    for path in sorted(folder.glob("tokenizer*")):
+        files = {file.name: file.read_bytes() for file in path.iterdir()}
+        shutil.rmtree(path)
+        with pytest.raises(ModelError, match=f"The {path.name} of .* files are missing there"):
+            load_model(folder)
+        path.mkdir()
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+    load_model(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

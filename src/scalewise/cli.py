@@ -81,6 +81,7 @@ def sample(
     weight: Annotated[float, typer.Option(min=0, help="The part of the student's update to apply.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Sample i takes seed + i.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Draw pictures with a student in a few scale-wise steps.
@@ -90,7 +91,7 @@ def sample(
     console.quiet_libraries()
     from scalewise.commands import Drawing, sample_pictures
 
-    asked = Drawing(student, teacher, base, schedule, weight, seed, count)
+    asked = Drawing(student, teacher, base, schedule, weight, seed, count, batch)
     files, seconds = sample_pictures(prompts, asked, out)
     console.out.print(
         f"{len(files)} pictures in {seconds:.1f} s after loading: {', '.join(map(str, files))}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS
 from scalewise.pictures import to_bytes
 from scalewise.pipelines import read_schedule
-from scalewise.plan import GB, Plan, make_plan
+from scalewise.plan import GB, Plan, make_plan, scales_to_count
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.runs import distill
 from scalewise.sampling import last
@@ -37,6 +38,7 @@ class Drawing:
     weight: float = 1.0
     seed: int = 0
     count: int = 1
+    batch: int = 8
 
 
 def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list[Path], float]:
@@ -54,22 +56,27 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     model.check_schedule(student.schedule)
     texts = [p for p in prompts for _ in range(asked.count)]
     seeds = [asked.seed + i for i in range(len(texts))]
-    started = time.perf_counter()
-    cond, uncond = model.encode_prompts(texts), model.encode_prompts([contender.negative_prompt])
+    out.mkdir(parents=True, exist_ok=True)
+    files, started = list[Path](), time.perf_counter()
+    uncond = model.encode_prompts([contender.negative_prompt])
+    total = contender.steps * -(-len(texts) // asked.batch)
     with (
         # What the student was trained in may be slow here, and another precision draws nearly the same.
         enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
-        console.progress("drawing", contender.steps) as done,
+        console.progress("drawing", total) as done,
     ):
-        latents = last(counted(sampler(cond, uncond, seeds), done))
-    pixels = model.decode(latents)
-    seconds = time.perf_counter() - started
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for text, own, sample in zip(texts, seeds, pixels, strict=True):
-        name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-")
-        files.append(save_sample(sample, out / f"{name}-{own}"))
-    return files, seconds
+        steps = itertools.count(1)
+        for start in range(0, len(texts), asked.batch):
+            part = slice(start, start + asked.batch)
+            latents = last(
+                counted(
+                    sampler(model.encode_prompts(texts[part]), uncond, seeds[part]), lambda: done(next(steps))
+                )
+            )
+            for text, own, sample in zip(texts[part], seeds[part], model.decode(latents), strict=True):
+                name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-")
+                files.append(save_sample(sample, out / f"{name}-{own}"))
+    return files, time.perf_counter() - started
 
 
 def _recipe_of(student: Student, base: str) -> Recipe:
@@ -112,10 +119,10 @@ def export_student(student: str, out: Path, form: str, schedule: str | None) -> 
     return len(found.tensors)
 
 
-def counted(steps: Iterator[tuple[int, Tensor]], done: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:
+def counted(steps: Iterator[tuple[int, Tensor]], done: Callable[[], None]) -> Iterator[tuple[int, Tensor]]:
     """Pass a sampler's steps through and report each."""
     for i, x0 in steps:
-        done(i + 1)
+        done()
         yield i, x0
 
 
@@ -160,9 +167,8 @@ def print_dry_run(recipe: Recipe) -> None:
 
 def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
     """Count what a recipe costs and print it."""
-    with console.progress("counting operations", 1) as done:
-        plan = make_plan(recipe)
-        done(1)
+    with console.progress("counting operations", len(scales_to_count(recipe))) as done:
+        plan = make_plan(recipe, done)
     table = Table("step", "t", "scale", "tokens", "TFLOPs", box=None, header_style="bold")
     for i, (step, forward) in enumerate(zip(recipe.schedule.build(), plan.steps, strict=True)):
         tokens, flops = f"{forward.tokens:,}", f"{forward.flops / 1e12:,.3g}"

@@ -17,6 +17,12 @@ FORMS: tuple[Form, ...] = ("diffusers", "peft", "kohya")
 
 _PEFT = "base_model.model."
 _FLAT = re.compile(r"^lora_(?:unet|transformer)_(?P<path>.+)\.(?P<part>lora_down|lora_up)\.weight$")
+# Wan's layers as its authors' code names them, and after them ComfyUI.
+_WAN = re.compile(r"^blocks\.\d+\.(attn[12]|ffn)\.")
+_WAN_NAMES = (
+    (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_out.0", ".o"), (".to_q", ".q"),
+    (".to_k", ".k"), (".to_v", ".v"), (".net.0.proj", ".0"), (".net.2", ".2"),
+)  # fmt: skip
 _ALPHA = re.compile(r"^(?P<path>.+)\.alpha$")
 _PARTS = (
     (re.compile(r"\.lora_A(\.\w+)?\.weight$"), ".lora_A.weight"),  # PEFT may name the adapter in between
@@ -61,9 +67,23 @@ def _plain(name: str) -> str:
     return name
 
 
+def authors_path(path: str) -> str:
+    """Path of a layer in the code of the model's authors, where ComfyUI goes by that: so far Wan's."""
+    if _WAN.match(path):
+        for ours, theirs in _WAN_NAMES:
+            path = path.replace(ours, theirs)
+    return path
+
+
 def match_layers(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
-    """Give weights with underscored layer names the paths of a model's layers; others stay as they are."""
-    paths = {path.replace(".", "_"): path for path in layers}
+    """Give weights with underscored or the authors' layer names the paths of a model's layers.
+
+    Others stay as they are.
+    """
+    paths = {}
+    for path in layers:
+        theirs = authors_path(path)
+        paths |= {theirs: path, theirs.replace(".", "_"): path, path.replace(".", "_"): path}
     out = {}
     for name, value in tensors.items():
         layer, sign, rest = name.partition(".lora_")
@@ -82,7 +102,9 @@ def write_names(
     out = {}
     for name, value in tensors.items():
         path, _, part = name.removesuffix(".weight").rpartition(".")
-        layer = f"lora_{denoiser}_{path.replace('.', '_')}"
+        theirs = authors_path(path)
+        prefix = denoiser if theirs == path else "unet"  # kohya calls every denoiser so
+        layer = f"lora_{prefix}_{theirs.replace('.', '_')}"
         out[f"{layer}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
         out[f"{layer}.alpha"] = alpha.clone()
     return out

@@ -6,6 +6,7 @@ autograd keeps for the backward pass is added up (counting.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -152,8 +153,13 @@ class Plan:
         return found
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Count everything for a recipe."""
+def scales_to_count(recipe: Recipe) -> list[Scale]:
+    """What `make_plan` counts, in its order."""
+    return sorted(set(recipe.schedule.build().scales))
+
+
+def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) -> Plan:
+    """Count everything for a recipe; `done` is told how many of the scales are counted."""
     base = mini.resolve(recipe.model.base, mini.TEACHER)
     dtype = getattr(torch, recipe.model.dtype)
     model = skeleton(base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length)
@@ -165,7 +171,10 @@ def make_plan(recipe: Recipe) -> Plan:
     model.check_schedule(schedule)
     block = recipe.loss.feature_block
     model.block(block)
-    forwards = {scale: count_forward(model, scale, block, roles) for scale in set(schedule.scales)}
+    forwards = {}
+    for scale in scales_to_count(recipe):
+        forwards[scale] = count_forward(model, scale, block, roles)
+        done(len(forwards))
     steps, full = [forwards[scale] for scale in schedule.scales], forwards[schedule.full]
     embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
     guided = recipe.teacher.guidance != 1 and not embedded

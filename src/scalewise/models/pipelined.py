@@ -94,6 +94,7 @@ class PipelineAdapter(ModelAdapter):
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"Cannot load the model {base}: {first_line(error)}") from error
+        check_tokenizers(pipeline, cls.text_names, str(base))
         return cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
 
     def save(self, folder: Path) -> None:
@@ -198,6 +199,22 @@ class PipelineAdapter(ModelAdapter):
 
     def _modules(self) -> list[nn.Module]:
         return [c for c in self.pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+def check_tokenizers(pipeline: Any, names: Sequence[str], base: str) -> None:
+    """Refuse a tokenizer whose files are missing: transformers makes one of a handful of words instead."""
+    for name in names:
+        tokenizer = getattr(pipeline, name, None)
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
+        if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
+            continue
+        gone = Path(base).is_dir() and not (Path(base) / name).is_dir()
+        # Some text encoders have a few more embeddings than words.
+        if gone or len(tokenizer) < encoder.config.vocab_size / 2:
+            raise ModelError(
+                f"The {name} of {base} knows {len(tokenizer)} words where its text encoder has "
+                f"{encoder.config.vocab_size}: files are missing there. Fetch the model again."
+            )
 
 
 def is_stochastic(scheduler: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from scalewise import mini
 from scalewise.errors import first_line
 from scalewise.lora import StudentError, load_student
-from scalewise.models import SD3, SDXL, Flux, ModelError, Wan, family_of
+from scalewise.models import SD3, SDXL, Flux, Wan, family_of
 from scalewise.models.base import ModelAdapter
 from scalewise.pipelines.scale_wise import (
     ADAPTER,
@@ -61,8 +61,6 @@ def load(
         raise StudentError(
             f"Without a student {base} has no schedule; give one, as in schedule='sd35-medium-4'."
         )
-    if dtype == torch.float16 and not torch.cuda.is_available():
-        raise ModelError("float16 does not work on a CPU; give dtype=torch.float32 or torch.bfloat16.")
     told = found.recipe.get("model", {}) if found else {}
     options = {"max_sequence_length": told.get("max_sequence_length")} | options
     model: Any = family.load(folder, dtype=dtype, **options)

@@ -93,6 +93,15 @@ class ScaleWisePipeline:
         pipeline.load_lora_weights(named, adapter_name=ADAPTER)
         pipeline.set_adapters([ADAPTER], [weight])
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile every repeated block of the denoiser; `options` go to torch.compile.
+
+        All families can (diffusers' `compile_repeated_blocks` knows no blocks of SD3). Compile after the
+        student is loaded; every scale of the schedule is compiled once, or give dynamic=True.
+        """
+        for block in self.adapter().repeated_blocks():
+            block.compile(**options)
+
     def adapter(self) -> Any:
         """The family's adapter around this very pipeline."""
         pipeline: Any = self
