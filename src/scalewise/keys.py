@@ -80,7 +80,7 @@ def match_layers(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[s
 
     Others stay as they are.
     """
-    paths = {}
+    paths: dict[str, str] = {}
     for path in layers:
         theirs = authors_path(path)
         paths |= {theirs: path, theirs.replace(".", "_"): path, path.replace(".", "_"): path}
