@@ -3,15 +3,21 @@
 # A stopped call goes on where it was.
 set -euo pipefail
 out=${1:-results}
-for recipe in mini mini-mmd mini-full-scale mini-full-scale-2; do
-  if [ ! -e "$out/$recipe/student.safetensors" ]; then
-    if [ -e "$out/$recipe/recipe.yaml" ]; then again=--resume; else again=; fi
-    scalewise distill "$recipe" --out "$out/$recipe" $again
+distill() {  # NAME RECIPE [OVERRIDES]
+  if [ ! -e "$out/$1/student.safetensors" ]; then
+    if [ -e "$out/$1/recipe.yaml" ]; then again=--resume; else again=; fi
+    scalewise distill "${@:2}" --out "$out/$1" $again
   fi
-done
+}
+distill mini mini
+distill mini-mmd mini-mmd train.iterations=200 train.batch=8   # as many iterations as the full loss
+distill mini-mmd-long mini-mmd                                 # as much time as the full loss
+distill mini-full-scale mini-full-scale
+distill mini-full-scale-2 mini-full-scale-2
 scalewise evaluate mini \
   teacher teacher:4 undistilled:full undistilled \
-  "scale-wise 4=student:$out/mini" "scale-wise 4 MMD=student:$out/mini-mmd" \
+  "scale-wise 4=student:$out/mini" "scale-wise 4, MMD=student:$out/mini-mmd" \
+  "scale-wise 4, MMD, as long=student:$out/mini-mmd-long" \
   "full-scale 4=student:$out/mini-full-scale" "full-scale 2=student:$out/mini-full-scale-2" \
   --out "$out/comparison"
 python scripts/iteration_times.py --out "$out/iterations.json"

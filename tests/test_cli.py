@@ -100,6 +100,11 @@ def test_a_schedule_that_does_not_fit_the_model_is_refused(run, recipe_file: str
     assert code == 1 and "blocks 0 to 3" in text
 
 
+def test_training_in_float16_is_refused(run, recipe_file: str, tmp_path: Path) -> None:
+    code, text = run("distill", recipe_file, "model.dtype=float16", "--out", tmp_path / "run")
+    assert code == 1 and "float16 is for sampling" in text and "model.dtype=bfloat16" in text
+
+
 def test_scales_that_the_set_lacks_are_named(run, recipe_file: str, tmp_path: Path) -> None:
     code, text = run("distill", recipe_file, "schedule.scales=['2','6','6','8']", "--out", tmp_path / "run")
     assert code == 1 and "no latents at 2x2; it has 4x4, 6x6, 8x8" in text

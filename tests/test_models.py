@@ -129,11 +129,18 @@ def test_a_vae_of_other_latents_is_refused(family, model, folder, tmp_path):
         load_model(folder, vae=tmp_path / "vae")
 
 
-@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"])
-def test_a_teachers_scheduler_has_to_be_deterministic(kind):
-    model = models.SDXL.tiny()
-    model.pipeline.scheduler = getattr(diffusers, kind).from_config(model.pipeline.scheduler.config)
-    if kind == "DDIMScheduler":
+@pytest.mark.parametrize(("kind", "options", "deterministic"), [
+    ("DDIMScheduler", {}, True),
+    ("DPMSolverMultistepScheduler", {}, True),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, False),
+    ("EulerAncestralDiscreteScheduler", {}, False),
+    ("LCMScheduler", {}, False),
+    ("DDPMScheduler", {}, False),
+])  # fmt: skip
+def test_a_teachers_scheduler_has_to_be_deterministic(kind, options, deterministic):
+    model, own = models.SDXL.tiny(), getattr(diffusers, kind)
+    model.pipeline.scheduler = own.from_config(model.pipeline.scheduler.config, **options)
+    if deterministic:
         assert len(model.teacher_scheduler(5, IMAGES[1]).timesteps) == 5
     else:
         with pytest.raises(ModelError, match=f"{kind} .* draws noise of its own"):

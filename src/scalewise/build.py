@@ -143,6 +143,11 @@ def build_backbone(recipe: Recipe, model: ModelAdapter) -> Backbone:
 
 def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
     """Everything that `Trainer.fit` needs; holds the denoiser only."""
+    if recipe.model.dtype == "float16":
+        raise RecipeError(
+            "model.dtype=float16 is for sampling: in training, gradients below 6e-8 would be lost in it. Set "
+            "model.dtype=bfloat16, or float32 on a device without it."
+        )
     model = load(recipe, ["denoiser"])
     check(recipe, model)
     backbone = build_backbone(recipe, model)

@@ -86,11 +86,11 @@ class Flux(PipelineAdapter):
         told = torch.full((len(cond),), guidance, device=cond.tensors["tokens"].device)
         return Condition({**cond.tensors, "guidance": told})
 
-    def empty_condition(self, count: int, device: torch.device | str) -> Condition:
-        width = self.config["joint_attention_dim"]
-        tokens = torch.empty(count, self.max_sequence_length, width, device=device)
-        pooled = torch.empty(count, self.config["pooled_projection_dim"], device=device)
-        return Condition({"tokens": tokens, "pooled": pooled})
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "tokens": (self.max_sequence_length, self.config["joint_attention_dim"]),
+            "pooled": (self.config["pooled_projection_dim"],),
+        }
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         kind: Any = self.denoiser.dtype

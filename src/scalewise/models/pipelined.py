@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from scalewise.errors import first_line
-from scalewise.models.base import ALL_PARTS, ModelAdapter, ModelError, Part
+from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
 from scalewise.scales import Scale
 
 
@@ -55,6 +55,14 @@ class PipelineAdapter(ModelAdapter):
     @abstractmethod
     def tokenizers(self) -> list[tuple[Any, int, str]]:
         """Tokenizer, number of tokens read and name of every text encoder: longer prompts are cut."""
+
+    @abstractmethod
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's embeddings, by their names in a condition."""
+
+    def empty_condition(self, count: int, device: torch.device | str) -> Condition:
+        shapes = self.prompt_shapes().items()
+        return Condition({name: torch.empty(count, *shape, device=device) for name, shape in shapes})
 
     @classmethod
     def parts(cls) -> dict[Part, tuple[str, ...]]:
@@ -218,11 +226,14 @@ def check_tokenizers(pipeline: Any, names: Sequence[str], base: str) -> None:
 
 
 def is_stochastic(scheduler: Any) -> bool:
-    """Whether a scheduler adds fresh noise at its steps."""
-    name = type(scheduler).__name__
-    sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
-    random = any(part in name for part in ("Ancestral", "LCM", "DDPM", "SDE", "TCD"))
-    return random or sde or bool(scheduler.config.get("stochastic_sampling"))
+    """Whether a scheduler, whose timesteps are set, draws noise of its own: tried out on its first step."""
+    found = []
+    for seed in (0, 1):
+        probe, x_t = copy.deepcopy(scheduler), torch.ones(1, 1, 2, 2)
+        t, rng = probe.timesteps[0], torch.Generator().manual_seed(seed)
+        x_t = probe.scale_model_input(x_t, t) if hasattr(probe, "scale_model_input") else x_t
+        found.append(probe.step(torch.zeros_like(x_t), t, x_t, generator=rng, return_dict=False)[0])
+    return not torch.equal(*found)
 
 
 def check_vae(other: Mapping[str, Any], own: Mapping[str, Any], place: str) -> None:

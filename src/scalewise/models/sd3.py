@@ -68,11 +68,12 @@ class SD3(PipelineAdapter):
         )
         return Condition({"tokens": tokens, "pooled": pooled})
 
-    def empty_condition(self, count: int, device: torch.device | str) -> Condition:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         length = self.clip_length + self.max_sequence_length  # CLIP's tokens stand before T5's
-        tokens = torch.empty(count, length, self.config["joint_attention_dim"], device=device)
-        pooled = torch.empty(count, self.config["pooled_projection_dim"], device=device)
-        return Condition({"tokens": tokens, "pooled": pooled})
+        return {
+            "tokens": (length, self.config["joint_attention_dim"]),
+            "pooled": (self.config["pooled_projection_dim"],),
+        }
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         kind: Any = self.denoiser.dtype

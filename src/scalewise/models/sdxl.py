@@ -75,13 +75,11 @@ class SDXL(PipelineAdapter):
             pooled = torch.where(empty[:, None], 0.0, pooled)
         return Condition({"tokens": tokens, "pooled": pooled})
 
-    def empty_condition(self, count: int, device: torch.device | str) -> Condition:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         # The added embedding is the pooled one beside six sinusoids: two sizes and a corner.
         sizes = 6 * self.config["addition_time_embed_dim"]
         pooled = self.config["projection_class_embeddings_input_dim"] - sizes
-        width = self.config["cross_attention_dim"]
-        tokens = torch.empty(count, self.max_sequence_length, width, device=device)
-        return Condition({"tokens": tokens, "pooled": torch.empty(count, pooled, device=device)})
+        return {"tokens": (self.max_sequence_length, self.config["cross_attention_dim"]), "pooled": (pooled,)}
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         kind: Any = self.denoiser.dtype

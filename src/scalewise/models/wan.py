@@ -94,9 +94,8 @@ class Wan(PipelineAdapter):
         )
         return mean, std
 
-    def empty_condition(self, count: int, device: torch.device | str) -> Condition:
-        width = self.config["text_dim"]
-        return Condition({"tokens": torch.empty(count, self.max_sequence_length, width, device=device)})
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (self.max_sequence_length, self.config["text_dim"])}
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         kind: Any = self.denoiser.dtype
