@@ -18,7 +18,7 @@ from scalewise.batches import Batches
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.folder import list_files
 from scalewise.models import ALL_PARTS, ModelAdapter, Part, load_model
-from scalewise.recipe import Recipe
+from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale
 from scalewise.trainer import Trainer
 
