@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,7 +20,8 @@ from tiny_run import PROMPTS, make_tiny
 
 from scalewise import checkpoint, runs
 from scalewise.cli import main
-from scalewise.recipe import Recipe
+from scalewise.models import SD3
+from scalewise.recipe import Recipe, field_names
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,56 @@ def test_a_recipe_is_printed_as_yaml_that_reads_back(run, tmp_path: Path) -> Non
 def test_a_mistake_ends_in_one_sentence_and_a_non_zero_code(run, arguments: list[str], said: str) -> None:
     code, text = run(*arguments)
     assert code == 1 and text.startswith("Error:") and said in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["foo"], "No such command 'foo'"), (["sample"], "Missing argument"), ([], "Usage"),
+    (["sample", "a dog", "--cont", "3"], "No such option"), (["generate", "mini", "--count", "0"], "--count"),
+])  # fmt: skip
+def test_a_slip_on_the_command_line_ends_with_its_usage(run, arguments: list[str], said: str) -> None:
+    code, text = run(*arguments)
+    assert code == 2 and said in text and "Traceback" not in text
+
+
+def test_versions_are_told(run) -> None:
+    code, text = run("--version")
+    assert code == 0 and text.startswith("scalewise-diffusion ") and "torch " in text
+
+
+def test_every_key_of_a_recipe_is_listed(run) -> None:
+    code, text = run("recipes", "--keys")
+    assert code == 0 and all(name.split(".")[-1] in text for name in field_names())
+
+
+def test_a_full_device_ends_in_one_sentence(run, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("scalewise.commands.sample_pictures", full)
+    code, text = run("sample", "a dog")
+    assert code == 1 and "memory is full" in text and "--batch" in text and "2 GiB" in text
+
+
+def test_a_set_of_another_model_is_told(run, recipe: Recipe, recipe_file: str, tmp_path: Path) -> None:
+    SD3.tiny(1).save(tmp_path / "other")
+    other = ["train.iterations=1", f"model.base={tmp_path / 'other'}", "--out", tmp_path / "run"]
+    code, text = run("distill", recipe_file, *other)
+    assert code == 0 and "Warning:" in text and "was made by" in text
+    header = Path(recipe.data.path) / "set.json"
+    shutil.copytree(header.parent, tmp_path / "set")
+    (tmp_path / "set" / "set.json").write_text(header.read_text().replace('"channels": 4', '"channels": 16'))
+    wide = [f"data.path={tmp_path / 'set'}", "--out", tmp_path / "wide"]
+    code, text = run("distill", recipe_file, *wide)
+    assert code == 1 and "holds latents of 16 channels" in text
+
+
+def test_a_teacher_is_drawn_by_its_recipe_without_a_student(run, recipe_file: str, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "drawn"]
+    code, text = run("sample", "a dog", "--teacher", "--recipe", recipe_file, *out)
+    assert code == 0, text
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
+    code, text = run("sample", "a dog", "--base", "somewhere/else")
+    assert code == 1 and "Name a student of somewhere/else with --student" in text
 
 
 def test_a_schedule_that_does_not_fit_the_model_is_refused(run, recipe_file: str) -> None:
@@ -251,6 +304,14 @@ def test_a_student_is_exported_for_others_and_sampled_from_their_file(run, recip
     pictures = [np.asarray(Image.open(next((tmp_path / f"out-{n}").iterdir()))) for n in
                 ("run", "kohya.safetensors")]  # fmt: skip
     assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1  # half precision is all that differs
+
+    code, text = run("export", "kohya.safetensors", "again.safetensors")
+    assert code == 0, text
+    with (
+        safe_open("again.safetensors", "pt") as again,
+        safe_open(path / "student.safetensors", "pt") as first,
+    ):
+        assert set(again.keys()) == set(first.keys())
 
     # Stripped of its metadata it is a file of others: base and schedule have to be given.
     with safe_open("kohya.safetensors", "pt") as opened:

@@ -241,3 +241,13 @@ def test_wans_authors_names_with_dots_are_read(tmp_path):
     save_file(pair, tmp_path / "dots.safetensors")
     found = load_student(tmp_path / "dots.safetensors", schedule=student.schedule)
     assert found.matched(Wan.tiny().denoiser).tensors.keys() == {f"{ours}.lora_{p}.weight" for p in "AB"}
+
+
+def test_a_student_that_lost_layers_is_refused_with_their_number(file, tmp_path):
+    with safe_open(file, "pt") as opened:
+        tensors, head = {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata()  # noqa: SIM118
+    kept = {k: v for k, v in tensors.items() if "transformer_blocks.0." in k}
+    save_file(kept, tmp_path / "cut.safetensors", metadata=head)
+    gone = (len(tensors) - len(kept)) // 2
+    with pytest.raises(StudentError, match=f"{len(kept) // 2} of its {len(tensors) // 2} layers: {gone} are"):
+        load_student(tmp_path / "cut.safetensors")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from families import ask_diffusers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scalewise import models
@@ -398,6 +399,18 @@ def test_a_tokenizer_whose_files_are_missing_is_refused(family, folder):
         for name, content in files.items():
             (path / name).write_bytes(content)
     load_model(folder)
+
+
+@pytest.mark.parametrize("component", ["denoiser", "text_encoder", "vae"])
+def test_weights_that_a_file_lacks_are_counted_and_not_drawn_at_random(folder, component):
+    path = weights_of(folder, component)
+    tensors = load_file(path)
+    gone = sorted(
+        name for name in tensors if "bias" not in name and "shared" not in name and tensors[name].ndim > 1
+    )[-2:]
+    save_file({k: v for k, v in tensors.items() if k not in gone}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 2 of its weights, for example .*Fetch the model again"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

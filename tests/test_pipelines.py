@@ -367,3 +367,66 @@ def test_the_mini_draws_pictures_without_a_word_of_configuration():
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe("a red apple, fluent style", seed=0).images
     assert [picture.size for picture in pictures] == [(128, 128)]
+
+
+def test_a_strength_is_written_as_errors_show_it():
+    pipe = scalewise.load("mini")
+    for text, step in (("0.602", 3), ("0.737", 2), ("0.896", 1), ("1", 0)):
+        picture, plan = Image.new("RGB", (128, 128)), pipe.schedule
+        start, _ = pipe._start_from(pipe.adapter(), picture, float(text), plan=plan, count=1)
+        assert start == step
+
+
+def test_a_refused_student_leaves_the_pipeline_as_it_was(tmp_path, folder, student, family):
+    pipe = scalewise.load(folder, student=student)
+    before, other = pipe.schedule, load_student(student)
+    text = "1000@2x4x4 500@3x8x8" if family.video else "1000@4x4 500@8x8"
+    strange = {k.replace("blocks.", "blocks.9"): v for k, v in other.tensors.items()}
+    with pytest.raises(StudentError, match="does not fit this base"):
+        pipe.set_student(replace(other, tensors=strange, schedule=ScaleSchedule.parse(text)))
+    assert pipe.schedule == before and pipe.get_active_adapters() == [ADAPTER]
+
+
+def test_a_pipeline_is_saved_as_the_stock_one(folder, student, tmp_path, pipe):
+    expected = outputs(pipe(["a dog"], seed=0, output_type="latent"))
+    own = scalewise.load(folder, student=student)
+    with pytest.raises(ValueError, match="not saved together with its adapters"):
+        own.save_pretrained(tmp_path / "saved")
+    own.fuse_lora()
+    own.unload_lora_weights()
+    own.save_pretrained(tmp_path / "saved")
+    again = scalewise.load(tmp_path / "saved", student=None, schedule=pipe.schedule)
+    again.set_progress_bar_config(disable=True)
+    found = outputs(again(["a dog"], seed=0, output_type="latent"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_minis_student_is_not_offered_to_another_base(folder):
+    with pytest.raises(StudentError, match="'mini' is the mini's and does not fit"):
+        scalewise.load(folder)
+
+
+def test_one_frame_of_a_video_model_is_drawn(family, pipe):
+    if family.video:
+        assert pipe(["a dog"], seed=0, num_frames=1, output_type="latent").frames.shape[2] == 1
+
+
+def test_pictures_enter_upright_and_over_white(pipe, family):
+    if not family.video:
+        size = (pipe.schedule.full.height * pipe.adapter().vae_factor,) * 2
+        clear = Image.new("RGBA", size, (255, 0, 0, 0))
+        assert (pipe._pixels(pipe.adapter(), clear, size) == 1).all()
+
+
+def test_too_few_frames_are_counted(pipe, family):
+    if family.video:
+        with pytest.raises(ValueError, match="2 frames are given and 17 drawn"):
+            pipe(["a dog"], image=[Image.new("RGB", (32, 32))] * 2)
+
+
+def test_group_offloaded_denoisers_tell_the_device_they_run_on(folder, student):
+    pipe = scalewise.load(folder, student=student)
+    denoiser = getattr(pipe, pipe.family.denoiser_name)
+    denoiser.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert pipe.adapter().device == torch.device("cpu")
+    assert any(hasattr(module, "_diffusers_hook") for module in denoiser.children())

@@ -78,7 +78,7 @@ def test_the_last_of_two_overrides_of_one_field_holds(recipe):
         ("loss.mmd={weight: 2}", "'loss.mmd' is a group; set one of loss.mmd.weight"),
         ("train=null", "'train' is a group; set one of train.iterations"),
         ("train.iterations", "'train.iterations' needs the form key=value, as in train.iterations=200"),
-        ("train.iterations=[1", r"'train.iterations=\[1' has a value that is not YAML"),
+        ("train.iterations=[1", r"'train.iterations=\[1' has a value that cannot be read"),
         ("train.iterations=0", "train.iterations = 0: Input should be greater than or equal to 1"),
         ("train.iterations=many", "train.iterations = 'many': Input should be a valid integer"),
         ("train.ema=1", "train.ema = 1: Input should be less than 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -82,6 +83,12 @@ def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[
     path = Path(mini.resolve(recipe.data.path, mini.DATA))
     if (path / "set.json").exists() or not path.is_dir():
         sets = [LatentSet.open(path)]
+        if sets[0].header.base != recipe.model.base:
+            warnings.warn(
+                f"The set {path} was made by {sets[0].header.base}, but the teacher to distil is "
+                f"{recipe.model.base}; its own samples are what the method asks for (`scalewise generate`).",
+                stacklevel=2,
+            )
     else:
         sets = _encode_images(recipe, path, progress)
     captions = sorted({c for s in sets for c in s.unique_captions()} | set(extra_prompts))
@@ -107,6 +114,11 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
     """Latents of an image folder at every scale of the recipe's schedule, made once and kept."""
     schedule = recipe.schedule.build()
     model = load(recipe, ["vae"])
+    if model.video:
+        raise RecipeError(
+            f"{folder} is a folder of pictures, but {recipe.model.base} makes videos; train it on a "
+            "synthetic set (`scalewise generate`)."
+        )
 
     def scales_for(full: Scale) -> list[Scale]:
         return sorted(set(schedule.for_size(full, model.patch).scales))
@@ -150,6 +162,13 @@ def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
         )
     model = load(recipe, ["denoiser"])
     check(recipe, model)
+    for one in data.sets:
+        if one.header.channels != model.channels:
+            raise RecipeError(
+                f"The set {recipe.data.path} holds latents of {one.header.channels} channels (of "
+                f"{one.header.base}), but {recipe.model.base} has {model.channels}; make one with `scalewise "
+                "generate`."
+            )
     backbone = build_backbone(recipe, model)
     batches = Batches(
         data.sets,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from scalewise import console
@@ -32,6 +33,23 @@ Overrides = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from scalewise.lora import versions
+
+        typer.echo(" ".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and stop.")
+    ] = False,
+) -> None:
+    """Read what stands before a command."""
+
+
 def _recipe(name: str, overrides: list[str] | None) -> Recipe:
     from scalewise.recipes import find_recipe
 
@@ -43,13 +61,21 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(help="Print this recipe as YAML, ready to be changed.")
     ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key that can be overridden.")] = False,
 ) -> None:
-    """List the recipes, or print one as YAML.
+    """List the recipes, print one as YAML, or explain their keys.
 
-    Example: `scalewise recipes mini > mine.yaml`, edit it, then `scalewise distill mine.yaml`.
+    Example: `scalewise recipes mini > mine.yaml`, edit it (its name too), then `scalewise distill mine.yaml`.
     """
+    from scalewise.recipe import explain_fields
     from scalewise.recipes import RECIPES, find_recipe
 
+    if keys:
+        table = Table("key", "default", "what it is", box=None, header_style="bold")
+        for row in explain_fields():
+            table.add_row(*map(escape, row))
+        console.out.print(table)
+        return
     if name:
         typer.echo(find_recipe(name).to_yaml(), nl=False)
         return
@@ -68,11 +94,16 @@ def recipes(
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     student: Annotated[
-        str, typer.Option(help="'mini', a student.safetensors, or the folder of a run.")
-    ] = "mini",
+        str | None,
+        typer.Option(help="'mini' (also the default), a student.safetensors, or the folder of a run."),
+    ] = None,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Draw with the teacher, at its full steps.")
+        bool, typer.Option("--teacher", help="Draw with the student's teacher, at its full steps.")
     ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="With --teacher: draw with this recipe's teacher; no student is needed."),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Another base than the one the student names.")] = None,
     schedule: Annotated[
         str | None,
@@ -91,7 +122,7 @@ def sample(
     console.quiet_libraries()
     from scalewise.commands import Drawing, sample_pictures
 
-    asked = Drawing(student, teacher, base, schedule, weight, seed, count, batch)
+    asked = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch)
     files, seconds = sample_pictures(prompts, asked, out)
     console.out.print(
         f"{len(files)} pictures in {seconds:.1f} s after loading: {', '.join(map(str, files))}",
@@ -103,7 +134,9 @@ def sample(
 def distill(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run (default runs/<recipe>).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run (default: runs/ and the recipe's name).")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, bit by bit as if never stopped.")
     ] = False,
@@ -156,6 +189,9 @@ def export(
     schedule: Annotated[
         str | None, typer.Option(help="For a LoRA without one: a recipe's name, or '1000@64 896@80 ...'.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model that a LoRA is for, if it does not say so itself.")
+    ] = None,
 ) -> None:
     """Write a student under the names that another program reads; schedule and recipe stay in the metadata.
 
@@ -165,7 +201,7 @@ def export(
     from scalewise.commands import export_student
 
     console.out.print(
-        f"{export_student(student, out, form, schedule)} weights written to {out}", soft_wrap=True
+        f"{export_student(student, out, form, schedule, base=base)} weights written to {out}", soft_wrap=True
     )
 
 
@@ -212,6 +248,10 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     speed: Annotated[bool, typer.Option(help="Measure milliseconds per image too.")] = True,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Dotted override of the recipe, such as model.base=my-model; repeatable."),
+    ] = None,
     scorer: Annotated[
         Path | None, typer.Option(help="Folder of a CLIP model that judges (default for the mini: its own).")
     ] = None,
@@ -225,7 +265,7 @@ def evaluate(
     from scalewise.commands import run_evaluate
 
     run_evaluate(
-        _recipe(recipe, None),
+        _recipe(recipe, override),
         contenders,
         prompts,
         count=count,
@@ -255,19 +295,25 @@ def demo(
     console.out.print(f"[bold]Open {report} in a browser.[/]", soft_wrap=True)
 
 
+# The command line's own mistakes: click's, which newer versions of typer carry inside.
+UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
-    import click
-
     try:
         code: Any = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
+    except typer.Abort:
         sys.exit(130)
-    except click.ClickException as error:
+    except UsageProblem as error:
         error.show()
         sys.exit(error.exit_code)
     except (ValueError, OSError, TrainingStopped, KeyboardInterrupt) as error:
         if console.fail_loudly():
+            raise
+        sys.exit(console.explain(error))
+    except RuntimeError as error:
+        if console.fail_loudly() or not console.is_out_of_memory(error):
             raise
         sys.exit(console.explain(error))

@@ -18,10 +18,12 @@ from scalewise.contenders import Contender, enter, parse_contender
 from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS
+from scalewise.models.skeleton import skeleton
 from scalewise.pictures import to_bytes
 from scalewise.pipelines import read_schedule
 from scalewise.plan import GB, Plan, make_plan, scales_to_count
 from scalewise.recipe import Recipe, RecipeError
+from scalewise.recipes import find_recipe
 from scalewise.runs import distill
 from scalewise.sampling import last
 from scalewise.teacher import generate
@@ -31,8 +33,10 @@ from scalewise.teacher import generate
 class Drawing:
     """What `scalewise sample` was asked for."""
 
-    student: str
+    student: str | None = None
     teacher: bool = False
+    recipe: str | None = None
+    """Whose teacher draws, in place of a student's."""
     base: str | None = None
     schedule: str | None = None
     weight: float = 1.0
@@ -43,17 +47,10 @@ class Drawing:
 
 def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list[Path], float]:
     """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
-    if asked.teacher and asked.schedule:
-        raise RecipeError("--schedule is a student's; the teacher has its own steps. Leave one of them out.")
-    path = mini.resolve(asked.student, mini.STUDENT)
-    given = read_schedule(asked.schedule) if asked.schedule else None
-    student = load_student(path, schedule=given)
-    base = asked.base or student.base
-    if not base:
-        raise RecipeError(f"{path} does not say which model it is for; give its base with --base.")
-    contender = replace(_contender(student, asked), path=Path(path))
-    model = build.load(_recipe_of(student, base), ALL_PARTS)
-    model.check_schedule(student.schedule)
+    contender, recipe, student = _who_draws(asked)
+    model = build.load(recipe, ALL_PARTS)
+    assert contender.schedule is not None
+    model.check_schedule(contender.schedule)
     texts = [p for p in prompts for _ in range(asked.count)]
     seeds = [asked.seed + i for i in range(len(texts))]
     out.mkdir(parents=True, exist_ok=True)
@@ -79,6 +76,34 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     return files, time.perf_counter() - started
 
 
+def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
+    """The contender, the recipe of its model, and the student if there is one."""
+    if asked.teacher and asked.schedule:
+        raise RecipeError("--schedule is a student's; the teacher has its own steps. Leave one of them out.")
+    if asked.recipe:
+        if not asked.teacher:
+            raise RecipeError("--recipe tells whose teacher draws; add --teacher, or name a student.")
+        recipe = find_recipe(asked.recipe).override([f"model.base={asked.base}"] if asked.base else [])
+        return parse_contender("teacher", recipe), recipe, None
+    if asked.student is None and asked.base not in (None, "mini"):
+        raise RecipeError(
+            f"Name a student of {asked.base} with --student, or a recipe of its teacher with --teacher "
+            "--recipe."
+        )
+    path = mini.resolve(asked.student or "mini", mini.STUDENT)
+    student = load_student(path, schedule=read_schedule(asked.schedule) if asked.schedule else None)
+    base = asked.base or student.base
+    if not base:
+        raise RecipeError(f"{path} does not say which model it is for; give its base with --base.")
+    recipe = _recipe_of(student, base)
+    if asked.teacher:
+        return parse_contender("teacher", recipe), recipe, None
+    contender = Contender(
+        "student", "student", len(student.schedule), schedule=student.schedule, path=Path(path)
+    )
+    return contender, recipe, student
+
+
 def _recipe_of(student: Student, base: str) -> Recipe:
     """The student's recipe, or for a file of others one that names base and schedule."""
     if student.recipe:
@@ -89,12 +114,6 @@ def _recipe_of(student: Student, base: str) -> Recipe:
     # Bases of others are large: on a GPU in half precision, as they are published.
     model = {"base": base, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
     return Recipe.from_mapping({"name": "foreign", "model": model, "schedule": schedule})
-
-
-def _contender(student: Student, asked: Drawing) -> Contender:
-    if asked.teacher:
-        return parse_contender("teacher", _recipe_of(student, asked.base or student.base))
-    return Contender("student", "student", len(student.schedule), schedule=student.schedule)
 
 
 def save_sample(sample: Tensor, stem: Path) -> Path:
@@ -109,12 +128,22 @@ def save_sample(sample: Tensor, stem: Path) -> Path:
     return path
 
 
-def export_student(student: str, out: Path, form: str, schedule: str | None) -> int:
-    """Write a student under another convention's names; returns the number of weights."""
+def export_student(
+    student: str, out: Path, form: str, schedule: str | None, *, base: str | None = None
+) -> int:
+    """Write a student under another convention's names; returns the number of weights.
+
+    Names of kohya's kind hold paths that only the base's layers can tell, so its configuration is asked for.
+    """
     kind, given = keys.read_form(form), read_schedule(schedule) if schedule else None
     if kind != "peft" and (out.is_dir() or out.suffix != ".safetensors"):
         raise RecipeError(f"{out} is no name of a .safetensors file; give one (for --form peft a folder).")
     found = load_student(mini.resolve(student, mini.STUDENT), schedule=given)
+    found = replace(found, base=base or found.base)
+    if not all(keys.is_path(name) for name in found.tensors):
+        if not found.base:
+            raise RecipeError(f"{student} names layers as kohya does; say of which model with --base.")
+        found = found.matched(skeleton(mini.resolve(found.base, mini.TEACHER)).denoiser)
     write_student(out, found, form=kind)
     return len(found.tensors)
 

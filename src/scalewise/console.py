@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -81,21 +82,28 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
     return done
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no room left (torch's allocators raise RuntimeErrors)."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
 def quiet_libraries() -> None:
     """Silence the loading bars and advice of the libraries underneath; their errors still show."""
     import diffusers
+    import huggingface_hub
     import transformers
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     warnings.showwarning = _show_warning
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if issubclass(category, UserWarning) and not issubclass(category, DeprecationWarning):
-        err.print(f"[yellow]Warning:[/] {message}", highlight=False, soft_wrap=True)
+        err.print(f"[yellow]Warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
 def explain(error: BaseException) -> int:
@@ -104,10 +112,16 @@ def explain(error: BaseException) -> int:
         err.print("Stopped.")
         return 130
     text = str(error)
+    if is_out_of_memory(error):
+        text = (
+            "The device's memory is full. Draw fewer samples at once (--batch), or train with a smaller "
+            "train.batch and a larger train.accumulate, or with train.gradient_checkpointing=true; "
+            f"`scalewise plan` tells what fits. ({text.splitlines()[0]})"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = error.filename or "while writing"
         text = f"The disk is full ({where}); free some space. What was complete is kept."
-    err.print(f"[bold red]Error:[/] {text}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]Error:[/] {escape(text)}", highlight=False, soft_wrap=True)
     return 1
 
 

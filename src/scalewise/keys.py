@@ -67,6 +67,14 @@ def _plain(name: str) -> str:
     return name
 
 
+def is_path(name: str) -> bool:
+    """Whether a weight's layer is named by its path in diffusers, not with underscores or by the authors."""
+    layer = name.partition(".lora_")[0]
+    return (
+        "." in layer and ".self_attn." not in layer and ".cross_attn." not in layer and "ffn.0" not in layer
+    )
+
+
 def authors_path(path: str) -> str:
     """Path of a layer in the code of the model's authors, where ComfyUI goes by that: so far Wan's."""
     if _WAN.match(path):

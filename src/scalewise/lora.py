@@ -102,6 +102,7 @@ def write_student(
         "scalewise.alpha": str(student.alpha),
         "scalewise.base": student.base,
         "scalewise.denoiser": student.denoiser,
+        "scalewise.layers": str(len(layers)),
         "scalewise.versions": json.dumps(versions()),
         "scalewise.recipe": json.dumps(student.recipe),
     }
@@ -213,6 +214,12 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
     tensors, alphas = keys.read_names(raw)
     check_pairs(tensors)
     if "scalewise.timesteps" in head:
+        found, wanted = len(tensors) // 2, int(head.get("scalewise.layers", len(tensors) // 2))
+        if found != wanted:
+            raise StudentError(
+                f"{file} holds {found} of its {wanted} layers: {wanted - found} are missing. Fetch or train "
+                "it again."
+            )
         own = ScaleSchedule.build(
             json.loads(head["scalewise.timesteps"]), json.loads(head["scalewise.scales"])
         )
@@ -225,7 +232,7 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
         raise StudentError(
             f"{file} carries no schedule in its metadata, so it was not written by scalewise. Give its "
             "schedule: the name of a recipe (`scalewise recipes` lists them) or timesteps with scales, as in "
-            '"1000@64 896@80 737@96 602@128".'
+            '"1000@64 896@80 737@96 602@128". `scalewise export FILE OUT --schedule ...` writes it into one.'
         )
     return _foreign(tensors, alphas, _settings(file, head), schedule=schedule)
 

@@ -212,18 +212,23 @@ def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles
 
 
 def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> float:
-    """Operations of one iteration: DistillStep's fake updates and its student update, mean over the steps."""
-    loss, total = recipe.loss, 0.0
+    """Operations of one iteration: DistillStep's fake updates and its student update, mean over the steps.
+
+    With gradient checkpointing every backward pass runs its forward once more.
+    """
+    loss, total, again = recipe.loss, 0.0, float(recipe.train.gradient_checkpointing)
     for step in steps:
-        student = step.train_flops
+        trained = step.train_flops + again * step.flops
+        tapped = step.feature_train_flops + again * step.feature_flops
+        student = trained
         if loss.mmd.weight:
-            student += step.feature_flops + step.feature_train_flops
+            student += step.feature_flops + tapped
         if loss.gan.weight:
-            student += step.feature_train_flops
+            student += tapped
         if loss.dmd.weight:
             guided = 1 if embedded or loss.dmd.guidance == 1 else 2
             student += (guided + 1) * step.flops
-        fake = step.flops + step.train_flops + (step.feature_train_flops if loss.needs_head else 0.0)
+        fake = step.flops + trained + (tapped if loss.needs_head else 0.0)
         total += student + (loss.fake.updates * fake if loss.needs_fake else 0.0)
     return total / len(steps)
 

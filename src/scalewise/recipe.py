@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 
+from scalewise.errors import first_line
 from scalewise.losses import Penalty
 from scalewise.scales import ScaleSchedule, shifted_sigmas
 
@@ -281,7 +284,10 @@ class Recipe(Frozen):
             try:
                 _assign(values, dotted.strip(), yaml.safe_load(text))
             except yaml.YAMLError as error:
-                raise RecipeError(f"Override {assignment!r} has a value that is not YAML: {error}") from None
+                raise RecipeError(
+                    f"Override {assignment!r} has a value that cannot be read ({first_line(error)}); a list "
+                    "needs quotes around all of it, as in 'lora.targets=[to_q, to_k]'."
+                ) from None
         return Recipe.from_mapping(values, origin="override" if assignments else "recipe")
 
 
@@ -295,6 +301,22 @@ def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
         else:
             names.append(prefix + name)
     return names
+
+
+def explain_fields(
+    model: type[BaseModel] = Recipe, prefix: str = "", *, defaults: BaseModel | None = None
+) -> list[tuple[str, str, str]]:
+    """Dotted name, default and description of every field."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in model.model_fields.items():
+        part, value = field.annotation, getattr(defaults, name, field.default)
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            inside = value if isinstance(value, BaseModel) else None
+            rows += explain_fields(part, f"{prefix}{name}.", defaults=inside)
+        else:
+            shown = "" if value is PydanticUndefined else json.dumps(value)
+            rows.append((prefix + name, shown, field.description or ""))
+    return rows
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalewise.backbone import Backbone
 from scalewise.data import LatentSetWriter
@@ -20,6 +20,12 @@ from scalewise.scales import Scale, downscale_video
 def sample_seed(seed: int, index: int) -> int:
     """Seed of sample number `index` of a set, whatever the batch size and however often it stopped."""
     return derive(seed, "synthetic", index)
+
+
+def weights_key(network: nn.Module) -> int:
+    """A number that changes when a network's weights do: a hash of the first values of every parameter."""
+    heads = [p.detach().flatten()[:16].float().cpu() for p in network.parameters()]
+    return derive(torch.cat(heads).numpy().tobytes().hex())
 
 
 def latents_of_all_scales(
@@ -104,6 +110,7 @@ def _writer(
             "prompts": len(prompts),
             "prompts_key": derive(*prompts),
             "precision": backbone.precision,
+            "weights": weights_key(backbone.model.denoiser),
         },
         shard_rows=shard_rows,
     )

@@ -217,7 +217,7 @@ class Trainer:
         if difference:
             raise checkpoint.CheckpointError(
                 f"The checkpoint {path} belongs to another recipe: {difference}. "
-                "Resume with the run's own recipe, or start a new run in another folder."
+                "Resume with the recipe.yaml in the run's folder, or start a new run in another one."
             )
         self.backbone.roles.load("student", state["student"])
         self.student.optimizer.load_state_dict(state["student_optimizer"])

@@ -93,7 +93,7 @@ def scan_images(folder: Path | str, *, caption_from_name: bool = False) -> tuple
     if not entries:
         raise DataError(
             f"No usable image in {root}: {skipped.summary}. Each needs a caption: <name>.txt beside it, a "
-            "metadata.jsonl, or the option to take captions from file names."
+            "metadata.jsonl, or set data.caption_from_name=true."
         )
     return entries, skipped
 
@@ -150,7 +150,7 @@ def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
     height, width = size
     try:
         with Image.open(entry.path) as file:
-            image = _rgb(ImageOps.exif_transpose(file))
+            image = to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's plugins raise many kinds
         raise DataError(
             f"Cannot read {entry.path} ({error}); restore or remove it and start again."
@@ -189,7 +189,7 @@ def _decoded_size(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB; transparency shows white, 16 bits a channel are scaled and not clipped."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -97,11 +98,16 @@ class PipelineAdapter(ModelAdapter):
             if "vae" in parts and (vae or kind != dtype):
                 vae_class = vae_class_of(vae_config)
                 chosen["vae"] = vae_class.from_pretrained(**where, torch_dtype=kind, use_safetensors=True)
+            if "text" in parts:
+                chosen |= text_encoders(cls.pipeline_class, cls.text_names, str(base), dtype=dtype)
             pipeline = cls.pipeline_class.from_pretrained(
                 str(base), dtype=dtype, use_safetensors=True, **chosen
             )
+        except ModelError:
+            raise
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"Cannot load the model {base}: {first_line(error)}") from error
+        check_complete(pipeline, str(base))
         check_tokenizers(pipeline, cls.text_names, str(base))
         return cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
 
@@ -115,7 +121,8 @@ class PipelineAdapter(ModelAdapter):
     @property
     def device(self) -> torch.device:
         # Offloaded components lie elsewhere than they run; diffusers knows where that is.
-        if any(hasattr(m, "_hf_hook") for c in self._modules() for m in (c, *c.children())):
+        hooks = ("_hf_hook", "_diffusers_hook")
+        if any(hasattr(m, hook) for c in self._modules() for m in (c, *c.children()) for hook in hooks):
             return torch.device(self.pipeline._execution_device)
         return next(p.device for c in self._modules() for p in c.parameters())
 
@@ -207,6 +214,39 @@ class PipelineAdapter(ModelAdapter):
 
     def _modules(self) -> list[nn.Module]:
         return [c for c in self.pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+def text_encoders(
+    pipeline_class: type[DiffusionPipeline], names: Sequence[str], base: str, *, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Load a base's text encoders; weights that its files lack are an error, not drawn at random."""
+    index, found = pipeline_class.load_config(base), {}
+    for name in names:
+        library, kind = index.get(name) or ("", "")
+        if library != "transformers" or not name.startswith("text_encoder"):
+            continue
+        found[name], report = getattr(transformers, kind).from_pretrained(
+            base, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"The {name} of {base} lacks {len(missing)} of its weights, for example {missing[0]}. Fetch "
+                "the model again."
+            )
+    return found
+
+
+def check_complete(pipeline: Any, base: str) -> None:
+    """Refuse modules with weights that their files lack; diffusers leaves those on the meta device."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            empty = [key for key, value in component.named_parameters() if value.is_meta]
+            if empty:
+                raise ModelError(
+                    f"The {name} of {base} lacks {len(empty)} of its weights, for example {empty[0]}. Fetch "
+                    "the model again."
+                )
 
 
 def check_tokenizers(pipeline: Any, names: Sequence[str], base: str) -> None:

@@ -70,6 +70,10 @@ class Wan(PipelineAdapter):
         return Condition({"tokens": tokens})
 
     def encode(self, pixels: Tensor) -> Tensor:
+        if pixels.ndim != 5:
+            raise ModelError(
+                f"{self.base} takes videos [N, 3, F, H, W], not pictures of {list(pixels.shape)}."
+            )
         if (pixels.shape[2] - 1) % self.frame_factor:
             frames, k = pixels.shape[2], (pixels.shape[2] - 1) // self.frame_factor
             raise ModelError(

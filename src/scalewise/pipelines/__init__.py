@@ -19,6 +19,7 @@ from scalewise.pipelines.scale_wise import (
     ScaleWiseSD3Pipeline,
     ScaleWiseSDXLPipeline,
     ScaleWiseWanPipeline,
+    stock_options,
 )
 from scalewise.recipe import RecipeError
 from scalewise.recipes import RECIPES, find_recipe
@@ -51,6 +52,11 @@ def load(
     602@128". `weight`: of the student's adapter. `options` go to the adapter's `load`: `vae` (a tiny
     autoencoder's folder) and `max_sequence_length`.
     """
+    if student == "mini" and str(base) != "mini":
+        raise StudentError(
+            f"The student 'mini' is the mini's and does not fit {base}; name its own with student=..., or "
+            "give student=None and a schedule for the undistilled base."
+        )
     folder = mini.resolve(str(base), mini.TEACHER)
     family = family_of(folder)
     given = read_schedule(schedule) if schedule is not None else None
@@ -65,7 +71,7 @@ def load(
     options = {"max_sequence_length": told.get("max_sequence_length")} | options
     model: Any = family.load(folder, dtype=dtype, **options)
     pipeline = PIPELINES[family](**model.pipeline.components)
-    pipeline.register_to_config(**_options_of(model.pipeline, pipeline))
+    pipeline.register_to_config(**stock_options(model.pipeline, pipeline))
     if found is None:
         pipeline.set_schedule(given)
     pipeline.max_sequence_length = model.max_sequence_length
@@ -86,11 +92,6 @@ def read_schedule(schedule: str | ScaleSchedule) -> ScaleSchedule:
     except RecipeError as error:
         known = ", ".join(RECIPES)
         raise RecipeError(f"There is no schedule {schedule!r}; known are those of {known}.") from error
-
-
-def _options_of(stock: Any, own: Any) -> dict[str, Any]:
-    """Settings of the stock pipeline that are no components, such as SDXL's zeros for an empty prompt."""
-    return {k: v for k, v in stock.config.items() if not k.startswith("_") and k not in own.components}
 
 
 def _local(student: str) -> str:

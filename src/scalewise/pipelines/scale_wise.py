@@ -6,6 +6,7 @@ The sampler is the one of training (scalewise.sampling); what a family needs is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from scalewise import keys
+from scalewise.data.folder import to_rgb
 from scalewise.lora import Student
 from scalewise.models import SD3, SDXL, Condition, Flux, Wan
 from scalewise.rng import SampleNoise
@@ -33,6 +35,11 @@ from scalewise.scales import Scale, ScaleSchedule, downscale_video, upscale_late
 ADAPTER = "scalewise"
 OUTPUTS = ("pil", "np", "pt", "latent")
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+def stock_options(source: Any, target: Any) -> dict[str, Any]:
+    """Settings of a pipeline that are no components, such as SDXL's zeros for an empty prompt."""
+    return {k: v for k, v in source.config.items() if not k.startswith("_") and k not in target.components}
 
 
 class GeneratorNoise:
@@ -82,23 +89,39 @@ class ScaleWisePipeline:
         """
         pipeline: Any = self
         name = self.family.denoiser_name
-        self.set_schedule(student.schedule)
+        self.adapter().check_schedule(student.schedule)
+        matched = student.matched(getattr(pipeline, name))
         if ADAPTER in pipeline.get_list_adapters().get(name, []):
             pipeline.delete_adapters(ADAPTER)
-        matched = student.matched(getattr(pipeline, name))
         # diffusers takes rank and alpha from the shapes; with alpha / rank in B, weight 1 is the student.
         scale = student.alpha / student.rank
         tensors = {k: v * scale if ".lora_B." in k else v for k, v in matched.tensors.items()}
         named = keys.write_names(tensors, "diffusers", denoiser=name, alpha=torch.tensor(1.0))
         pipeline.load_lora_weights(named, adapter_name=ADAPTER)
         pipeline.set_adapters([ADAPTER], [weight])
+        self._schedule = student.schedule
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Save the base as the stock pipeline does, for `scalewise.load` and diffusers alike."""
+        pipeline: Any = self
+        if pipeline.get_list_adapters():
+            raise ValueError(
+                "A pipeline is not saved together with its adapters: keep the base and the student's file, "
+                "or call fuse_lora() and unload_lora_weights() first."
+            )
+        stock = self.family.pipeline_class(**pipeline.components)
+        stock.register_to_config(**stock_options(pipeline, stock))
+        stock.save_pretrained(folder, **options)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every repeated block of the denoiser; `options` go to torch.compile.
 
-        All families can (diffusers' `compile_repeated_blocks` knows no blocks of SD3). Compile after the
-        student is loaded; every scale of the schedule is compiled once, or give dynamic=True.
+        All families can (diffusers' `compile_repeated_blocks` knows no blocks of SD3). Call it after the
+        student is loaded. torch compiles each kind of block for the first scale and then once more, for all
+        others; with dynamic=False for every scale of the schedule, which draws fastest.
         """
+        # torch gives up after 8 versions of a function, and runs it uncompiled with no more than a log line.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.adapter().repeated_blocks():
             block.compile(**options)
 
@@ -160,7 +183,7 @@ class ScaleWisePipeline:
         plan = (schedule or self.schedule).for_size(
             self._full_scale(model, height, width, num_frames, schedule or self.schedule), model.patch
         )
-        model.check_schedule(plan)
+        plan.check(patch=model.patch, largest=model.largest_scale)
         noise = self._noise(len(prompts), generator, seed)
         cond = model.encode_prompts(prompts)
         start, latents = 0, None
@@ -216,7 +239,8 @@ class ScaleWisePipeline:
     ) -> tuple[int, Tensor]:
         """The step at which a picture enters, and its latents at the scale before."""
         levels = [step.t for step in plan]
-        start = next((i for i, t in enumerate(levels) if t <= 1000 * strength), None)
+        # Levels such as 602.15 are shown as 0.602, which has to reach them.
+        start = next((i for i, t in enumerate(levels) if t <= 1000 * strength + 0.5), None)
         if start is None or not 0 < strength <= 1:
             where = "lies below every step of the schedule" if start is None else "is more than all"
             raise ValueError(
@@ -236,7 +260,10 @@ class ScaleWisePipeline:
         """
         if not isinstance(image, Tensor):
             pictures = image if isinstance(image, Sequence) else [image]
-            fitted = [ImageOps.fit(picture.convert("RGB"), (size[-1], size[-2])) for picture in pictures]
+            if model.video and len(pictures) != size[0]:
+                raise ValueError(f"{len(pictures)} frames are given and {size[0]} drawn; give as many.")
+            upright = [to_rgb(ImageOps.exif_transpose(picture)) for picture in pictures]
+            fitted = [ImageOps.fit(picture, (size[-1], size[-2])) for picture in upright]
             image = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 for p in fitted])
             if model.video:
                 image = image.transpose(0, 1).unsqueeze(0)
