@@ -1,5 +1,5 @@
 # make demo   set up, then train and sample the embedded teacher's student; the pictures land in $(OUT)
-# make test   set up, then lint, types and the tests that take seconds
+# make test   set up, then lint, types and the tests: about ten minutes on two cores
 # make slow   the tests that take minutes
 # make lint   ruff and mypy only
 # make venv   set up only
@@ -45,7 +45,7 @@ venv: .venv/.ready
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; \
 	  echo "Found no Python >= 3.11 with the venv module; name one: make venv PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; }
-# torch first and by number: a bare "torch" may bring gigabytes of CUDA where a CPU wheel would do.
+# torch first and by number, so that a CPU wheel is taken where one is offered; Linux's wheels on PyPI bring CUDA.
 	$(PIP) --quiet "torch==2.13.0"
 	$(PIP) --quiet --editable ".[dev]"
 	@touch $@

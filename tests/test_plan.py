@@ -169,7 +169,7 @@ def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_u
     for name, steps, speed in (("sd35-medium", 6, 4.8 / 0.19), ("wan21-1.3b", 4, 137 / 1.84)):
         recipe = find_recipe(name)
         blank = Forward(Scale(1, 1, 1), 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-        plan = Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, Memory(1, 1, 1, 1, 1))
+        plan = Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, Memory(1, 1, 1, 1, 1), 1, 1)
         assert plan.paper_speed_up[0] == pytest.approx(speed)
         other = recipe.override([f"schedule.timesteps={[999, *recipe.schedule.timesteps[1:]]}"])
         assert replace(plan, recipe=other).paper_speed_up == (None, None)
@@ -183,3 +183,10 @@ def test_a_recipe_without_mmd_has_a_plan(folder):
     ])  # fmt: skip
     plan = make_plan(recipe)
     assert plan.iteration_mmd < plan.iteration
+
+
+def test_what_lies_on_disk_is_counted():
+    plan = make_plan(find_recipe("mini"))
+    # 16 tokens of CLIP and 16 of T5, width 256, and a pooled embedding of 256, in float32.
+    assert plan.prompt_bytes == 4 * (32 * 256 + 256)
+    assert plan.sample_bytes == 2 * 16 * (64 + 100 + 144 + 256)

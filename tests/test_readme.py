@@ -79,7 +79,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    with Image.open(tmp_path / "crab.png") as picture:
+    with Image.open(tmp_path / "apple.png") as picture:
         assert picture.size == (128, 128)
 
 

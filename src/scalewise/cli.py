@@ -117,7 +117,7 @@ def sample(
 ) -> None:
     """Draw pictures with a student in a few scale-wise steps.
 
-    Example: `scalewise sample "a red crab, fluent style" "a dog face, noto style" --count 4`
+    Example: `scalewise sample "a red apple, fluent style" "a dog face, noto style" --count 4`
     """
     console.quiet_libraries()
     from scalewise.commands import Drawing, sample_pictures

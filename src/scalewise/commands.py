@@ -215,6 +215,8 @@ def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
         f"{plan.iteration / plan.iteration_mmd:.1f}th")  # fmt: skip
     say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "
         f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
+    say(f"On disk for 1,000 samples of as many prompts: latents {1000 * plan.sample_bytes / GB:,.3g} GB, "
+        f"embeddings of the prompts {1000 * plan.prompt_bytes / GB:,.3g} GB (in the cache)")  # fmt: skip
     _print_memory(plan, gpus=gpus, gigabytes=gigabytes)
 
 

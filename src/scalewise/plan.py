@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -104,6 +105,10 @@ class Plan:
     iteration_mmd: float
     """The same with MMD alone."""
     memory: Memory
+    prompt_bytes: int
+    """On disk, of one prompt's embeddings."""
+    sample_bytes: int
+    """On disk, of one sample's latents at every scale."""
 
     @property
     def scale_wise(self) -> float:
@@ -193,6 +198,8 @@ def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) 
     return Plan(
         recipe, steps, full, recipe.teacher.steps * (2 if guided else 1), sizes, lora,
         iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(alone, steps), memory,
+        prompt_bytes=bytes_each * sum(prod(shape) for shape in model.prompt_shapes().values()),
+        sample_bytes=2 * model.channels * sum(scale.cells for scale in forwards),
     )  # fmt: skip
 
 
