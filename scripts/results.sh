@@ -9,14 +9,14 @@ distill() {  # NAME RECIPE [OVERRIDES]
     scalewise distill "${@:2}" --out "$out/$1" $again
   fi
 }
-distill mini mini
+# What `scalewise distill mini` makes ships with the package.
 distill mini-mmd mini-mmd train.iterations=200 train.batch=8   # as many iterations as the full loss
 distill mini-mmd-long mini-mmd                                 # as much time as the full loss
 distill mini-full-scale mini-full-scale
 distill mini-full-scale-2 mini-full-scale-2
 scalewise evaluate mini \
   teacher teacher:4 undistilled:full undistilled \
-  "scale-wise 4=student:$out/mini" "scale-wise 4, MMD=student:$out/mini-mmd" \
+  "scale-wise 4=student:mini" "scale-wise 4, MMD=student:$out/mini-mmd" \
   "scale-wise 4, MMD, as long=student:$out/mini-mmd-long" \
   "full-scale 4=student:$out/mini-full-scale" "full-scale 2=student:$out/mini-full-scale-2" \
   --out "$out/comparison"

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -203,7 +204,7 @@ def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
         tokens, flops = f"{forward.tokens:,}", f"{forward.flops / 1e12:,.3g}"
         table.add_row(str(i + 1), f"{step.t:g}", str(step.scale), tokens, flops)
     console.out.print(table)
-    say = console.out.print
+    say = partial(console.out.print, soft_wrap=True)
     say(f"\nA sample, denoiser alone: student {plan.scale_wise / 1e12:,.3g} TFLOPs, as many steps at full "
         f"scale {plan.full_scale / 1e12:,.3g}, the teacher's {plan.teacher_forwards} forwards "
         f"{plan.teacher / 1e12:,.3g}")  # fmt: skip
@@ -211,8 +212,8 @@ def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
     say(f"Expected: {plan.teacher / plan.scale_wise:.1f}x faster than the teacher{paper[0]}, "
         f"{plan.full_scale / plan.scale_wise:.2f}x than full scale{paper[1]}")  # fmt: skip
     say(f"An iteration and sample: {plan.iteration / 1e12:,.3g} TFLOPs; full scale "
-        f"{plan.iteration_full / plan.iteration:.2f}x as much, MMD alone a "
-        f"{plan.iteration / plan.iteration_mmd:.1f}th")  # fmt: skip
+        f"{plan.iteration_full / plan.iteration:.2f}x as much, MMD alone "
+        f"{plan.iteration / plan.iteration_mmd:.1f} times less")  # fmt: skip
     say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "
         f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
     say(f"On disk for 1,000 samples of as many prompts: latents {1000 * plan.sample_bytes / GB:,.3g} GB, "
