@@ -10,7 +10,7 @@ distill() {  # NAME RECIPE [OVERRIDES]
   fi
 }
 # What `scalewise distill mini` makes ships with the package.
-distill mini-mmd mini-mmd train.iterations=200 train.batch=8   # as many iterations as the full loss
+distill mini-mmd mini-mmd train.iterations=120 train.batch=8   # as many iterations as the full loss
 distill mini-mmd-long mini-mmd                                 # as much time as the full loss
 distill mini-full-scale mini-full-scale
 distill mini-full-scale-2 mini-full-scale-2

@@ -72,7 +72,7 @@ def test_the_weights_are_half_precision_and_within_the_budget() -> None:
 
 def test_the_shipped_set_is_whole_and_fits_every_recipe(model: ModelAdapter) -> None:
     data = LatentSet.open(mini.DATA)
-    assert len(data) >= 320 and data.settings["guidance"] == find_recipe("mini").teacher.guidance
+    assert len(data) >= 1024 and data.settings["guidance"] == find_recipe("mini").teacher.guidance
     for name in (n for n in RECIPES if find_recipe(n).model.base == "mini"):
         assert set(find_recipe(name).schedule.build().scales) <= set(data.scales), name
     pixels = model.decode(data.latents([0, 1], data.scales[-1]))
