@@ -28,7 +28,7 @@ from scalewise.cli import main
 from scalewise.distill import Batch, DistillStep
 from scalewise.heads import DiscriminatorHead
 from scalewise.lora import Student, write_student
-from scalewise.models import SD3, SDXL, ModelAdapter, Wan
+from scalewise.models import SD3, SDXL, ModelAdapter, ModelError, Wan
 from scalewise.recipe import LossRecipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.rng import generator
@@ -191,3 +191,15 @@ def test_pictures_are_encoded_anew_for_another_vae(tmp_path, monkeypatch):
                                          console.progress)  # fmt: skip
         found.append(latents.latents(range(2), latents.scales[-1]))
     assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_a_folder_of_pictures_is_refused_for_a_video_model(tmp_path):
+    Wan.tiny().save(tmp_path / "base")
+    recipe = find_recipe("mini").override([
+        f"model.base={tmp_path / 'base'}", "schedule.scales=['2x4x4', '3x8x8']",
+        "schedule.timesteps=[1000.0, 600.0]",
+    ])  # fmt: skip
+    with pytest.raises(RecipeError, match=r"is a folder of pictures, but .* makes videos"):
+        build._encode_images(recipe, tmp_path, console.progress)
+    with pytest.raises(ModelError, match=r"takes videos \[N, 3, F, H, W\], not pictures of"):
+        Wan.tiny().encode(torch.zeros(1, 3, 32, 32))
