@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
 from scalewise import losses
+from scalewise.backbone import Backbone
 from scalewise.distill import Batch, DistillStep, draw_levels
+from scalewise.heads import DiscriminatorHead
 from scalewise.models import SDXL, Flux, ModelAdapter
 from scalewise.recipe import LossRecipe
 from scalewise.rng import generator
@@ -178,3 +180,10 @@ def fake_gradients(step: DistillStep, batch: Batch, rng) -> tuple[dict, list[tor
     if step.head:
         step.head.zero_grad()
     return own_gradients(fake), head_gradients
+
+
+def make_head(backbone: Backbone, loss: LossRecipe) -> DiscriminatorHead | None:
+    """The discriminator's head, if the loss has one; the same in every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return DiscriminatorHead(backbone.model.width) if loss.needs_head else None

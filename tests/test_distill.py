@@ -14,6 +14,7 @@ from separate import (
     gradients,
     joint_student_loss,
     largest_error,
+    make_head,
     noised,
     own_gradients,
     separate_model,
@@ -42,10 +43,7 @@ def make_step(make_backbone):
         backbone = make_backbone("student", *(["fake"] if loss.needs_fake else []))
         if checkpointing:
             backbone.enable_checkpointing()
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            head = DiscriminatorHead(backbone.model.width) if loss.needs_head else None
-        return DistillStep(backbone, loss, head=head)
+        return DistillStep(backbone, loss, head=make_head(backbone, loss))
 
     return make
 

@@ -17,6 +17,7 @@ from separate import (
     gradients,
     joint_student_loss,
     largest_error,
+    make_head,
     own_gradients,
     separate_model,
 )
@@ -26,7 +27,6 @@ from scalewise import build, console, mini, models, study
 from scalewise.backbone import Backbone
 from scalewise.cli import main
 from scalewise.distill import Batch, DistillStep
-from scalewise.heads import DiscriminatorHead
 from scalewise.lora import Student, write_student
 from scalewise.models import SD3, SDXL, ModelAdapter, ModelError, Wan
 from scalewise.recipe import LossRecipe, RecipeError
@@ -50,10 +50,7 @@ def make_step(family: type[ModelAdapter], name: str, *, checkpointing: bool = Fa
             parameter.data = 0.2 * draw(*parameter.shape, seed=1000 * number + i)
     if checkpointing:
         backbone.enable_checkpointing()
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        head = DiscriminatorHead(backbone.model.width) if loss.needs_head else None
-    return DistillStep(backbone, loss, head=head)
+    return DistillStep(backbone, loss, head=make_head(backbone, loss))
 
 
 def make_batch(model: ModelAdapter) -> Batch:

@@ -251,3 +251,11 @@ def test_a_student_that_lost_layers_is_refused_with_their_number(file, tmp_path)
     gone = (len(tensors) - len(kept)) // 2
     with pytest.raises(StudentError, match=f"{len(kept) // 2} of its {len(tensors) // 2} layers: {gone} are"):
         load_student(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(("layer", "own"), [
+    ("blocks.0.ffn.net.0.proj", True), ("blocks.0.attn1.to_q", True), ("blocks.0.ffn.2", False),
+    ("blocks.0.ffn.0", False), ("blocks.0.self_attn.q", False), ("transformer_blocks_0_attn_to_q", False),
+])  # fmt: skip
+def test_diffusers_paths_are_told_from_others(layer, own):
+    assert keys.is_path(f"{layer}.lora_A.weight") is own

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,23 @@ def load_averaged(name: str, module: nn.Module) -> nn.Module:
     state |= {k[4:]: v for k, v in tensors.items() if k.startswith("ema/")}
     load_own(module, state)
     return module.eval().requires_grad_(False)
+
+
+def euler(
+    velocity: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, *, steps: int, guidance: float,
+    shift: float,
+) -> Tensor:  # fmt: skip
+    """Sample from noise x [N, ...] by Euler steps on the shifted schedule, with classifier-free guidance.
+
+    `velocity(both, t)` gets x twice [2 N, ...] and t [2 N] in [0, 1000], and gives the velocities with and
+    without the caption.
+    """
+    linear = torch.linspace(1, 1 / 1000, steps)
+    sigmas = torch.cat([shift * linear / (1 + (shift - 1) * linear), torch.zeros(1)])
+    for now, then in pairwise(sigmas):
+        told, untold = velocity(torch.cat([x, x]), (1000 * now).expand(2 * len(x)))
+        x = x + (then - now) * (untold + guidance * (told - untold))
+    return x
 
 
 def batches(count: int, size: int, step: int, *, seed: int = 0) -> Tensor:

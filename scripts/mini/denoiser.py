@@ -13,12 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Stage, batches, chunks, half_is_fast, load_averaged, load_pictures, to_float, work_folder
+from common import (
+    Stage,
+    batches,
+    chunks,
+    euler,
+    half_is_fast,
+    load_averaged,
+    load_pictures,
+    to_float,
+    work_folder,
+)
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -156,20 +165,22 @@ def draw(
     )
     tokens, pooled = encode(text, captions)
     none_tokens, none_pooled = encode(text, [""])
-    linear = torch.linspace(1, 1 / 1000, steps)
-    sigmas = torch.cat([SHIFT * linear / (1 + (SHIFT - 1) * linear), torch.zeros(1)])
-    x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    for now, then in pairwise(sigmas):
+    both = torch.cat([tokens, none_tokens.expand_as(tokens)])
+    both_pooled = torch.cat([pooled, none_pooled.expand_as(pooled)])
+
+    def velocity(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
-            velocity = model(
-                hidden_states=torch.cat([x, x]),
-                timestep=(1000 * now).expand(2 * len(x)),
-                encoder_hidden_states=torch.cat([tokens, none_tokens.expand_as(tokens)]),
-                pooled_projections=torch.cat([pooled, none_pooled.expand_as(pooled)]),
+            found = model(
+                hidden_states=x,
+                timestep=t,
+                encoder_hidden_states=both,
+                pooled_projections=both_pooled,
                 return_dict=False,
-            )[0].float()
-        told, untold = velocity.chunk(2)
-        x = x + (then - now) * (untold + guidance * (told - untold))
+            )[0]
+        return found.float().chunk(2)
+
+    x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
+    x = euler(velocity, x, steps=steps, guidance=guidance, shift=SHIFT)
     return vae.decode(x / data["factor"] + data["shift"]).sample.clamp(-1, 1)
 
 

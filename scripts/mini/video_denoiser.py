@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from common import Stage, batches, half_is_fast, load_averaged, work_folder
+from common import Stage, batches, euler, half_is_fast, load_averaged, work_folder
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -148,19 +147,16 @@ def draw(
     model, vae = load_averaged("video_denoiser", build()), load_averaged("video_vae", build_vae())
     text = load_averaged("video_text", VideoText(clips))
     tokens, nothing = text.encode(captions), text.encode([""])
-    linear = torch.linspace(1, 1 / 1000, steps)
-    sigmas = torch.cat([SHIFT * linear / (1 + (SHIFT - 1) * linear), torch.zeros(1)])
+    both = torch.cat([tokens, nothing.expand_as(tokens)])
+
+    def velocity(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
+            found = model(hidden_states=x, timestep=t, encoder_hidden_states=both, return_dict=False)[0]
+        return found.float().chunk(2)
+
     shape = data[f"latents_{scale}"].shape[1:]
     x = torch.randn(len(captions), *shape, generator=torch.Generator().manual_seed(seed))
-    for now, then in pairwise(sigmas):
-        velocity = model(
-            hidden_states=torch.cat([x, x]),
-            timestep=(1000 * now).expand(2 * len(x)),
-            encoder_hidden_states=torch.cat([tokens, nothing.expand_as(tokens)]),
-            return_dict=False,
-        )[0]
-        told, untold = velocity.chunk(2)
-        x = x + (then - now) * (untold + guidance * (told - untold))
+    x = euler(velocity, x, steps=steps, guidance=guidance, shift=SHIFT)
     mean, std = (data[k].view(1, -1, 1, 1, 1) for k in ("mean", "std"))
     return vae.decode(x * std + mean).sample.clamp(-1, 1)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from scalewise.plan import GB, Plan, make_plan, scales_to_count
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.runs import distill
-from scalewise.sampling import last
 from scalewise.teacher import generate
 
 
@@ -63,15 +61,11 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
         enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
         console.progress("drawing", total) as done,
     ):
-        steps = itertools.count(1)
-        for start in range(0, len(texts), asked.batch):
+        for number, start in enumerate(range(0, len(texts), asked.batch)):
             part = slice(start, start + asked.batch)
-            latents = last(
-                counted(
-                    sampler(model.encode_prompts(texts[part]), uncond, seeds[part]), lambda: done(next(steps))
-                )
-            )
-            for text, own, sample in zip(texts[part], seeds[part], model.decode(latents), strict=True):
+            for step, x0 in sampler(model.encode_prompts(texts[part]), uncond, seeds[part]):  # noqa: B007
+                done(number * contender.steps + step + 1)
+            for text, own, sample in zip(texts[part], seeds[part], model.decode(x0), strict=True):
                 name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-")
                 files.append(save_sample(sample, out / f"{name}-{own}"))
     return files, time.perf_counter() - started
@@ -147,13 +141,6 @@ def export_student(
         found = found.matched(skeleton(mini.resolve(found.base, mini.TEACHER)).denoiser)
     write_student(out, found, form=kind)
     return len(found.tensors)
-
-
-def counted(steps: Iterator[tuple[int, Tensor]], done: Callable[[], None]) -> Iterator[tuple[int, Tensor]]:
-    """Pass a sampler's steps through and report each."""
-    for i, x0 in steps:
-        done()
-        yield i, x0
 
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:

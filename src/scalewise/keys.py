@@ -19,6 +19,7 @@ _PEFT = "base_model.model."
 _FLAT = re.compile(r"^lora_(?:unet|transformer)_(?P<path>.+)\.(?P<part>lora_down|lora_up)\.weight$")
 # Wan's layers as its authors' code names them, and after them ComfyUI.
 _WAN = re.compile(r"^blocks\.\d+\.(attn[12]|ffn)\.")
+_WAN_AUTHORS = re.compile(r"\.(self_attn\.|cross_attn\.|ffn\.\d)")
 _WAN_NAMES = (
     (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_out.0", ".o"), (".to_q", ".q"),
     (".to_k", ".k"), (".to_v", ".v"), (".net.0.proj", ".0"), (".net.2", ".2"),
@@ -70,9 +71,7 @@ def _plain(name: str) -> str:
 def is_path(name: str) -> bool:
     """Whether a weight's layer is named by its path in diffusers, not with underscores or by the authors."""
     layer = name.partition(".lora_")[0]
-    return (
-        "." in layer and ".self_attn." not in layer and ".cross_attn." not in layer and "ffn.0" not in layer
-    )
+    return "." in layer and not _WAN_AUTHORS.search(layer)
 
 
 def authors_path(path: str) -> str:
