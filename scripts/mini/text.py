@@ -32,6 +32,7 @@ from common import (
     to_float,
     work_folder,
 )
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -348,8 +349,13 @@ def measure() -> dict[str, float]:
     found: dict[str, float] = {}
     everything = load_pictures().captions
     for name, stage, build in (("text", "towers", TeacherText), ("scorer", "scorer", Scorer)):
-        if not (work_folder() / stage / "state.safetensors").exists():
+        path = work_folder() / stage / "state.safetensors"
+        if not path.exists():
             continue
+        with safe_open(path, "pt") as file:
+            if file.metadata()["step"] == "0":  # by restore.py, which has no image tower to rank against
+                print(f"{stage}: restored without its image tower, not measured")
+                continue
         model = load_averaged(stage, build(everything))
         for split in ("test", "train"):
             pictures = load_pictures(split=split, denoiser_only=True)
