@@ -71,6 +71,13 @@ def test_a_power_law_field_gives_its_exponent_and_amplitude(exponent):
     assert inner.power[20] == pytest.approx(0.1 * float(inner.frequency[20]) ** -exponent, rel=0.03)
 
 
+@pytest.mark.parametrize("side", [4, 5, 8, 9, 16])
+def test_nothing_is_lost_at_full_size(side):
+    spectra = Spectra.of(white(4, 2, side, side + 3))
+    assert float(spectra.space.frequency[-1]) <= 0.5 and bool(spectra.space.power.isfinite().all())
+    assert spectra.lost(spectra.full) == 0.0
+
+
 def test_a_constant_part_has_no_place_in_the_spectrum():
     x0 = white(8, 4, 16, 16)
     torch.testing.assert_close(radial_spectrum(x0 + 5).power, radial_spectrum(x0).power)
@@ -142,7 +149,7 @@ def test_a_proposal_upscales_only_what_the_noise_hides_and_no_cheaper_one_does()
         side = schedule[i].scale.height
         # P(side / 128) = 0.02 (side / 128)^-2 <= (t / (1000 - t))^2
         least = 128 * math.sqrt(0.02) * (1000 - t) / t
-        assert side == max(8, 2 * math.ceil(least / 2))
+        assert side == max(2 * math.ceil(least / 2), schedule[i + 1].scale.height / 2)
     careful = propose(spectra, FM, timesteps, patch=2, smallest=0.1, margin=4.0)
     assert all(m >= 4 for m in margins(spectra, FM, careful))
     assert all(c.covers(s) for c, s in zip(careful.scales, schedule.scales, strict=True))
@@ -167,14 +174,16 @@ def test_a_budget_is_kept_and_spent_on_the_margin():
 
     cheapest = sum(map(cost, schedule_at(1.0).scales)) / (4 * 64 * 64)
     for budget in (cheapest, 0.5, 0.8):
-        found = within_budget(schedule_at, cost, budget)
+        found = within_budget(schedule_at, cost, budget=budget)
         assert sum(map(cost, found.scales)) <= budget * 4 * 64 * 64
         reached = min(margins(spectra, FM, found))
         dearer = schedule_at(reached * 1.001)  # a little more margin costs more than the budget
         assert sum(map(cost, dearer.scales)) > budget * 4 * 64 * 64
-    assert within_budget(schedule_at, cost, 1.0).scales == (Scale(1, 64, 64),) * 4
-    with pytest.raises(ValueError, match=r"budget of 0.01 .* takes 0\.\d\d of it"):
-        within_budget(schedule_at, cost, 0.01)
+    assert within_budget(schedule_at, cost, budget=1.0).scales == (Scale(1, 64, 64),) * 4
+    with pytest.raises(ValueError, match=r"budget of 0.01 .* margin of 1 takes 0\.\d\d of it"):
+        within_budget(schedule_at, cost, budget=0.01)
+    with pytest.raises(ValueError, match=r"margin of 100 takes"):
+        within_budget(schedule_at, cost, budget=cheapest, least=100)
 
 
 def test_the_papers_timesteps_are_entries_of_the_teachers_schedule():

@@ -1,4 +1,4 @@
-"""The command line: demo, plan, generate, distill, sample, export, evaluate, recipes."""
+"""The command line: demo, spectrum, plan, generate, distill, sample, export, evaluate, recipes."""
 
 from __future__ import annotations
 
@@ -275,6 +275,47 @@ def evaluate(
         scorer=scorer,
         out=out,
     )
+
+
+@app.command()
+def spectrum(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A set or a folder of pictures to measure (default: the recipe's data.path)."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Latents to measure, at most.")] = 512,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Propose so many steps (default: the recipe's timesteps).")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="Propose scales for these timesteps, such as '1000 900 750 600'.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Part of the full-scale tokens to spend; buys the largest margin.")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="How much stronger noise has to be than what a scale cannot hold.")
+    ] = 1.0,
+    smallest: Annotated[float, typer.Option(help="No side below this part of the full one.")] = 0.25,
+    at: Annotated[
+        str | None, typer.Option(help="Noise levels of the figure's panels, such as '900 700 500'.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for figure and numbers.")] = Path("spectrum"),
+) -> None:
+    """Tell from the data's spectrum which scale is safe at which noise level, and propose a schedule.
+
+    Examples: `scalewise spectrum mini`, `scalewise spectrum sd35-medium --data my-pictures --steps 4`,
+    `scalewise spectrum mini --budget 0.5`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import run_spectrum
+    from scalewise.survey import Wish, parse_levels
+
+    chosen = _recipe(recipe, [*(overrides or []), *([f"data.path={data}"] if data else [])])
+    wish = Wish(steps, parse_levels(timesteps), budget, margin, smallest)
+    run_spectrum(chosen, wish, levels=parse_levels(at), count=count, out=out)
 
 
 @app.command()

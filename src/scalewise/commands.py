@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from scalewise.plan import GB, Plan, make_plan, scales_to_count
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.runs import distill
+from scalewise.scales import ScaleSchedule
+from scalewise.survey import Wish, survey
 from scalewise.teacher import generate
 
 
@@ -297,3 +300,43 @@ def run_evaluate(
         out=out,
     )
     console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
+
+
+def short(schedule: ScaleSchedule) -> str:
+    """A schedule for the eye: timesteps without decimals."""
+    return " ".join(f"{step.t:.0f}@{step.scale}" for step in schedule)
+
+
+def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count: int, out: Path) -> None:
+    """Survey the latents of a recipe's data; print tables, write figure and numbers."""
+    from scalewise.report.spectra import draw_survey
+
+    found = survey(recipe, wish, count=count, progress=console.progress)
+    say = partial(console.out.print, soft_wrap=True)
+    falls = ", ".join(f"f^-{s.exponent():.2f} in {axis}" for axis, s in found.axes.items())
+    say(f"{found.latents} latents of {found.spectra.full}; their power falls about as {falls}")
+    for axis, scales in found.options.items():
+        safe = ((s, found.spectra.safe_from(s, found.noise)) for s in scales if s != found.spectra.full)
+        parts = (f"{s} from t = {t:.0f}" if t is not None else f"{s} never" for s, t in safe)
+        say(f"Safe in {axis}: {', '.join(parts)}")
+    table = Table("", "schedule", "tokens", "TFLOPs", "margins", box=None, header_style="bold")
+    for judged in found.schedules:
+        hidden = " ".join(f"{m:.3g}" for m in judged.margins) or "-"
+        tokens, flops = f"{judged.tokens:,}", f"{judged.flops / 1e12:,.3g}"
+        table.add_row(
+            judged.name, short(judged.schedule), f"{tokens} ({judged.token_part:.0%})",
+            f"{flops} ({judged.flop_part:.0%})", hidden,
+        )  # fmt: skip
+    console.out.print(table)
+    say("In brackets: of as many steps at full scale. A margin is how much stronger noise is, at a step's t, "
+        "than the strongest detail that the latent enlarged for it lacks; below 1 is not safe.")  # fmt: skip
+    for judged in found.schedules:
+        for sentence in judged.advice:
+            say(f"[yellow]{judged.name}:[/] {sentence}")
+    proposed = found.schedules[-1].schedule
+    timesteps, scales = (", ".join(map(str, v)) for v in (proposed.timesteps, proposed.scales))
+    say(f"To train with the proposal: 'schedule.timesteps=[{timesteps}]' 'schedule.scales=[{scales}]'")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    figure = draw_survey(found, levels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png")
+    say(f"The figure is {figure}; the numbers lie beside it.")

@@ -218,6 +218,13 @@ def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles
     )  # fmt: skip
 
 
+def forward_flops(model: PipelineAdapter, scale: Scale) -> float:
+    """Count the operations of one sample's forward through a skeleton's denoiser at a scale."""
+    run = partial(_predict, model, scale)
+    with torch.no_grad():
+        return count(run, network=model.denoiser, blocks=model.repeated_blocks(), backward=False).flops
+
+
 def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> float:
     """Operations of one iteration: DistillStep's fake updates and its student update, mean over the steps.
 

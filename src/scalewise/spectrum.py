@@ -70,7 +70,8 @@ def radial_spectrum(latents: Tensor) -> Spectrum:
         torch.fft.fftfreq(height, dtype=torch.float64)[:, None],
         torch.fft.fftfreq(width, dtype=torch.float64)[None],
     )
-    ring = (radius * side).round().long().flatten()
+    # The corners, beyond half a cycle per cell, go into a ring of their own, which is left out.
+    ring = torch.where(radius > 0.5, side, (radius * side).round().long()).flatten()
     count = torch.bincount(ring).double()
     mean_radius, mean_power = (
         torch.bincount(ring, weights=v.flatten()) / count for v in (radius, power / len(planes))
@@ -178,44 +179,51 @@ def propose(
     """Return the cheapest schedule at these timesteps whose every upscaling the noise hides.
 
     Step i + 1 starts from what step i made at its scale, enlarged and noised to t_{i+1}: what that scale
-    could not hold is missing there, so it has to be safe at t_{i+1}. The last step works at full size.
-    Frames are chosen like sides, on their own.
+    could not hold is missing there, so it has to be safe at t_{i+1}. The last step works at full size, and no
+    step more than doubles a side or the frames, as in the paper. Frames are chosen like sides, on their own.
     """
-    full, steps = spectra.full, []
-    sizes = candidates(full, patch, smallest=smallest)
+    full = spectra.full
+    sides = [s.size for s in candidates(full, patch, smallest=smallest)]
     counts = [n for n in range(1, full.frames + 1) if n >= smallest * full.frames]
-    for t in timesteps[1:]:
+
+    def safe(scale: Scale, t: float) -> bool:
+        return scale == full or spectra.margin(scale, t, noise) >= margin
+
+    scales = [full]
+    for t in reversed(timesteps[1:]):
+        after = scales[0]
         height, width = next(
-            s.size
-            for s in sizes
-            if s.size == full.size or spectra.margin(Scale(full.frames, *s.size), t, noise) >= margin
+            size
+            for size in sides
+            if 2 * size[0] >= after.height
+            and 2 * size[1] >= after.width
+            and safe(Scale(full.frames, *size), t)
         )
-        frames = next(
-            n for n in counts if n == full.frames or spectra.margin(Scale(n, *full.size), t, noise) >= margin
-        )
-        steps.append(Scale(frames, height, width))
-    return ScaleSchedule.build(timesteps, [*steps, full])
+        frames = next(n for n in counts if 2 * n >= after.frames and safe(Scale(n, *full.size), t))
+        scales.insert(0, Scale(frames, height, width))
+    return ScaleSchedule.build(timesteps, scales)
 
 
 def within_budget(
-    schedule_at: Callable[[float], ScaleSchedule], cost: Callable[[Scale], float], budget: float
-) -> ScaleSchedule:
+    schedule_at: Callable[[float], ScaleSchedule], cost: Callable[[Scale], float], *, budget: float,
+    least: float = 1.0,
+) -> ScaleSchedule:  # fmt: skip
     """Return the schedule with the largest margin whose cost is at most `budget` times that of full scale.
 
-    `schedule_at` gives a schedule for a margin, `cost` what a step at a scale costs. ValueError if even a
-    margin of 1, the least that is safe, costs more.
+    `schedule_at` gives a schedule for a margin, `cost` what a step at a scale costs. ValueError if even the
+    `least` margin costs more.
     """
 
     def part(margin: float) -> float:
         schedule = schedule_at(margin)
         return sum(map(cost, schedule.scales)) / (len(schedule) * cost(schedule.full))
 
-    if part(1.0) > budget:
+    if part(least) > budget:
         raise ValueError(
-            f"A budget of {budget:.2g} of the full-scale cost cannot be met: the cheapest safe schedule "
-            f"takes {part(1.0):.2f} of it. Allow that, or give higher timesteps or more steps."
+            f"A budget of {budget:.2g} of the full-scale cost cannot be met: the cheapest schedule with a "
+            f"margin of {least:g} takes {part(least):.2f} of it. Allow that, or give higher timesteps."
         )
-    low, high = 0.0, 40.0  # logarithms of margins, of which the second lets nothing pass below full size
+    low, high = math.log(least), 40.0  # logarithms; the second lets nothing pass below full size
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if part(math.exp(middle)) <= budget else (low, middle)

@@ -1,0 +1,146 @@
+"""The `spectrum` command: what it measures, judges, proposes, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from scalewise import console, mini
+from scalewise.cli import main
+from scalewise.data import LatentSet
+from scalewise.models import SDXL, Wan
+from scalewise.models.skeleton import skeleton
+from scalewise.noise import FlowMatching
+from scalewise.recipes import find_recipe
+from scalewise.scales import Scale
+from scalewise.spectrum import radial_spectrum
+from scalewise.survey import Wish, chosen_timesteps, gather, parse_levels, survey
+from scalewise.teacher import generate
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["spectrum", *map(str, arguments)])
+    return int(end.value.code or 0)
+
+
+def test_the_mini_is_surveyed_out_of_the_box(tmp_path, capsys):
+    assert run("mini", "--count", "128", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "spectrum.json").read_text())
+    recipe, proposal = found["schedules"]
+    schedule = find_recipe("mini").schedule.build()
+    assert recipe["scales"] == [str(s) for s in schedule.scales]
+    assert recipe["tokens"] == schedule.tokens(1) and recipe["token_part"] == recipe["tokens"] / 1024
+    # The shipped schedule is careful: noise exceeds what upscaling misses by far.
+    assert min(recipe["margins"]) > 2 and recipe["advice"] == []
+    assert proposal["tokens"] < recipe["tokens"] and proposal["flops"] < recipe["flops"]
+    assert all(m >= 1 for m in proposal["margins"]) and proposal["advice"] == []
+    space = found["axes"]["space"]
+    assert 1.5 < space["exponent"] < 3
+    # Levels and scales say the same: the smallest safe scale at t is the first whose threshold t reaches.
+    for level in space["levels"]:
+        first = next(s["scale"] for s in space["scales"] if s["safe_from"] <= level["t"])
+        assert level["smallest_safe"] == first
+        power = level["alpha"] ** 2 * torch.tensor(space["clean"]) + level["sigma"] ** 2
+        torch.testing.assert_close(torch.tensor(level["noisy"]), power)
+    assert str(found["latents"]) in said and "To train with the proposal" in said
+    with Image.open(tmp_path / "spectrum.png") as image:
+        assert image.width > 800 and len(image.convert("RGB").getcolors(10**6)) > 50
+
+
+def test_what_it_proposes_can_be_trained(tmp_path, capsys):
+    assert run("mini-mmd", "--steps", "3", "--count", "64", "--out", tmp_path) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if "To train" in x)
+    schedule = find_recipe("mini-mmd").override(line.split("'")[1::2]).schedule.build()
+    assert len(schedule) == 3 and schedule.full == Scale(1, 16, 16)
+    skeleton(mini.TEACHER).check_schedule(schedule)
+
+
+def test_a_budget_is_kept_by_the_command(tmp_path, capsys):
+    assert run("mini", "--budget", "0.5", "--count", "64", "--out", tmp_path) == 0
+    proposal = json.loads((tmp_path / "spectrum.json").read_text())["schedules"][1]
+    assert 0.4 < proposal["token_part"] <= 0.5
+    capsys.readouterr()
+    assert run("mini", "--budget", "0.1", "--out", tmp_path) != 0
+    assert "budget of 0.1" in capsys.readouterr().err
+
+
+def test_timesteps_are_the_recipes_or_those_asked_for():
+    model, own = skeleton(mini.TEACHER), find_recipe("mini").schedule.build()
+    assert chosen_timesteps(model, own, Wish()) == list(own.timesteps)
+    six = chosen_timesteps(model, own, Wish(steps=6))
+    assert len(six) == 6 and six[0] == 1000 and six[-1] == pytest.approx(own.timesteps[-1], abs=8)
+    assert chosen_timesteps(model, own, Wish(timesteps=(1000.0, 500.0))) == [1000.0, 500.0]
+
+
+def test_pictures_are_encoded_and_small_ones_left_out(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for i, side in enumerate((128, 160, 128, 64)):
+        pixels = torch.randint(0, 255, (side, side, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    recipe = find_recipe("mini").override([f"data.path={tmp_path}"])
+    with pytest.warns(UserWarning, match="1 of 4 pictures are smaller than 128x128 pixels"):
+        latents = gather(recipe, Scale(1, 16, 16), count=100, progress=console.progress)
+    assert latents.shape == (3, 16, 16, 16)
+    for path in tmp_path.glob("[012].png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"None of the 1 pictures in .* full size of 128x128"):
+        gather(recipe, Scale(1, 16, 16), count=100, progress=console.progress)
+
+
+def test_a_set_is_read_at_full_size():
+    recipe = find_recipe("mini")
+    latents = gather(recipe, Scale(1, 16, 16), count=10, progress=console.progress)
+    everything = LatentSet.open(mini.DATA).latents(range(1024), Scale(1, 16, 16))
+    assert latents.shape == (10, 16, 16, 16)
+    assert all((everything == row).flatten(1).all(1).any() for row in latents)
+
+
+@pytest.mark.parametrize(("family", "scales"), [(SDXL, ["4", "8"]), (Wan, ["3x4x4", "5x8x8"])])
+def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
+    model = family.tiny()
+    model.save(tmp_path / "model")
+    changes = [
+        f"model.base={tmp_path / 'model'}", "schedule.timesteps=[1000,500]", f"schedule.scales={scales}",
+        f"data.path={tmp_path / 'set'}", "teacher.steps=2", "loss.feature_block=0",
+    ]  # fmt: skip
+    recipe = find_recipe("mini-mmd").override(changes)
+    from scalewise import build
+
+    list(
+        generate(
+            build.teacher_backbone(recipe), recipe, ["a cat"], tmp_path / "set", count=4, batch=4, seed=0
+        )
+    )
+    found = survey(recipe, Wish(), count=8, progress=console.progress)
+    assert isinstance(found.noise, FlowMatching) is (family is Wan)
+    assert list(found.axes) == (["space", "time"] if family is Wan else ["space"])
+    latents = LatentSet.open(tmp_path / "set").latents(range(4), Scale.parse(scales[-1]))
+    torch.testing.assert_close(found.axes["space"].power, radial_spectrum(latents).power)
+    assert json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["mini", "--margin", "0.5"], "margin of 0.5 is not safe"),
+    (["mini", "--steps", "3", "--timesteps", "1000 500"], "not both"),
+    (["mini", "--timesteps", "1000 5x"], "Cannot read the noise levels"),
+    (["mini", "--timesteps", "1200 500"], "1200 lies outside"),
+    (["mini", "--timesteps", "500 1000"], "timesteps must fall"),
+    (["mini", "--budget", "1.5"], "part of the full-scale cost"),
+    (["mini", "--smallest", "2"], "part of the full side"),
+    (["mini", "--data", "nowhere"], "no latents or pictures in nowhere"),
+    (["minni"], "mini"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_sentence(arguments, message, tmp_path, capsys):
+    assert run(*arguments, "--out", tmp_path / "out") != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_levels_are_read_with_commas_or_blanks():
+    assert parse_levels("1000, 896 737") == (1000.0, 896.0, 737.0)
+    assert parse_levels(None) == ()
