@@ -23,13 +23,15 @@ SCALE_WISE, FULL_SCALE = "scale-wise", "full-scale"
 
 
 def recipes() -> dict[tuple[str, str], Recipe]:
-    """The four combinations, all with the mini's batch."""
-    full = ["schedule.full_scale=true"]
+    """The four combinations, all with the same batch."""
+    full_loss = find_recipe("mini")
+    mmd_alone = find_recipe("mini-mmd").override([f"train.batch={full_loss.train.batch}"])
+    full_scale = ["schedule.full_scale=true"]
     return {
-        (SCALE_WISE, "full loss"): find_recipe("mini"),
-        (SCALE_WISE, "MMD alone"): find_recipe("mini-mmd"),
-        (FULL_SCALE, "full loss"): find_recipe("mini").override(full),
-        (FULL_SCALE, "MMD alone"): find_recipe("mini-mmd").override(full),
+        (SCALE_WISE, "full loss"): full_loss,
+        (SCALE_WISE, "MMD alone"): mmd_alone,
+        (FULL_SCALE, "full loss"): full_loss.override(full_scale),
+        (FULL_SCALE, "MMD alone"): mmd_alone.override(full_scale),
     }
 
 
