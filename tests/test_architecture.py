@@ -25,7 +25,7 @@ RANKS = [
     "backbone data lora recipes",
     "sampling distill",
     "batches teacher",
-    "trainer build runs contenders evaluate metrics bench study report pipelines plan survey",
+    "trainer build runs contenders evaluate metrics bench study report pipelines plan survey speed",
     "commands demo",
     "cli",
     "__main__",

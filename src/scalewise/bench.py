@@ -18,7 +18,8 @@ from typing import Any
 Clock = Callable[[], float]
 """Seconds since whenever; waits first until the device has done what it was given."""
 Parts = Mapping[str, Callable[[], object]]
-"""What makes up one batch, in the order in which it runs: {"text": ..., "denoiser": ..., "vae": ...}."""
+"""What makes up one batch, in the order in which it runs: {"text": ..., "denoiser": ..., "vae": ...}.
+Pieces of a part are written "denoiser/1", "denoiser/2"; the part is their sum."""
 Laps = dict[str, dict[str, list[float]]]
 """laps[contender][part][round] in milliseconds per image."""
 
@@ -132,13 +133,17 @@ def interleave(
 
 def time_parts(subject: Subject, batch: int, clock: Clock) -> dict[str, float]:
     """Milliseconds per image of each part and in total, from one run; entering and leaving do not count."""
-    lap = {}
+    lap, pieces = dict[str, float](), dict[str, float]()
     with subject.enter(batch) as parts:
-        for part, work in parts.items():
+        for name, work in parts.items():
             started = clock()
             work()
-            lap[part] = 1000 * (clock() - started) / batch
-    return lap | {TOTAL: sum(lap.values())}
+            milliseconds = 1000 * (clock() - started) / batch
+            part, _, piece = name.partition("/")
+            lap[part] = lap.get(part, 0.0) + milliseconds
+            if piece:
+                pieces[name] = milliseconds
+    return lap | {TOTAL: sum(lap.values())} | pieces
 
 
 def summarise(laps: Laps, batch: int, *, baseline: str) -> list[Timing]:
@@ -158,7 +163,7 @@ def summarise(laps: Laps, batch: int, *, baseline: str) -> list[Timing]:
 
 def table(timings: Sequence[Timing]) -> str:
     """A table in markdown: milliseconds per image by part, and the speed-up with its interval."""
-    parts = list(timings[0].parts)
+    parts = [part for part in timings[0].parts if "/" not in part]
     head = ["", "batch", *(f"{part}, ms" for part in parts), "speed-up", "of the denoiser alone"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for timing in timings:

@@ -1,4 +1,4 @@
-"""The command line: demo, spectrum, plan, generate, distill, sample, export, evaluate, recipes."""
+"""The command line: demo, recipes, plan, spectrum, generate, distill, sample, evaluate, bench, export."""
 
 from __future__ import annotations
 
@@ -316,6 +316,46 @@ def spectrum(
     chosen = _recipe(recipe, [*(overrides or []), *([f"data.path={data}"] if data else [])])
     wish = Wish(steps, parse_levels(timesteps), budget, margin, smallest)
     run_spectrum(chosen, wish, levels=parse_levels(at), count=count, out=out)
+
+
+@app.command()
+def bench(
+    recipe: RecipeName,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="As for evaluate, the first being what others are compared with (default: teacher, as many "
+            "steps at full scale, and scale-wise; a student's operations are those of the undistilled model)."
+        ),
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="honest: batches 1 and 8, the recipe's types, not compiled; paper: batch 8, half precision, "
+            "compiled, 100 rounds (the paper also has a tiny autoencoder: --set model.vae=FOLDER)."
+        ),
+    ] = "honest",
+    batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeatable.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, each contender once.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the denoiser's blocks.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Dotted override of the recipe; repeatable.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is drawn.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("bench"),
+) -> None:
+    """Time teacher, full-scale and scale-wise sampling in turns, part by part, step by step.
+
+    Says how much of the gain that operations promise is reached. Example: `scalewise bench mini --batch 8`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import run_bench
+    from scalewise.speed import chosen_protocol
+
+    chosen = chosen_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
+    run_bench(_recipe(recipe, override), contenders or [], chosen, prompt, out)
 
 
 @app.command()

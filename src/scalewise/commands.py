@@ -14,7 +14,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from scalewise import build, console, keys, mini, parallel
+from scalewise import bench, build, console, keys, mini, parallel
 from scalewise.contenders import Contender, enter, parse_contender
 from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
@@ -27,6 +27,7 @@ from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.runs import distill
 from scalewise.scales import ScaleSchedule
+from scalewise.speed import Protocol, measure_speed
 from scalewise.survey import Wish, survey
 from scalewise.teacher import generate
 
@@ -340,3 +341,27 @@ def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count
     (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     figure = draw_survey(found, levels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png")
     say(f"The figure is {figure}; the numbers lie beside it.")
+
+
+def run_bench(
+    recipe: Recipe, contenders: list[str], protocol: Protocol, prompt: str | None, out: Path
+) -> None:
+    """Time the contenders in turns and print what came out beside what the operations promise."""
+    if prompt is None:
+        prompt = read_prompts(None, recipe.model.base, "test")[0] if recipe.model.base == "mini" else "a cat"
+    found = measure_speed(recipe, contenders, protocol, caption=prompt, progress=console.progress)
+    found.save(out)
+    table = Table("", "batch", "text, ms", "denoiser, ms", "vae, ms", "total, ms", "faster", box=None,
+                  header_style="bold")  # fmt: skip
+    for timing in found.timings:
+        parts = [bench.format_ms(timing.parts[p].median) for p in ("text", "denoiser", "vae", bench.TOTAL)]
+        faster = bench.format_ratio(timing.speedup.get(bench.TOTAL))
+        table.add_row(timing.name, str(timing.batch), *parts, faster)
+    console.out.print(table)
+    for g in found.gains:
+        console.out.print(
+            f"batch {g.batch}, denoiser: {g.name} {bench.format_ratio(g.measured)} faster than {g.over}, of "
+            f"{g.expected:.3g}x by operations: {g.reached.median:.0%} reached",
+            soft_wrap=True,
+        )
+    console.out.print(f"Milliseconds per image, medians of {found.protocol.rounds} rounds. All in {out}")

@@ -138,16 +138,21 @@ def evaluate(
 
 
 def subject(
-    model: ModelAdapter, contender: Contender, caption: str, *, precision: Precision = "float32"
-) -> Subject:
-    """What `bench` times: the contender drawing one caption. A student is fused: its times are the base's."""
-    return Subject(contender.name, partial(_parts, model, contender, caption, precision))
+    model: ModelAdapter, contender: Contender, caption: str, *, precision: Precision = "float32",
+    each_step: bool = False,
+) -> Subject:  # fmt: skip
+    """What `bench` times: the contender drawing one caption. A student is fused: its times are the base's.
+
+    With `each_step` the denoiser's steps are timed one by one.
+    """
+    return Subject(contender.name, partial(_parts, model, contender, caption, precision, each_step=each_step))
 
 
 @contextmanager
 def _parts(
-    model: ModelAdapter, contender: Contender, caption: str, precision: Precision, batch: int
-) -> Iterator[Parts]:
+    model: ModelAdapter, contender: Contender, caption: str, precision: Precision, batch: int, *,
+    each_step: bool,
+) -> Iterator[Parts]:  # fmt: skip
     held: dict[str, Any] = {}
 
     def text() -> None:
@@ -163,7 +168,13 @@ def _parts(
         def denoiser() -> None:
             held["x0"] = last(sampler(held["cond"], held["uncond"], range(batch)))
 
-        yield {"text": text, "denoiser": denoiser, "vae": vae}
+        def step() -> None:
+            if "steps" not in held:
+                held["steps"] = sampler(held["cond"], held["uncond"], range(batch))
+            held["x0"] = next(held["steps"])[1]
+
+        steps = {f"denoiser/{i + 1}": step for i in range(contender.steps)}
+        yield {"text": text, **(steps if each_step else {"denoiser": denoiser}), "vae": vae}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -190,6 +190,10 @@ class ModelAdapter(ABC):
         size = (scale.height * self.vae_factor, scale.width * self.vae_factor)
         return ((scale.frames - 1) * self.frame_factor + 1, *size) if self.video else size
 
+    @abstractmethod
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile every repeated block of the denoiser; `options` go to torch.compile."""
+
     def enable_checkpointing(self, function: Any) -> None:
         """Switch gradient checkpointing on, with the given function around every block."""
         self.denoiser.enable_gradient_checkpointing(function)  # type: ignore[operator]

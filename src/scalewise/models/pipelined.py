@@ -188,6 +188,13 @@ class PipelineAdapter(ModelAdapter):
         """The modules that the network consists of many of."""
         return list(self.block_list())
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile every repeated block of the denoiser; `options` go to torch.compile."""
+        # torch gives up after 8 versions of a function, and runs it uncompiled with no more than a log line.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in self.repeated_blocks():
+            block.compile(**options)
+
     def teacher_scheduler(self, steps: int, scale: Scale) -> Any:
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(steps, **self.scheduler_options(scheduler, steps, scale))

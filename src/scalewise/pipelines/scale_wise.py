@@ -120,10 +120,7 @@ class ScaleWisePipeline:
         student is loaded. torch compiles each kind of block for the first scale and then once more, for all
         others; with dynamic=False for every scale of the schedule, which draws fastest.
         """
-        # torch gives up after 8 versions of a function, and runs it uncompiled with no more than a log line.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in self.adapter().repeated_blocks():
-            block.compile(**options)
+        self.adapter().compile_blocks(**options)
 
     def adapter(self) -> Any:
         """The family's adapter around this very pipeline."""
