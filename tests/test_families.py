@@ -23,7 +23,7 @@ from separate import (
 )
 
 import scalewise
-from scalewise import build, console, mini, models, study
+from scalewise import build, comparison, console, mini, models
 from scalewise.backbone import Backbone
 from scalewise.cli import main
 from scalewise.distill import Batch, DistillStep
@@ -167,7 +167,7 @@ def test_a_comparison_of_videos_is_refused(tmp_path):
         f"model.base={tmp_path}", "schedule.scales=['2x4x4', '3x8x8']", "schedule.timesteps=[1000.0, 600.0]",
     ])  # fmt: skip
     with pytest.raises(RecipeError, match="makes videos; the metrics here are of pictures alone"):
-        study.compare(recipe, ["teacher"], ["a dog"], console.progress, out=tmp_path, scorer=mini.SCORER)
+        comparison.compare(recipe, ["teacher"], ["a dog"], console.progress, out=tmp_path, scorer=mini.SCORER)
 
 
 def test_pictures_are_encoded_anew_for_another_vae(tmp_path, monkeypatch):

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from scalewise import mini
+from scalewise.comparison import judge_of, real_rows
 from scalewise.contenders import Prompts, draw, parse_contender
 from scalewise.data import LatentSet
 from scalewise.evaluate import Judge
 from scalewise.lora import fused, load_student
 from scalewise.models import SD3, ModelAdapter, load_model
 from scalewise.recipes import RECIPES, find_recipe
-from scalewise.study import judge_of, real_rows
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scalewise import console, mini
 from scalewise.backbone import Backbone
+from scalewise.comparison import judge_of, real_rows
 from scalewise.contenders import Prompts
 from scalewise.metrics import measure
 from scalewise.metrics.clip import prompt_match
@@ -31,7 +32,6 @@ from scalewise.pictures import sheet, to_bytes
 from scalewise.recipes import find_recipe
 from scalewise.sampling import last, teacher_steps
 from scalewise.scales import Scale, downscale_area
-from scalewise.study import judge_of, real_rows
 
 CARD = mini.FOLDER / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).parent / "card.md"

@@ -22,6 +22,7 @@ from video import MOTIONS, STYLE, Clip, Clips, filmstrip
 from scalewise import console, mini
 from scalewise.bench import table as timing_table
 from scalewise.build import load
+from scalewise.comparison import time_all
 from scalewise.contenders import Contender, Prompts, enter, parse_contenders
 from scalewise.evaluate import Judge, Row, save_rows
 from scalewise.evaluate import table as figures_table
@@ -31,7 +32,6 @@ from scalewise.models import ALL_PARTS, ModelAdapter
 from scalewise.pictures import middle_frame, to_bytes
 from scalewise.recipes import find_recipe
 from scalewise.sampling import last
-from scalewise.study import time_all
 
 INK = 0.12  # darker than white by this much is part of an object
 WORDS = ", flat fluent style"  # of the image mini's captions

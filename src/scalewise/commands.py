@@ -286,10 +286,10 @@ def run_evaluate(
     out: Path,
 ) -> None:
     """Draw and score every contender on the same prompts and seeds."""
-    from scalewise import study
+    from scalewise import comparison
 
     texts = read_prompts(prompts, recipe.model.base, "test")[:count]
-    outcome = study.compare(
+    outcome = comparison.compare(
         recipe,
         contenders,
         texts,
@@ -365,3 +365,28 @@ def run_bench(
             soft_wrap=True,
         )
     console.out.print(f"Milliseconds per image, medians of {found.protocol.rounds} rounds. All in {out}")
+
+
+def list_studies() -> None:
+    """Print the studies there are."""
+    from scalewise.studies import STUDIES
+
+    table = Table("study", "what it checks", "paper", "students", box=None, header_style="bold")
+    for study in STUDIES.values():
+        trained = len({arm.overrides for arm in study.arms if not arm.contender})
+        table.add_row(study.name, study.title, study.source, f"{trained} a seed")
+    console.out.print(table)
+
+
+def run_studies(names: list[str], *, seeds: list[int], count: int, iterations: int | None, out: Path) -> None:
+    """Run studies one after the other; each ends with its verdicts and a page."""
+    from scalewise.studies import STUDIES, Effort, run_study, write_page
+
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise RecipeError(f"There is no study {unknown[0]!r}; there are {', '.join(STUDIES)}.")
+    effort = Effort(tuple(seeds), count, iterations)
+    for name in names:
+        outcome = run_study(STUDIES[name], out, effort, progress=console.progress)
+        for claim in outcome.study.claims:
+            console.out.print(f"{name}: {claim.text}: [bold]{outcome.verdict(claim.text)}[/]", soft_wrap=True)
+        console.out.print(f"The page is {write_page(outcome, out)}", soft_wrap=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from scalewise import build, console, mini, study
+from scalewise import build, comparison, console, mini
 from scalewise.commands import follow
 from scalewise.contenders import Contender, Prompts, draw, draw_steps, parse_contender
 from scalewise.lora import versions
@@ -65,7 +65,7 @@ def run_demo(out: Path, *, minutes: float) -> Path:
         stages, "comparing", f"{plan.prompts} captions that nothing was trained on, by each contender"
     ):
         texts = mini.captions("test")[: plan.prompts]
-        outcome = study.compare(
+        outcome = comparison.compare(
             recipe, names, texts, console.progress, out=out / "comparison", rounds=TIMING_ROUNDS
         )
     with timed(stages, "drawing the gallery", f"{SHOWN} prompts side by side"):
@@ -148,7 +148,13 @@ def train(recipe: Recipe, folder: Path) -> Path:
 
 
 def collect(
-    recipe: Recipe, names: list[str], outcome: study.Outcome, *, stages: list[Stage], run: Path, out: Path
+    recipe: Recipe,
+    names: list[str],
+    outcome: comparison.Outcome,
+    *,
+    stages: list[Stage],
+    run: Path,
+    out: Path,
 ) -> ReportContent:
     """Draw the gallery and gather everything that the report shows."""
     model = build.load(recipe, ("denoiser", "vae", "text"))
@@ -193,7 +199,7 @@ def journeys(
     return [Journey(caption, labels, [step[i] for step in steps]) for i, caption in enumerate(some.captions)]
 
 
-def summary(recipe: Recipe, outcome: study.Outcome) -> str:
+def summary(recipe: Recipe, outcome: comparison.Outcome) -> str:
     """One paragraph for somebody who has not read the paper."""
     schedule = recipe.schedule.build()
     sizes = ", ".join(str(s) for s in schedule.scales)

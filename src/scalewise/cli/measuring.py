@@ -1,0 +1,213 @@
+"""Commands that tell something: recipes, costs, spectra, quality, speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from scalewise import console
+from scalewise.cli.arguments import Overrides, RecipeName, recipe_of
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe as YAML, ready to be changed.")
+    ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key that can be overridden.")] = False,
+) -> None:
+    """List the recipes, print one as YAML, or explain their keys.
+
+    Example: `scalewise recipes mini > mine.yaml`, edit it (its name too), then `scalewise distill mine.yaml`.
+    """
+    from scalewise.recipe import explain_fields
+    from scalewise.recipes import RECIPES, find_recipe
+
+    if keys:
+        table = Table("key", "default", "what it is", box=None, header_style="bold")
+        for row in explain_fields():
+            table.add_row(*map(escape, row))
+        console.out.print(table)
+        return
+    if name:
+        typer.echo(find_recipe(name).to_yaml(), nl=False)
+        return
+    table = Table(
+        "recipe", "what it is", "base", "steps (t @ scale)", "iterations", box=None, header_style="bold"
+    )
+    for key in RECIPES:
+        recipe = find_recipe(key)
+        table.add_row(
+            key, recipe.about, recipe.model.base, str(recipe.schedule.build()), str(recipe.train.iterations)
+        )
+    console.out.print(table)
+
+
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of each device (default: this machine's GPU, if any).")
+    ] = None,
+) -> None:
+    """Tell what a recipe will cost, without weights: operations, expected speed-up, memory, batch.
+
+    Examples: `scalewise plan sd35-medium --memory 24`, `scalewise plan flux-dev loss.mmd_only=true --gpus 8`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import run_plan
+
+    run_plan(recipe_of(recipe, overrides), gpus=gpus, gigabytes=memory)
+
+
+def spectrum(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A set or a folder of pictures to measure (default: the recipe's data.path)."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Latents to measure, at most.")] = 512,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Propose so many steps (default: the recipe's timesteps).")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="Propose scales for these timesteps, such as '1000 900 750 600'.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Part of the full-scale tokens to spend; buys the largest margin.")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="How much stronger noise has to be than what a scale cannot hold.")
+    ] = 1.0,
+    smallest: Annotated[float, typer.Option(help="No side below this part of the full one.")] = 0.25,
+    at: Annotated[
+        str | None, typer.Option(help="Noise levels of the figure's panels, such as '900 700 500'.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for figure and numbers.")] = Path("spectrum"),
+) -> None:
+    """Tell from the data's spectrum which scale is safe at which noise level, and propose a schedule.
+
+    Examples: `scalewise spectrum mini`, `scalewise spectrum sd35-medium --data my-pictures --steps 4`,
+    `scalewise spectrum mini --budget 0.5`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import run_spectrum
+    from scalewise.survey import Wish, parse_levels
+
+    chosen = recipe_of(recipe, [*(overrides or []), *([f"data.path={data}"] if data else [])])
+    wish = Wish(steps, parse_levels(timesteps), budget, margin, smallest)
+    run_spectrum(chosen, wish, levels=parse_levels(at), count=count, out=out)
+
+
+def evaluate(
+    recipe: RecipeName,
+    contenders: Annotated[
+        list[str],
+        typer.Argument(
+            help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; "
+            "name=... labels one."
+        ),
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt a line (default for the mini: captions held out)."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Number of prompts.")] = 299,
+    batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
+    speed: Annotated[bool, typer.Option(help="Measure milliseconds per image too.")] = True,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Dotted override of the recipe, such as model.base=my-model; repeatable."),
+    ] = None,
+    scorer: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP model that judges (default for the mini: its own).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and tables.")] = Path("evaluation"),
+) -> None:
+    """Compare teachers, students and folders on the same prompts and seeds.
+
+    Example: `scalewise evaluate mini teacher teacher:4 undistilled student:runs/mini --count 100`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import run_evaluate
+
+    run_evaluate(
+        recipe_of(recipe, override),
+        contenders,
+        prompts,
+        count=count,
+        batch=batch,
+        seed=seed,
+        speed=speed,
+        scorer=scorer,
+        out=out,
+    )
+
+
+def bench(
+    recipe: RecipeName,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="As for evaluate, the first being what others are compared with (default: teacher, as many "
+            "steps at full scale, and scale-wise; a student's operations are those of the undistilled model)."
+        ),
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="honest: batches 1 and 8, the recipe's types, not compiled; paper: batch 8, half precision, "
+            "compiled, 100 rounds (the paper also has a tiny autoencoder: --set model.vae=FOLDER)."
+        ),
+    ] = "honest",
+    batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeatable.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, each contender once.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the denoiser's blocks.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Dotted override of the recipe; repeatable.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is drawn.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("bench"),
+) -> None:
+    """Time teacher, full-scale and scale-wise sampling in turns, part by part, step by step.
+
+    Says how much of the gain that operations promise is reached. Example: `scalewise bench mini --batch 8`
+    """
+    console.quiet_libraries()
+    from scalewise.commands import run_bench
+    from scalewise.speed import chosen_protocol
+
+    chosen = chosen_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
+    run_bench(recipe_of(recipe, override), contenders or [], chosen, prompt, out)
+
+
+def study(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Studies to run; without one, they are listed.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable (default: 0 1 2).")] = None,
+    count: Annotated[int, typer.Option(min=50, help="Prompts, held out.")] = 299,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Of every student (default: the recipe's).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder; a stopped study goes on there.")] = Path("studies"),
+) -> None:
+    """Check claims of the paper on the mini: train every arm with every seed, judge, and write a page.
+
+    Example: `scalewise study losses --seed 0 --seed 1`; it may take hours, and goes on when called again.
+    """
+    console.quiet_libraries()
+    from scalewise.commands import list_studies, run_studies
+
+    if not names:
+        list_studies()
+        return
+    run_studies(names, seeds=seeds or [0, 1, 2], count=count, iterations=iterations, out=out)

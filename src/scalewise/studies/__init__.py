@@ -1,0 +1,10 @@
+"""Claims of the paper that anyone can check on the mini."""
+
+from __future__ import annotations
+
+from scalewise.studies.base import Arm, Claim, Study
+from scalewise.studies.definitions import STUDIES
+from scalewise.studies.page import write_page
+from scalewise.studies.run import Effort, Outcome, run_study
+
+__all__ = ["STUDIES", "Arm", "Claim", "Effort", "Outcome", "Study", "run_study", "write_page"]

@@ -1,0 +1,102 @@
+"""The paper's claims as studies on the mini."""
+
+from __future__ import annotations
+
+from scalewise.studies.base import Arm, Claim, Study
+
+FULL_SCALE = "schedule.full_scale=true"
+MMD_ONLY = "loss.mmd_only=true"
+TWO_STEPS = ("schedule.timesteps=[1000,737.056]", "schedule.scales=[16,16]")
+SMALL = (
+    "A teacher of 7.8 M parameters and 16 x 16 latents, the iterations, batch and LoRA of the recipe `mini`; "
+    "the mini's own scorer judges (Fréchet distance and CLIP score) instead of FID, PickScore and HPSv3."
+)
+
+SCALE_VS_FULL = Study(
+    "scale-vs-full",
+    "Scale-wise against full-scale students",
+    "section 5.2, tables 7 and 8",
+    (
+        Arm("teacher", contender="teacher"),
+        Arm("scale-wise, 4 steps"),
+        Arm("full-scale, 4 steps", (FULL_SCALE,)),
+        Arm("full-scale, 2 steps", TWO_STEPS),
+    ),
+    (
+        Claim("with as many steps it is as good", "scale-wise, 4 steps", "full-scale, 4 steps", "as good"),
+        Claim("in about the same time it is better", "scale-wise, 4 steps", "full-scale, 2 steps"),
+        Claim("it comes near the teacher", "scale-wise, 4 steps", "teacher", "as good"),
+    ),
+    SMALL,
+)
+
+LOSSES = Study(
+    "losses",
+    "The loss and its MMD term",
+    "section 5.3, table 6",
+    (
+        Arm("full loss"),
+        Arm("MMD alone", (MMD_ONLY,)),
+        Arm("without MMD", ("loss.mmd.weight=0",)),
+        Arm("A: RBF kernel", ("loss.mmd.kernel=rbf",)),
+        Arm("B: tokens averaged over the batch", ("loss.mmd.whole_batch=true",)),
+        Arm("C: features of clean samples", ("loss.mmd.clean=true",)),
+    ),
+    (
+        Claim("the full loss is better than MMD alone", "full loss", "MMD alone"),
+        Claim("MMD alone is better than the loss without it", "MMD alone", "without MMD"),
+        Claim("an RBF kernel is as good", "A: RBF kernel", "full loss", "as good"),
+        Claim("averaging over the batch is worse", "full loss", "B: tokens averaged over the batch"),
+        Claim("clean features are worse", "full loss", "C: features of clean samples"),
+    ),
+    SMALL,
+)
+
+SCHEDULES = Study(
+    "schedules",
+    "Growing against constant scales",
+    "appendix E, table 9",
+    (
+        Arm("8 10 12 16"),
+        Arm("10 10 10 16", ("schedule.scales=[10,10,10,16]",)),
+        Arm("8 8 8 16", ("schedule.scales=[8,8,8,16]",)),
+    ),
+    (
+        Claim("growing is better than a constant scale", "8 10 12 16", "10 10 10 16"),
+        Claim("growing is better than a constant small scale", "8 10 12 16", "8 8 8 16"),
+        Claim("the larger constant scale is better than the smaller", "10 10 10 16", "8 8 8 16"),
+    ),
+    SMALL + " Four steps instead of six. The set needs no other scales than the recipe's.",
+)
+
+UNTRAINED_SCALES = Study(
+    "untrained-scales",
+    "Scale-wise sampling without scale-wise training",
+    "section 4.1",
+    (
+        Arm("trained scale-wise"),
+        Arm("trained at full scale, drawn scale-wise", (FULL_SCALE,), ("schedule.full_scale=false",)),
+        Arm("trained at full scale, drawn so", (FULL_SCALE,)),
+    ),
+    (
+        Claim(
+            "scale-wise sampling needs scale-wise training",
+            "trained scale-wise",
+            "trained at full scale, drawn scale-wise",
+        ),
+    ),
+    SMALL,
+)
+
+PIXEL_VS_LATENT = Study(
+    "pixel-vs-latent",
+    "Downscaling pixels against downscaling latents",
+    "section 4.1",
+    (Arm("pixels"), Arm("latents", ("data.downscale=latent",))),
+    (Claim("downscaling in pixel space is better", "pixels", "latents"),),
+    SMALL,
+)
+
+STUDIES = {
+    study.name: study for study in (SCALE_VS_FULL, LOSSES, SCHEDULES, UNTRAINED_SCALES, PIXEL_VS_LATENT)
+}

@@ -1,0 +1,107 @@
+"""A study's page: claims with verdicts, figures by arm, a plot, and what differs from the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from scalewise.metrics import METRICS, Interval
+from scalewise.studies.base import Finding
+from scalewise.studies.run import Outcome
+
+COLOUR = "#2b6cb0"
+
+
+def write_page(outcome: Outcome, folder: Path) -> Path:
+    """Write <study>.md and its plot <study>.png into a folder; return the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = outcome.study.name
+    plot(outcome, folder / f"{name}.png")
+    path = folder / f"{name}.md"
+    path.write_text(page(outcome))
+    return path
+
+
+def page(outcome: Outcome) -> str:
+    """The page in markdown."""
+    study, effort = outcome.study, outcome.effort
+    seeds = " ".join(f"--seed {seed}" for seed in effort.seeds)
+    trained = f" --iterations {effort.iterations}" if effort.iterations is not None else ""
+    parts = [
+        f"# {study.title}\n\nPaper: {study.source}.\n",
+        f"    scalewise study {study.name} {seeds} --count {effort.count}{trained}\n",
+        claims_table(outcome),
+        figures_table(outcome),
+        f"![figures by arm]({study.name}.png)\n",
+        f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, each of a student and of its noise; "
+        f"prompts: {effort.count}. A claim is reproduced in a figure if the whole "
+        "interval and every seed alone say so, not reproduced if all of them say the opposite; over several "
+        "figures the decided ones have to agree.\n",
+        f"## What differs from the paper\n{study.differs}\n",
+    ]
+    return "\n".join(parts)
+
+
+def claims_table(outcome: Outcome) -> str:
+    """Every claim with its verdict, and the gain in every figure."""
+    metrics = [METRICS[name] for name in outcome.study.metrics]
+    lines = ["| claim | verdict | " + " | ".join(f"gain, {m.title}" for m in metrics) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(metrics))
+    for claim in outcome.study.claims:
+        own = [f for f in outcome.findings if f.claim == claim]
+        cells = [gain_cell(next(f for f in own if f.metric == m.name)) for m in metrics]
+        verdict = f"**{outcome.verdict(claim.text)}**"
+        lines.append(
+            f"| {claim.text} ({claim.arm} against {claim.other}) | {verdict} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def gain_cell(finding: Finding) -> str:
+    """Such as "0.012 [0.004, 0.020]; seeds 0.010 0.014: reproduced"."""
+    show = METRICS[finding.metric].show
+    gain, seeds = finding.gain, " ".join(show(value) for value in finding.by_seed)
+    allowed = f", allowed -{show(finding.allowed)}" if finding.allowed else ""
+    return (
+        f"{show(gain.value)} [{show(gain.low)}, {show(gain.high)}]; seeds {seeds}{allowed}: {finding.verdict}"
+    )
+
+
+def figures_table(outcome: Outcome) -> str:
+    """Every arm's figures."""
+    metrics = [METRICS[name] for name in outcome.study.metrics]
+    arrows = {"lower": "↓", "higher": "↑"}
+    lines = ["| arm | " + " | ".join(f"{m.title} {arrows[m.better]}" for m in metrics) + " |"]
+    lines.append("| --- |" + " ---: |" * len(metrics))
+    for arm, values in outcome.figures.items():
+        cells = [
+            f"{m.show(values[m.name].value)} [{m.show(values[m.name].low)}, {m.show(values[m.name].high)}]"
+            for m in metrics
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(outcome: Outcome, path: Path) -> None:
+    """A panel for every figure, the arms below each other with their intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    arms, metrics = list(outcome.figures), outcome.study.metrics
+    figure = Figure(figsize=(4.4 * len(metrics) + 1.6, 0.42 * len(arms) + 1.1), layout="constrained", dpi=110)
+    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+    for panel, name in zip(panels, metrics, strict=True):
+        _panel(panel, [outcome.figures[arm][name] for arm in arms])
+        panel.set_title(f"{METRICS[name].title}, {METRICS[name].better} is better", fontsize=10)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _panel(panel: Any, intervals: list[Interval]) -> None:
+    for row, interval in enumerate(intervals):
+        panel.plot([interval.low, interval.high], [row, row], color=COLOUR, linewidth=2)
+        panel.plot(interval.value, row, "o", color=COLOUR)
+    panel.grid(axis="x", alpha=0.3, linewidth=0.5)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)

@@ -1,0 +1,168 @@
+"""Run a study: train what is missing, draw, judge; every part is kept, so that a stopped study goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scalewise import build, mini
+from scalewise.build import Progress
+from scalewise.comparison import judge_of
+from scalewise.contenders import Contender, Prompts, draw, parse_contender
+from scalewise.evaluate import Judge
+from scalewise.metrics import METRICS, Interval, Seen, measure
+from scalewise.pictures import sheet
+from scalewise.recipe import Recipe, RecipeError
+from scalewise.recipes import find_recipe
+from scalewise.runs import distill
+from scalewise.studies.base import Arm, Finding, Study, Verdict, find, overall
+
+SHOWN = 24  # pictures on an arm's sheet
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is drawn and trained."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each trains a student of every arm and draws its own pictures."""
+    count: int = 299
+    """Prompts, held out."""
+    iterations: int | None = None
+    """Of every student; None = the recipe's."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise RecipeError(f"Give one or more different seeds, not {list(self.seeds)}.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A study's figures and findings."""
+
+    study: Study
+    effort: Effort
+    figures: dict[str, dict[str, Interval]]
+    """By arm and metric, over all seeds."""
+    findings: list[Finding]
+
+    def verdict(self, text: str) -> Verdict:
+        """The verdict on a claim, over all figures."""
+        return overall([f for f in self.findings if f.claim.text == text])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "study": self.study.name,
+            "source": self.study.source,
+            "seeds": list(self.effort.seeds),
+            "prompts": self.effort.count,
+            "iterations": self.effort.iterations,
+            "figures": {
+                arm: {metric: interval.to_list() for metric, interval in values.items()}
+                for arm, values in self.figures.items()
+            },
+            "findings": [finding.to_dict() for finding in self.findings],
+            "verdicts": {claim.text: self.verdict(claim.text) for claim in self.study.claims},
+        }
+
+
+def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) -> Outcome:
+    """Train and draw every arm with every seed, and judge the claims; writes <study>.json."""
+    texts = mini.captions("test")[: effort.count]
+    judge = judge_of(find_recipe("mini"))
+    features: dict[str, list[Tensor]] = {arm.name: [] for arm in study.arms}
+    for seed in effort.seeds:
+        for arm in study.arms:
+            features[arm.name].append(
+                features_of(arm, seed, texts, out=out, effort=effort, judge=judge, progress=progress)
+            )
+    with progress(f"{study.name}: figures", len(study.arms) + len(study.claims)) as done:
+        seen = {name: seen_over(judge, texts, parts) for name, parts in features.items()}
+        figures = {}
+        for name, all_seeds in seen.items():
+            figures[name] = {m: i for m, i in measure(all_seeds).items() if m in study.metrics}
+            done(len(figures))
+        findings = list[Finding]()
+        for number, claim in enumerate(study.claims, 1):
+            differences = measure(seen[claim.arm], against=seen[claim.other])
+            for metric in study.metrics:
+                by_seed = [
+                    figure_of(metric, seen_over(judge, texts, [a]))
+                    - figure_of(metric, seen_over(judge, texts, [b]))
+                    for a, b in zip(features[claim.arm], features[claim.other], strict=True)
+                ]
+                other = figures[claim.other][metric].value
+                findings.append(find(claim, metric, differences[metric], by_seed, other=other))
+            done(len(figures) + number)
+    outcome = Outcome(study, effort, figures, findings)
+    (out / f"{study.name}.json").write_text(json.dumps(outcome.to_dict(), indent=1) + "\n")
+    return outcome
+
+
+def seen_over(judge: Judge, texts: Sequence[str], parts: Sequence[Tensor]) -> Seen:
+    """Pictures of the same prompts from several seeds as one; they are resampled by prompt."""
+    prompts = Prompts(tuple(texts) * len(parts), tuple(range(len(texts) * len(parts))))
+    return judge.seen(torch.cat(list(parts)), prompts, reference=judge.reference)
+
+
+def figure_of(metric: str, seen: Seen) -> float:
+    """A metric over all prompts."""
+    statistic = METRICS[metric].statistic(seen)
+    assert statistic is not None, f"{metric} can be taken of one picture a prompt"
+    return statistic(torch.arange(seen.prompts))
+
+
+def recipe_of(arm: Arm, seed: int, iterations: int | None) -> Recipe:
+    """The recipe that trains an arm's student."""
+    changes = [*arm.overrides, f"train.seed={seed}", "train.sample_every=0"]
+    if iterations is not None:
+        changes.append(f"train.iterations={iterations}")
+    return find_recipe("mini").override(changes)
+
+
+def key_of(recipe: Recipe, *more: str) -> str:
+    """A short name of everything that decides a student or its pictures; arms of several studies share it."""
+    return hashlib.sha256("\n".join([recipe.to_yaml(), *more]).encode()).hexdigest()[:12]
+
+
+def features_of(
+    arm: Arm, seed: int, texts: Sequence[str], *, out: Path, effort: Effort, judge: Judge, progress: Progress
+) -> Tensor:
+    """Features [P, D] of an arm's pictures of one seed; trained and drawn unless they are there."""
+    recipe = recipe_of(arm, seed, effort.iterations)
+    path = out / "drawn" / f"{key_of(recipe, arm.contender, *arm.drawn, *texts)}.safetensors"
+    if path.exists():
+        return load_file(path)["features"]
+    contender = contender_of(arm, recipe, out, progress)
+    prompts = Prompts.of(texts, seed=seed)
+    model = build.load(recipe, ("denoiser", "vae", "text"))
+    with progress(f"{arm.name}, seed {seed}: drawing", len(prompts)) as done:
+        images = draw(model, contender, prompts, batch=16, precision=recipe.train.precision, done=done)
+    features = judge.scorer.pictures(images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
+    save_file({"features": features}, path, metadata={"arm": arm.name, "seed": str(seed)})
+    return features
+
+
+def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> Contender:
+    """Who draws an arm's pictures; a student is trained first, or trained on."""
+    if arm.contender:
+        return parse_contender(arm.contender, recipe)
+    folder = out / "students" / key_of(recipe)
+    if not (folder / "student.safetensors").exists():
+        name = f"{arm.name}, seed {recipe.train.seed}: training"
+        with progress(name, recipe.train.iterations) as done:
+            for row in distill(recipe, folder, progress, resume=(folder / "recipe.yaml").exists()):
+                done(int(row["iteration"]))
+    contender = parse_contender(f"student:{folder}", recipe)
+    return replace(contender, schedule=recipe.override(list(arm.drawn)).schedule.build())
