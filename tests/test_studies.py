@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from scalewise import console
+from scalewise import console, mini
 from scalewise.cli import main
 from scalewise.metrics import Interval
+from scalewise.models import load_model
+from scalewise.noise import FlowMatching
+from scalewise.pictures import to_bytes
 from scalewise.recipe import RecipeError
+from scalewise.rng import SampleNoise
+from scalewise.scales import Scale, upscale_latents
 from scalewise.studies import STUDIES, Arm, Claim, Effort, Study, run_study, write_page
 from scalewise.studies import run as running
-from scalewise.studies.base import find, overall
+from scalewise.studies.base import Start, find, overall
 from scalewise.studies.run import key_of, recipe_of
 
 BETTER = Claim("a beats b", "a", "b")
@@ -58,9 +66,12 @@ def test_every_arm_is_a_recipe_of_equal_training(name):
     for arm, recipe in zip(STUDIES[name].arms, recipes, strict=True):
         drawn = recipe.override(list(arm.drawn)).schedule.build()
         assert drawn.full == recipe.schedule.build().full
-    students = [key_of(r) for arm, r in zip(STUDIES[name].arms, recipes, strict=True) if not arm.contender]
+    trained = [not arm.contender and not arm.start for arm in STUDIES[name].arms]
+    students = [key_of(r) for is_trained, r in zip(trained, recipes, strict=True) if is_trained]
     # Two arms share a student only where they differ in how it draws.
-    expected = len({arm.overrides for arm in STUDIES[name].arms if not arm.contender})
+    expected = len(
+        {a.overrides for is_trained, a in zip(trained, STUDIES[name].arms, strict=True) if is_trained}
+    )
     assert len(set(students)) == expected
 
 
@@ -109,6 +120,39 @@ def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
     assert (tmp_path / "pages" / "tiny.png").stat().st_size > 5000
 
 
+def test_a_start_is_noised_before_or_after_it_is_enlarged():
+    small, full = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 16, 16)
+    make = partial(running.noised, small=small, full=full, seeds=[3, 4], process=FlowMatching(), t=400.0)
+    eps, small_eps = (SampleNoise([3, 4])((4, side, side)) for side in (16, 8))
+    torch.testing.assert_close(make("noised"), 0.6 * full + 0.4 * eps)
+    enlarged = upscale_latents(small, Scale(1, 16, 16))
+    torch.testing.assert_close(make("enlarged, noised"), 0.6 * enlarged + 0.4 * eps)
+    late = upscale_latents(0.6 * small + 0.4 * small_eps, Scale(1, 16, 16))
+    torch.testing.assert_close(make("noised, enlarged"), late)
+
+
+def test_the_teacher_goes_on_from_samples_of_its_set(tmp_path):
+    """From little noise the pictures stay what they were; noise enlarged too is no noise to the teacher."""
+    starts = {"A": Start("noised", 200), "C": Start("noised, enlarged", 600)}
+    study = Study(
+        "starts", "Starts", "nowhere", tuple(Arm(name, start=start) for name, start in starts.items()),
+        (Claim("noise comes last", "A", "C"),), "everything",
+    )  # fmt: skip
+    found = run_study(study, tmp_path, Effort(seeds=(0,), count=6), progress=console.progress)
+    material = running.continued(6)
+    full = list(material.latents.values())[-1]
+    clean = material.judge.scorer.pictures(to_bytes(load_model(mini.TEACHER).decode(full)))
+    stored = {}
+    for path in (tmp_path / "drawn").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored[file.metadata()["arm"]] = file.get_tensor("features")
+    near, far = ((clean * stored[name]).sum(-1).mean() for name in ("A", "C"))
+    assert 1 - near < 0.01 and 1 - far > 5 * (1 - near)
+    assert found.verdict("noise comes last") == "reproduced"
+    with pytest.raises(RecipeError, match="too few for 900 prompts"):
+        running.continued(900)
+
+
 def test_the_command_lists_studies_and_names_those_there_are(capsys):
     with pytest.raises(SystemExit) as end:
         main(["study"])
@@ -117,7 +161,7 @@ def test_the_command_lists_studies_and_names_those_there_are(capsys):
     assert all(name in listed for name in STUDIES)
     with pytest.raises(SystemExit) as end:
         main(["study", "loses"])
-    assert end.value.code and "no study 'loses'; there are scale-vs-full" in capsys.readouterr().err
+    assert end.value.code and "no study 'loses'; there are upscaling, scale-vs-full" in capsys.readouterr().err
 
 
 def test_seeds_have_to_differ():

@@ -373,7 +373,7 @@ def list_studies() -> None:
 
     table = Table("study", "what it checks", "paper", "students", box=None, header_style="bold")
     for study in STUDIES.values():
-        trained = len({arm.overrides for arm in study.arms if not arm.contender})
+        trained = len({arm.overrides for arm in study.arms if not arm.contender and not arm.start})
         table.add_row(study.name, study.title, study.source, f"{trained} a seed")
     console.out.print(table)
 

@@ -72,15 +72,22 @@ def sample_teacher(
     *,
     shape: Sequence[int],
     device: torch.device | str = "cpu",
+    start: Tensor | None = None,
+    begin: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (i, x0) of the steps of a diffusers scheduler with its timesteps set, and last the sample itself.
 
     `shape` is a sample's. The scheduler gets what the network would have predicted for the x0 given: working
-    on x0 keeps the one question to the model.
+    on x0 keeps the one question to the model. With `start`, latents noised to the level of step `begin`,
+    the steps before that one are left out.
     """
-    x = noise(shape, device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if start is None:
+        x = noise(shape, device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    else:
+        x = start
+        scheduler.set_begin_index(begin)
     final = len(scheduler.timesteps) - 1
-    for i, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(scheduler.timesteps[begin:], begin):
         x_t = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         level = torch.full((len(x),), float(t), device=x.device)
         x0 = predict(x_t, level)
@@ -121,8 +128,13 @@ def teacher_steps(
     steps: int,
     guidance: float,
     uncond: Condition | None = None,
+    start: Tensor | None = None,
+    begin: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Sample with the teacher: its own schedule of `steps` steps, with guidance."""
+    """Sample with the teacher: its own schedule of `steps` steps, with guidance.
+
+    `start` and `begin`: go on from noised latents at a step, as in `sample_teacher`.
+    """
     predict = partial(_ask, backbone, cond, role=TEACHER, guidance=guidance, uncond=uncond)
     model = backbone.model
     return _without_gradients(
@@ -133,6 +145,8 @@ def teacher_steps(
             SampleNoise(seeds),
             shape=scale.shape(1, model.channels, video=model.video)[1:],
             device=backbone.device,
+            start=start,
+            begin=begin,
         )
     )
 

@@ -22,6 +22,17 @@ class Arm:
     """Further overrides that only the sampler sees: a schedule that the student was not trained for."""
     contender: str = ""
     """Instead of a student: teacher, teacher:4, undistilled."""
+    start: Start | None = None
+    """The teacher goes on from noised samples of its set."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Latents of known pictures brought to the level nearest to t in the teacher's schedule."""
+
+    how: Literal["noised", "enlarged, noised", "noised, enlarged"]
+    """From the full-size latent, or from that of the schedule's first scale."""
+    t: float
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,17 @@ class Study:
     """What differs from the paper's setting."""
     metrics: tuple[str, ...] = ("frechet", "clip_score")
 
+    @property
+    def continues(self) -> bool:
+        """Whether the arms go on from samples of the set, instead of drawing held-out captions."""
+        return any(arm.start for arm in self.arms)
+
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         assert len(set(names)) == len(names), "arms have different names"
         assert {name for c in self.claims for name in (c.arm, c.other)} <= set(names), "claims are about arms"
         assert set(self.metrics) <= set(METRICS), "metrics are known"
+        assert not self.continues or all(arm.start for arm in self.arms), "arms draw the same prompts"
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalewise import build, mini
+from scalewise.backbone import Backbone
 from scalewise.build import Progress
 from scalewise.comparison import judge_of
 from scalewise.contenders import Contender, Prompts, draw, parse_contender
+from scalewise.data import LatentSet
 from scalewise.evaluate import Judge
 from scalewise.metrics import METRICS, Interval, Seen, measure
-from scalewise.pictures import sheet
+from scalewise.models import ModelAdapter
+from scalewise.noise import NoiseProcess
+from scalewise.pictures import sheet, to_bytes
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
+from scalewise.rng import SampleNoise, permutation
 from scalewise.runs import distill
-from scalewise.studies.base import Arm, Finding, Study, Verdict, find, overall
+from scalewise.sampling import last, teacher_steps
+from scalewise.scales import Scale, upscale_latents
+from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, overall
 
 SHOWN = 24  # pictures on an arm's sheet
 
@@ -75,15 +83,90 @@ class Outcome:
         }
 
 
+@dataclass(frozen=True)
+class Material:
+    """The prompts that all arms draw, and who judges."""
+
+    texts: list[str]
+    judge: Judge
+    latents: dict[Scale, Tensor] = field(default_factory=dict)
+    """Of the pictures that arms go on from, full size last."""
+
+
+def held_out(count: int) -> Material:
+    """Captions that nothing was trained on, and real pictures to compare with."""
+    return Material(mini.captions("test")[:count], judge_of(find_recipe("mini")))
+
+
+@torch.no_grad()
+def continued(count: int) -> Material:
+    """Samples of the shipped set with different captions to go on from, and others to compare with."""
+    recipe, stored = find_recipe("mini"), LatentSet.open(mini.DATA)
+    schedule, captions = recipe.schedule.build(), stored.captions(range(len(stored)))
+    first = {captions[i]: i for i in permutation(len(stored), "upscaling").tolist()}
+    rows, others = list(first.values())[:count], list(first.values())[count : 2 * count]
+    if len(others) < count:
+        raise RecipeError(
+            f"The set has {len(first)} different captions, too few for {count} prompts and as many samples "
+            f"to compare with; take at most {len(first) // 2}."
+        )
+    judge, model = judge_of(recipe), build.load(recipe, ("vae",))
+    parts = stored.latents(others, schedule.full).split(16)
+    features = torch.cat([judge.scorer.pictures(to_bytes(model.decode(part))) for part in parts])
+    return Material(
+        [captions[i] for i in rows],
+        Judge(judge.scorer, features, judge.pool),
+        {scale: stored.latents(rows, scale) for scale in (schedule.scales[0], schedule.full)},
+    )
+
+
+@torch.no_grad()
+def go_on(
+    model: ModelAdapter, recipe: Recipe, start: Start, prompts: Prompts, *, latents: Mapping[Scale, Tensor],
+    done: Callable[[int], None],
+) -> np.ndarray:  # fmt: skip
+    """Let the teacher finish noised latents of known pictures: bytes [N, H, W, 3]."""
+    small, full = latents
+    backbone = Backbone(model, precision=recipe.train.precision)
+    levels = model.teacher_scheduler(recipe.teacher.steps, full).timesteps
+    begin = int((levels - start.t).abs().argmin())
+    uncond, parts = model.encode_prompts([""]), list[np.ndarray]()
+    for at in range(0, len(prompts), 16):
+        some, part = prompts[at : at + 16], slice(at, at + 16)
+        x_t = noised(
+            start.how, latents[small][part], latents[full][part], seeds=some.seeds, process=model.noise,
+            t=float(levels[begin]),
+        )  # fmt: skip
+        steps = teacher_steps(
+            backbone, full, model.encode_prompts(some.captions), some.seeds, steps=recipe.teacher.steps,
+            guidance=recipe.teacher.guidance, uncond=uncond, start=x_t, begin=begin,
+        )  # fmt: skip
+        parts.append(to_bytes(model.decode(last(steps))))
+        done(at + len(some))
+    return np.concatenate(parts)
+
+
+def noised(
+    how: str, small: Tensor, full: Tensor, *, seeds: Sequence[int], process: NoiseProcess, t: float
+) -> Tensor:
+    """Bring clean latents to the level t: the full-size ones, or the small ones enlarged before or after."""
+    scale, noise = Scale(1, *full.shape[-2:]), SampleNoise(seeds)
+    if how == "enlarged, noised":
+        full = upscale_latents(small, scale)
+    x0 = small if how == "noised, enlarged" else full
+    x_t = process.add_noise(x0, noise(x0.shape[1:]), torch.full((len(x0),), t))
+    return upscale_latents(x_t, scale)
+
+
 def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) -> Outcome:
     """Train and draw every arm with every seed, and judge the claims; writes <study>.json."""
-    texts = mini.captions("test")[: effort.count]
-    judge = judge_of(find_recipe("mini"))
+    material = continued(effort.count) if study.continues else held_out(effort.count)
+    judge, texts = material.judge, material.texts
     features: dict[str, list[Tensor]] = {arm.name: [] for arm in study.arms}
     for seed in effort.seeds:
         for arm in study.arms:
             features[arm.name].append(
-                features_of(arm, seed, texts, out=out, effort=effort, judge=judge, progress=progress)
+                features_of(arm, seed, material, out=out, effort=effort, progress=progress)
             )
     with progress(f"{study.name}: figures", len(study.arms) + len(study.claims)) as done:
         seen = {name: seen_over(judge, texts, parts) for name, parts in features.items()}
@@ -135,19 +218,24 @@ def key_of(recipe: Recipe, *more: str) -> str:
 
 
 def features_of(
-    arm: Arm, seed: int, texts: Sequence[str], *, out: Path, effort: Effort, judge: Judge, progress: Progress
+    arm: Arm, seed: int, material: Material, *, out: Path, effort: Effort, progress: Progress
 ) -> Tensor:
     """Features [P, D] of an arm's pictures of one seed; trained and drawn unless they are there."""
     recipe = recipe_of(arm, seed, effort.iterations)
-    path = out / "drawn" / f"{key_of(recipe, arm.contender, *arm.drawn, *texts)}.safetensors"
+    key = key_of(recipe, arm.contender, str(arm.start), *arm.drawn, *material.texts)
+    path = out / "drawn" / f"{key}.safetensors"
     if path.exists():
         return load_file(path)["features"]
-    contender = contender_of(arm, recipe, out, progress)
-    prompts = Prompts.of(texts, seed=seed)
+    contender = None if arm.start else contender_of(arm, recipe, out, progress)
+    prompts = Prompts.of(material.texts, seed=seed)
     model = build.load(recipe, ("denoiser", "vae", "text"))
     with progress(f"{arm.name}, seed {seed}: drawing", len(prompts)) as done:
-        images = draw(model, contender, prompts, batch=16, precision=recipe.train.precision, done=done)
-    features = judge.scorer.pictures(images)
+        if contender:
+            images = draw(model, contender, prompts, batch=16, precision=recipe.train.precision, done=done)
+        else:
+            assert arm.start
+            images = go_on(model, recipe, arm.start, prompts, latents=material.latents, done=done)
+    features = material.judge.scorer.pictures(images)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
     save_file({"features": features}, path, metadata={"arm": arm.name, "seed": str(seed)})
