@@ -233,7 +233,7 @@ def test_a_failed_replacement_puts_the_earlier_checkpoint_back(tmp_path, monkeyp
         return original(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*Input/output"):
         checkpoint.save(tmp_path / "step-1", some_state(2), meta={})
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert checkpoint.load(tmp_path / "step-1")[0]["iteration"] == 1
@@ -282,3 +282,17 @@ def test_prune_keeps_the_newest_complete_ones(tmp_path):
     assert left == ["notes", "step-000003", "step-000004", "step-000010"]
     with pytest.raises(CheckpointError, match="Cannot keep 0"):
         checkpoint.prune(tmp_path, 0)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path / "step-000001", {"a": torch.ones(3)}, meta={})
+
+    def too_large(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(checkpoint, "_write", too_large)
+    with pytest.raises(CheckpointError, match=r"step-000002 cannot be written \(.*File too large"):
+        checkpoint.save(tmp_path / "step-000002", {"a": torch.ones(3)}, meta={})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from test_trainer import run_as_a_process, silent, wait_for_iteration
 from tiny_run import PROMPTS, make_tiny
 
-from scalewise import checkpoint, runs
+from scalewise import build, checkpoint, runs, teacher
 from scalewise.cli import main
+from scalewise.data import LatentSet
 from scalewise.models import SD3
 from scalewise.recipe import Recipe, field_names
+from scalewise.teacher import generate
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,10 @@ def test_every_command_has_help_with_an_example(run) -> None:
     assert code == 0 and all(
         w in text for w in ("demo", "plan", "generate", "distill", "sample", "export", "evaluate", "recipes")
     )
-    for command in ("plan", "generate", "distill", "sample", "export", "evaluate", "recipes"):
+    for command in (
+        "plan", "generate", "distill", "sample", "export", "evaluate", "recipes", "bench", "spectrum",
+        "study",
+    ):  # fmt: skip
         code, text = run(command, "--help")
         assert code == 0 and "Example" in text and "scalewise " in text, command
 
@@ -113,11 +118,66 @@ def test_every_key_of_a_recipe_is_listed(run) -> None:
     assert code == 0 and all(name.split(".")[-1] in text for name in field_names())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_kill_is_said_and_leaves_the_signals_as_they_were(run, monkeypatch, number) -> None:
+    monkeypatch.setattr("scalewise.commands.making.sample_pictures", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    code, text = run("sample", "a dog")
+    assert code == 130 and "Stopped. What was complete is kept." in text
+    assert signal.getsignal(number) is before
+
+
+def test_what_was_drawn_is_kept_when_generating_is_stopped(run, recipe, recipe_file, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
+    arguments = ["generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--count", 6, "--batch", 2]
+    assert run(*arguments, "--out", tmp_path / "whole")[0] == 0
+    backbone = build.teacher_backbone(recipe)
+    drawing = generate(backbone, recipe, ["a dog", "a cat"], tmp_path / "set", count=6, batch=2)
+    assert [next(drawing) for _ in range(3)] == [0, 2, 4]
+    drawing.close()  # as when the caller's loop is interrupted
+    assert len(LatentSet.open(tmp_path / "set")) == 4
+    assert run(*arguments, "--out", tmp_path / "set")[0] == 0
+    one, other = (LatentSet.open(tmp_path / name) for name in ("set", "whole"))
+    assert torch.equal(one.latents(range(6), one.scales[-1]), other.latents(range(6), other.scales[-1]))
+
+
+def test_a_set_is_written_every_few_minutes(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(teacher, "SAFE_SECONDS", 0.0)
+    drawing = generate(build.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=6, batch=2)
+    assert [next(drawing) for _ in range(3)] == [0, 2, 4]
+    assert len(list((tmp_path / "set").glob("*.arrow"))) == 2  # nothing was stopped yet
+
+
+@pytest.mark.parametrize("command", [
+    ["sample", "a dog"], ["generate", "mini"], ["distill", "mini"], ["spectrum", "mini"], ["bench", "mini"],
+    ["evaluate", "mini", "teacher"], ["study", "losses"],
+])  # fmt: skip
+def test_a_file_in_place_of_a_folder_is_refused_at_once(run, tmp_path, command) -> None:
+    (tmp_path / "taken").write_text("kept")
+    code, text = run(*command, "--out", tmp_path / "taken")
+    assert code == 1 and "taken is a file; give --out a folder" in text
+    assert (tmp_path / "taken").read_text() == "kept"
+
+
+def test_prompts_that_are_no_text_are_refused(run, recipe_file, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\x89PNG")
+    code, text = run(
+        "generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "set"
+    )
+    assert code == 1 and "prompts.txt is not UTF-8 text" in text
+
+
+def test_a_schedule_that_does_not_begin_with_noise_is_warned_of(run, recipe_file, tmp_path) -> None:
+    changes = ["schedule.timesteps=[900,800,700,600]", "train.iterations=1", "--dry-run"]
+    code, text = run("distill", recipe_file, *changes)
+    assert code == 0 and "begins at t = 900, but sampling starts from pure noise" in text
+
+
 def test_a_full_device_ends_in_one_sentence(run, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr("scalewise.commands.sample_pictures", full)
+    monkeypatch.setattr("scalewise.commands.making.sample_pictures", full)
     code, text = run("sample", "a dog")
     assert code == 1 and "memory is full" in text and "--batch" in text and "2 GiB" in text
 
@@ -160,7 +220,7 @@ def test_training_in_float16_is_refused(run, recipe_file: str, tmp_path: Path) -
 
 def test_scales_that_the_set_lacks_are_named(run, recipe_file: str, tmp_path: Path) -> None:
     code, text = run("distill", recipe_file, "schedule.scales=['2','6','6','8']", "--out", tmp_path / "run")
-    assert code == 1 and "no latents at 2x2; it has 4x4, 6x6, 8x8" in text
+    assert code == 1 and "no latents at 2x2, only at 4x4, 6x6, 8x8" in text
 
 
 def test_an_empty_or_unreadable_data_folder_is_explained(run, recipe_file: str, tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def test_schedule_recipe_and_weights_come_back_as_they_were(
         assert all(key.startswith("transformer.") for key in opened.keys())  # noqa: SIM118
 
 
+def test_equal_students_are_equal_files(file: Path, tmp_path: Path) -> None:
+    student = load_student(file)
+    for name in ("one", "two"):
+        write_student(tmp_path / name, student, dtype=torch.float32)
+    written = (tmp_path / "one").read_bytes()
+    assert written == (tmp_path / "two").read_bytes() == file.read_bytes()
+    header = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+    assert list(header) == sorted(header) and list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
 def test_a_fused_student_equals_its_adapter_and_leaves_the_base_bit_identical(file: Path) -> None:
     student = load_student(file)
     adapter = Backbone(SD3.tiny(), ["student"], rank=4, alpha=8)

@@ -78,6 +78,13 @@ def test_nothing_is_lost_at_full_size(side):
     assert spectra.lost(spectra.full) == 0.0
 
 
+@pytest.mark.parametrize("full", [(43, 43), (11, 14), (33, 39), (9, 9), (16, 16), (60, 104)])
+def test_every_smaller_size_loses_something(full):
+    spectra = Spectra.of(white(2, 2, *full))
+    for scale in candidates(Scale(1, *full), 1)[:-1]:
+        assert spectra.lost(scale) > 0.5
+
+
 def test_a_constant_part_has_no_place_in_the_spectrum():
     x0 = white(8, 4, 16, 16)
     torch.testing.assert_close(radial_spectrum(x0 + 5).power, radial_spectrum(x0).power)

@@ -84,17 +84,40 @@ def test_pictures_are_encoded_and_small_ones_left_out(tmp_path):
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
     recipe = find_recipe("mini").override([f"data.path={tmp_path}"])
     with pytest.warns(UserWarning, match="1 of 4 pictures are smaller than 128x128 pixels"):
-        latents = gather(recipe, Scale(1, 16, 16), count=100, progress=console.progress)
+        latents = gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
     assert latents.shape == (3, 16, 16, 16)
     for path in tmp_path.glob("[012].png"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"None of the 1 pictures in .* full size of 128x128"):
-        gather(recipe, Scale(1, 16, 16), count=100, progress=console.progress)
+    with pytest.raises(ValueError, match=r"None of the 1 pictures has the full size of 128x128"):
+        gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+
+
+def test_pictures_need_no_captions_and_what_is_skipped_is_named(tmp_path):
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "good.png")
+    (tmp_path / "good.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    recipe = find_recipe("mini").override([f"data.path={tmp_path}"])
+    with pytest.warns(UserWarning, match=r"1 image used, 1 skipped: 1 unreadable \(broken.png\)"):
+        latents = gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+    assert len(latents) == 1
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(ValueError, match="No usable image") as error:
+        gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+    assert "Each needs a caption" not in str(error.value)
+
+
+def test_the_margin_decides_what_is_called_safe(tmp_path):
+    recipe, found = find_recipe("mini"), []
+    for margin in (1.0, 9.0):
+        found.append(survey(recipe, Wish(margin=margin), count=32, progress=console.progress))
+    q = [one.safe_from(Scale(1, 8, 8)) / (1000 - one.safe_from(Scale(1, 8, 8))) for one in found]
+    assert q[1] == pytest.approx(3 * q[0], rel=1e-3)  # sigma / alpha grows with the margin's root
+    assert found[1].to_dict()["wish"]["margin"] == 9.0 and found[1].to_dict()["recipe"] == "mini"
 
 
 def test_a_set_is_read_at_full_size():
     recipe = find_recipe("mini")
-    latents = gather(recipe, Scale(1, 16, 16), count=10, progress=console.progress)
+    latents = gather(recipe, skeleton(mini.TEACHER), count=10, progress=console.progress)
     everything = LatentSet.open(mini.DATA).latents(range(1024), Scale(1, 16, 16))
     assert latents.shape == (10, 16, 16, 16)
     assert all((everything == row).flatten(1).all(1).any() for row in latents)
@@ -126,6 +149,8 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["mini", "--margin", "0.5"], "margin of 0.5 is not safe"),
+    (["mini", "--margin", "nan"], "margin of nan is not safe"),
+    (["mini", "--margin", "inf"], "margin of inf is not safe"),
     (["mini", "--steps", "3", "--timesteps", "1000 500"], "not both"),
     (["mini", "--timesteps", "1000 5x"], "Cannot read the noise levels"),
     (["mini", "--timesteps", "1200 500"], "1200 lies outside"),

@@ -156,8 +156,8 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
-    with pytest.raises(ValueError, match=r"optimizer\.lr is 0\.0003 there and 0\.5 here"):
-        train(recipe.override(["optimizer.lr=0.5"]), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"optimizer\.weight_decay is 0\.01 there and 0\.5 here"):
+        train(recipe.override(["optimizer.weight_decay=0.5"]), tmp_path, resume=True)
 
 
 def test_a_finished_folder_is_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
@@ -249,8 +249,39 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(recipe: Recipe, tmp_path: 
     train(recipe.override(["train.iterations=2"]), tmp_path)
     before = {p: p.read_bytes() for p in (tmp_path / "recipe.yaml", tmp_path / "log.jsonl")}
     with pytest.raises(ValueError, match="another recipe"):
-        train(recipe.override(["optimizer.lr=0.5"]), tmp_path, resume=True)
+        train(recipe.override(["optimizer.weight_decay=0.5"]), tmp_path, resume=True)
     assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_a_checkpoint_that_led_to_a_broken_loss_is_set_aside_and_a_lower_rate_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = losses.mmd_linear, []
+
+    def breaks_fifth(*args: torch.Tensor, **options: object) -> torch.Tensor:
+        calls.append(1)
+        return honest(*args, **options) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(losses, "mmd_linear", breaks_fifth)
+    longer = recipe.override(["train.iterations=6"])
+    with pytest.raises(TrainingStopped, match=r"iteration 5; .*called nan-step-000004; .*good .*step-000002"):
+        train(longer, tmp_path)
+    assert (tmp_path / "checkpoints" / "nan-step-000004").is_dir()
+    with pytest.warns(UserWarning, match=r"optimizer.lr was .* up to step-000002 and is 1e-06"):
+        rows = train(longer.override(["optimizer.lr=1e-6"]), tmp_path, resume=True)
+    assert [row["iteration"] for row in rows] == [2, 3, 4, 5, 6]
+
+
+def test_a_log_whose_last_line_was_cut_off_stops_no_run(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe.override(["train.iterations=2"]), tmp_path)
+    log = tmp_path / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"iteration": 3, "mm')
+    train(recipe.override(["train.iterations=3"]), tmp_path, resume=True)
+    assert log.read_text().startswith(whole) and len(log.read_text().splitlines()) == 3
+    log.write_text('{"iterat\n' + whole)
+    with pytest.raises(ValueError, match=r"Line 1 of .*log.jsonl is damaged"):
+        train(recipe, tmp_path, resume=True)
 
 
 def test_samples_that_cannot_be_drawn_cost_no_checkpoint(
@@ -268,7 +299,7 @@ def test_samples_that_cannot_be_drawn_cost_no_checkpoint(
 
 
 def test_a_run_that_could_not_be_built_leaves_nothing_to_resume(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no latents at 2x2"):
+    with pytest.raises(ValueError, match="no latents at 2x2, only at"):
         train(recipe.override(["schedule.scales=['2', '6', '6', '8']"]), tmp_path / "run")
     train(recipe.override(["train.iterations=1"]), tmp_path / "run")
 

@@ -56,7 +56,14 @@ def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
 
 def check(recipe: Recipe, model: ModelAdapter) -> None:
     """Refuse a recipe that does not fit the model: scales, feature block."""
-    model.check_schedule(recipe.schedule.build())
+    schedule = recipe.schedule.build()
+    model.check_schedule(schedule)
+    if schedule[0].t < 1000:
+        warnings.warn(
+            f"The schedule begins at t = {schedule[0].t:g}, but sampling starts from pure noise, t = 1000; "
+            "begin with that.",
+            stacklevel=2,
+        )
     model.block(recipe.loss.feature_block)
 
 
@@ -89,10 +96,23 @@ def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[
                 f"{recipe.model.base}; its own samples are what the method asks for (`scalewise generate`).",
                 stacklevel=2,
             )
+        check_scales(recipe, sets[0])
     else:
         sets = _encode_images(recipe, path, progress)
     captions = sorted({c for s in sets for c in s.unique_captions()} | set(extra_prompts))
     return Data(sets, prompt_cache(recipe, captions, progress))
+
+
+def check_scales(recipe: Recipe, data: LatentSet) -> None:
+    """Refuse a set without the recipe's scales, before anything is computed for it."""
+    schedule = recipe.schedule.build()
+    needed = {schedule.full} if recipe.data.downscale == "latent" else set(schedule.scales)
+    if missing := sorted(needed - set(data.scales)):
+        raise RecipeError(
+            f"The set {data.folder} has no latents at {', '.join(map(str, missing))}, only at "
+            f"{', '.join(map(str, data.scales))}. Make a set for this schedule with `scalewise generate`, or "
+            "choose among its scales."
+        )
 
 
 def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> PromptCache:

@@ -63,6 +63,11 @@ def save(folder: Path, state: dict[str, object], *, meta: dict[str, Any]) -> Non
                 f"The disk is full: the checkpoint {folder} needs {needed:,} bytes and {free:,} are free. It "
                 "was not saved, earlier ones are untouched; free space or keep fewer of them, and resume."
             ) from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise CheckpointError(
+                f"The checkpoint {folder} cannot be written ({error}). It was not saved, earlier ones are "
+                "untouched; see to the disk and resume."
+            ) from error
         raise
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from scalewise import build, comparison, console, mini
-from scalewise.commands import follow
+from scalewise.commands.making import follow
 from scalewise.contenders import Contender, Prompts, draw, draw_steps, parse_contender
 from scalewise.lora import versions
 from scalewise.metrics import METRICS

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from scalewise import keys
@@ -119,8 +119,19 @@ def write_student(
         path = path / "adapter_model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(named, temporary, metadata=metadata)
+    temporary.write_bytes(sorted_header(save(named, metadata=metadata)))
     os.replace(temporary, path)
+
+
+def sorted_header(data: bytes) -> bytes:
+    """Bring the header of a safetensors file into alphabetical order, so that equal contents are equal bytes.
+
+    A file is the header's length (8 bytes, little-endian), the header as JSON, and the tensors.
+    """
+    length = int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    header = text.encode().ljust(-(-len(text.encode()) // 8) * 8)  # tensors begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 @contextmanager

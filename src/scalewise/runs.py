@@ -36,7 +36,8 @@ class RunFolder:
     def describe(self) -> None:
         """Write recipe and versions: once everything is built, and a resumed checkpoint has fitted."""
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
-        (self.path / "recipe.yaml").write_text(self.recipe.to_yaml())
+        recipe = self.recipe.to_yaml()
+        checkpoint.write_atomically(self.path / "recipe.yaml", lambda path: path.write_text(recipe))
         machine = {
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -46,14 +47,22 @@ class RunFolder:
         (self.path / "versions.json").write_text(json.dumps(versions() | machine, indent=1))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Rows of the log."""
+        """Rows of the log; a last one that was cut off in the middle of writing does not count."""
         log = self.path / "log.jsonl"
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        lines = log.read_text().splitlines() if log.exists() else []
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise RecipeError(f"Line {number} of {log} is damaged; remove it and go on.") from error
+        return rows
 
     def cut_log(self, iteration: int) -> None:
         """Drop rows after the checkpoint that a run goes on from: they will be written again."""
-        kept = [row for row in self.rows() if row["iteration"] <= iteration]
-        (self.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        text = "".join(json.dumps(row) + "\n" for row in self.rows() if row["iteration"] <= iteration)
+        checkpoint.write_atomically(self.path / "log.jsonl", lambda path: path.write_text(text))
 
 
 class Log:

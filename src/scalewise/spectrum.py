@@ -31,13 +31,15 @@ class Spectrum:
     power: Tensor
 
     def above(self, limit: float) -> float:
-        """Return the largest power at frequencies above `limit`; 0 if there are none.
+        """Return the largest power at frequencies above `limit`; 0 from 0.5 on.
 
         The power at the limit itself, interpolated between bins as a power law, counts too: it is what lies
         just above.
         """
-        if limit >= float(self.frequency[-1]):
-            return 0.0
+        if limit >= 0.5:
+            return 0.0  # no axis has more
+        if limit >= float(self.frequency[-1]):  # within the last bin, of which this is the mean frequency
+            return float(self.power[-1])
         right = int(torch.searchsorted(self.frequency, limit, right=True))
         found = float(self.power[right:].max())
         if right == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from scalewise import build, mini
 from scalewise.build import Progress
 from scalewise.data import LatentSet
-from scalewise.data.folder import load_pixels, scan_images
+from scalewise.data.folder import ImageEntry, load_pixels, scan_images
 from scalewise.data.shards import DataError
 from scalewise.models import ModelAdapter
 from scalewise.models.pipelined import PipelineAdapter
@@ -59,8 +59,8 @@ class Wish:
     def __post_init__(self) -> None:
         if self.steps is not None and self.timesteps:
             raise RecipeError("Give --steps or --timesteps, not both.")
-        if self.margin < 1:
-            raise RecipeError(f"A margin of {self.margin:g} is not safe; it is at least 1.")
+        if not 1 <= self.margin < math.inf:
+            raise RecipeError(f"A margin of {self.margin:g} is not safe; it is a number of at least 1.")
         if not 0 < self.smallest <= 1:
             raise RecipeError(f"--smallest {self.smallest:g} must be a part of the full side, in (0, 1].")
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -110,7 +110,8 @@ class Judged:
 class Survey:
     """Spectra of a number of latents and the schedules judged by them."""
 
-    base: str
+    recipe: Recipe
+    wish: Wish
     latents: int
     noise: NoiseProcess
     spectra: Spectra
@@ -133,8 +134,14 @@ class Survey:
         return {"space": sizes} | ({"time": frames} if self.spectra.time else {})
 
     def smallest_safe(self, axis: str, t: float) -> Scale:
-        """Return the smallest option along an axis whose loss the noise at t hides; full size is safe."""
-        return next(s for s in self.options[axis] if self.spectra.margin(s, t, self.noise) >= 1)
+        """Return the smallest option along an axis whose loss the noise at t hides by the wished margin."""
+        return next(
+            s for s in self.options[axis] if self.spectra.margin(s, t, self.noise) >= self.wish.margin
+        )
+
+    def safe_from(self, scale: Scale) -> float | None:
+        """Return the lowest t at which a scale has the wished margin."""
+        return self.spectra.safe_from(scale, self.noise, margin=self.wish.margin)
 
     def noisy(self, axis: str, t: float) -> Tensor:
         """Return the expected power [K] along an axis of latents noised to t."""
@@ -145,7 +152,10 @@ class Survey:
         """Everything as JSON knows it."""
         levels = sorted({t for judged in self.schedules for t in judged.schedule.timesteps}, reverse=True)
         return {
-            "base": self.base,
+            "recipe": self.recipe.name,
+            "base": self.recipe.model.base,
+            "data": self.recipe.data.path,
+            "wish": asdict(self.wish),
             "latents": self.latents,
             "full": str(self.spectra.full),
             "schedules": [judged.to_dict() for judged in self.schedules],
@@ -162,7 +172,7 @@ class Survey:
                 {
                     "scale": str(scale),
                     "holds_cycles_per_cell": self.spectra.limits(scale)[number],
-                    "safe_from": self.spectra.safe_from(scale, self.noise),
+                    "safe_from": self.safe_from(scale),
                 }
                 for scale in self.options[axis]
             ],
@@ -186,7 +196,7 @@ def survey(recipe: Recipe, wish: Wish, *, count: int, progress: Progress) -> Sur
     own = recipe.schedule.build()
     model.check_schedule(own)
     timesteps = chosen_timesteps(model, own, wish)
-    latents = gather(recipe, own.full, count=count, progress=progress)
+    latents = gather(recipe, model, count=count, progress=progress)
     spectra = Spectra.of(latents)
     proposed = proposal(spectra, model, timesteps, wish)
     flops = dict[Scale, float]()
@@ -200,7 +210,7 @@ def survey(recipe: Recipe, wish: Wish, *, count: int, progress: Progress) -> Sur
     )
     named = {"recipe": own, "proposal": proposed}
     return Survey(
-        recipe.model.base, len(latents), model.noise, spectra, tuple(sorted(sizes)),
+        recipe, wish, len(latents), model.noise, spectra, tuple(sorted(sizes)),
         tuple(judge(name, schedule, model, spectra, flops) for name, schedule in named.items()),
     )  # fmt: skip
 
@@ -252,9 +262,9 @@ def judge(
     )  # fmt: skip
 
 
-def gather(recipe: Recipe, full: Scale, *, count: int, progress: Progress) -> Tensor:
+def gather(recipe: Recipe, model: PipelineAdapter, *, count: int, progress: Progress) -> Tensor:
     """Return up to `count` clean latents [N, C, ...] at full size: of a set, or of pictures, encoded."""
-    path = Path(mini.resolve(recipe.data.path, mini.DATA))
+    path, full = Path(mini.resolve(recipe.data.path, mini.DATA)), recipe.schedule.build().full
     if (path / "set.json").exists():
         stored = LatentSet.open(path)
         rows = permutation(len(stored), "spectrum")[:count].tolist()
@@ -264,25 +274,28 @@ def gather(recipe: Recipe, full: Scale, *, count: int, progress: Progress) -> Te
             f"There are no latents or pictures in {path}; give --data with a set (`scalewise generate`) or "
             "a folder of images."
         )
-    model = build.load(recipe, ["vae"])
     if model.video:
         raise RecipeError(
             f"{path} holds no set, and {recipe.model.base} makes videos; `scalewise generate` one."
         )
-    return encode(model, path, full, count=count, progress=progress)
+    entries, skipped = scan_images(path, captions=False)
+    if skipped.counts:
+        warnings.warn(f"{path}: {skipped.summary}", stacklevel=2)
+    return encode(build.load(recipe, ["vae"]), entries, full, count=count, progress=progress)
 
 
 @torch.no_grad()
-def encode(model: ModelAdapter, folder: Path, full: Scale, *, count: int, progress: Progress) -> Tensor:
-    """Return latents [N, C, H, W] of a folder's pictures, those large enough; captions are not needed."""
+def encode(
+    model: ModelAdapter, entries: Sequence[ImageEntry], full: Scale, *, count: int, progress: Progress
+) -> Tensor:
+    """Return latents [N, C, H, W] of pictures, those large enough."""
     height, width = model.pixel_size(full)
-    entries, _ = scan_images(folder, caption_from_name=True)
     # An enlarged picture has no high frequencies, and would speak for smaller scales than are safe.
     large = [e for e in entries if e.width >= width and e.height >= height]
     if not large:
         raise DataError(
-            f"None of the {len(entries)} pictures in {folder} has the full size of {height}x{width} pixels; "
-            "give larger ones."
+            f"None of the {len(entries)} pictures has the full size of {height}x{width} pixels; give larger "
+            "ones."
         )
     if len(large) < len(entries):
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from scalewise.recipe import Recipe
 from scalewise.rng import derive
 from scalewise.sampling import last, teacher_steps
 from scalewise.scales import Scale, downscale_video
+
+SAFE_SECONDS = 300.0  # the most that a kill can cost, even where a shard takes an hour
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -54,8 +57,9 @@ def generate(
 ) -> Iterator[int]:
     """Draw `count` samples, sample i with prompt i modulo their number, and yield how many are done.
 
-    A stopped call goes on after its last whole shard; settings that would change the samples are compared.
-    A corrupt shard that was deleted is drawn again.
+    A stopped call goes on after its last shard; settings that would change the samples are compared. What is
+    drawn is written when a shard is full, every SAFE_SECONDS, and when the call is stopped. A corrupt shard
+    that was deleted is drawn again.
     """
     model, scales = backbone.model, sorted(set(recipe.schedule.build().scales))
     full = max(scales, key=lambda scale: scale.cells)
@@ -63,6 +67,7 @@ def generate(
     uncond = model.encode_prompts([recipe.teacher.negative_prompt])
     todo = writer.missing(count)
     yield count - len(todo)
+    saved = time.monotonic()
     try:
         for start in range(0, len(todo), batch):
             indices = todo[start : start + batch]
@@ -79,9 +84,14 @@ def generate(
             )
             with torch.no_grad():
                 writer.add(indices, captions, seeds, latents_of_all_scales(model, last(steps), scales))
+            if time.monotonic() - saved > SAFE_SECONDS:
+                writer.flush()
+                saved = time.monotonic()
             yield count - len(todo) + start + len(indices)
-    except KeyboardInterrupt:
-        writer.flush()  # what is drawn is kept, also in a shard that is not full
+    except (KeyboardInterrupt, GeneratorExit, RuntimeError):
+        # Stopped here or in the caller's loop, or the device's memory is full: what is drawn is kept, also
+        # in a shard that is not full.
+        writer.flush()
         raise
     writer.finish()
 

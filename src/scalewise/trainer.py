@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,8 +113,7 @@ class Trainer:
         """Train to the recipe's number of iterations, saving at the interval, on SIGTERM and at the end.
 
         Each row is logged, then the checkpoint (if due) is written, and only then is the row yielded:
-        whatever
-        the caller does with it, such as drawing samples, cannot cost a checkpoint.
+        whatever the caller does with it, such as drawing samples, cannot cost a checkpoint.
         """
         train = self.recipe.train
         with self._signals():
@@ -126,10 +126,8 @@ class Trainer:
                 self.iteration += 1
                 row = {"iteration": self.iteration, **row, "seconds": time.perf_counter() - started}
                 log(row)
-                stop, step = (
-                    self._stop,
-                    self.iteration,
-                )  # a signal that comes later gets an iteration of its own
+                # A signal that comes later gets an iteration of its own.
+                stop, step = self._stop, self.iteration
                 if stop or step % train.checkpoint_every == 0 or step == train.iterations:
                     self.save()
                 yield row
@@ -219,6 +217,13 @@ class Trainer:
                 f"The checkpoint {path} belongs to another recipe: {difference}. "
                 "Resume with the recipe.yaml in the run's folder, or start a new run in another one."
             )
+        before, here = meta["recipe"]["optimizer"], self.recipe.optimizer.model_dump(mode="json")
+        for name in sorted(key.removeprefix("optimizer.") for key in _TUNABLE):
+            if before[name] != here[name]:
+                warnings.warn(
+                    f"optimizer.{name} was {before[name]} up to {path.name} and is {here[name]} from now on",
+                    stacklevel=2,
+                )
         self.backbone.roles.load("student", state["student"])
         self.student.optimizer.load_state_dict(state["student_optimizer"])
         if self.fake:
@@ -255,11 +260,21 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _explain(self, error: LossError) -> str:
+        """Say what broke, and from which checkpoint to go on: not from the very weights that led here."""
         last = checkpoint.latest(self.checkpoints)
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        aside = ""
+        if last and last.name == f"step-{self.iteration:06d}":
+            broken = last.with_name(f"nan-{last.name}")
+            if parallel.is_main():
+                last.rename(broken)
+            aside = f"the weights before it led there, so their checkpoint is now called {broken.name}; "
+            parallel.barrier()
+            last = checkpoint.latest(self.checkpoints)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint from before"
+        remedy = "Resume with" if last else "Start anew with"
         return (
-            f"{str(error).rstrip('.')} at iteration {self.iteration + 1}; {kept}. Lower optimizer.lr or use "
-            "train.precision=float32."
+            f"{str(error).rstrip('.')} at iteration {self.iteration + 1}; {aside}{kept}. {remedy} a lower "
+            "optimizer.lr or optimizer.clip."
         )
 
 
@@ -273,6 +288,8 @@ _FREE = {
     "train.sample_every",
     "train.sample_prompts",
 }
+# What may be changed on the way, to get past a loss that broke.
+_TUNABLE = {"optimizer.lr", "optimizer.fake_lr", "optimizer.clip"}
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any], *, prefix: str = "") -> str:
@@ -282,6 +299,6 @@ def _difference(one: dict[str, Any], other: dict[str, Any], *, prefix: str = "")
         if isinstance(a, dict) and isinstance(b, dict):
             if found := _difference(a, b, prefix=f"{name}."):
                 return found
-        elif a != b and name not in _FREE:
+        elif a != b and name not in _FREE | _TUNABLE:
             return f"{name} is {json.dumps(a)} there and {json.dumps(b)} here"
     return ""

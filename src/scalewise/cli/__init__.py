@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -50,13 +53,35 @@ def options(
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let a polite kill end a command as Ctrl-C does: what is done is written first."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: signals stay with their owner
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
     try:
-        code: Any = app(arguments, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        with sigterm_as_ctrl_c():
+            code: Any = app(arguments, standalone_mode=False)
+        # Typer makes of Ctrl-C this code or, in older versions, an exception.
+        sys.exit(
+            console.explain(KeyboardInterrupt()) if code == 130 else code if isinstance(code, int) else 0
+        )
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(console.explain(KeyboardInterrupt()))
     except UsageProblem as error:
         error.show()
         sys.exit(error.exit_code)

@@ -47,7 +47,7 @@ def generate(
     data.path=my-set`
     """
     console.quiet_libraries()
-    from scalewise.commands import run_generate
+    from scalewise.commands.making import run_generate
 
     run_generate(recipe_of(recipe, overrides), prompts, count=count, batch=batch, seed=seed, out=out)
 
@@ -70,7 +70,7 @@ def distill(
     `scalewise distill mini --out runs/mini --resume`
     """
     console.quiet_libraries()
-    from scalewise.commands import print_dry_run, run_distill
+    from scalewise.commands.making import print_dry_run, run_distill
 
     chosen = recipe_of(recipe, overrides)
     if dry_run:
@@ -112,7 +112,7 @@ def sample(
     Example: `scalewise sample "a red apple, fluent style" "a dog face, noto style" --count 4`
     """
     console.quiet_libraries()
-    from scalewise.commands import Drawing, sample_pictures
+    from scalewise.commands.making import Drawing, sample_pictures
 
     asked = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch)
     files, seconds = sample_pictures(prompts, asked, out)
@@ -138,7 +138,7 @@ def export(
     Example: `scalewise export runs/mini mini-kohya.safetensors --form kohya`
     """
     console.quiet_libraries()
-    from scalewise.commands import export_student
+    from scalewise.commands.making import export_student
 
     console.out.print(
         f"{export_student(student, out, form, schedule, base=base)} weights written to {out}", soft_wrap=True

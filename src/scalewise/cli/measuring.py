@@ -59,7 +59,7 @@ def plan(
     Examples: `scalewise plan sd35-medium --memory 24`, `scalewise plan flux-dev loss.mmd_only=true --gpus 8`
     """
     console.quiet_libraries()
-    from scalewise.commands import run_plan
+    from scalewise.commands.measuring import run_plan
 
     run_plan(recipe_of(recipe, overrides), gpus=gpus, gigabytes=memory)
 
@@ -96,7 +96,7 @@ def spectrum(
     `scalewise spectrum mini --budget 0.5`
     """
     console.quiet_libraries()
-    from scalewise.commands import run_spectrum
+    from scalewise.commands.measuring import run_spectrum
     from scalewise.survey import Wish, parse_levels
 
     chosen = recipe_of(recipe, [*(overrides or []), *([f"data.path={data}"] if data else [])])
@@ -135,7 +135,7 @@ def evaluate(
     Example: `scalewise evaluate mini teacher teacher:4 undistilled student:runs/mini --count 100`
     """
     console.quiet_libraries()
-    from scalewise.commands import run_evaluate
+    from scalewise.commands.measuring import run_evaluate
 
     run_evaluate(
         recipe_of(recipe, override),
@@ -182,7 +182,7 @@ def bench(
     Says how much of the gain that operations promise is reached. Example: `scalewise bench mini --batch 8`
     """
     console.quiet_libraries()
-    from scalewise.commands import run_bench
+    from scalewise.commands.measuring import run_bench
     from scalewise.speed import chosen_protocol
 
     chosen = chosen_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
@@ -205,7 +205,7 @@ def study(
     Example: `scalewise study losses --seed 0 --seed 1`; it may take hours, and goes on when called again.
     """
     console.quiet_libraries()
-    from scalewise.commands import list_studies, run_studies
+    from scalewise.commands.measuring import list_studies, run_studies
 
     if not names:
         list_studies()

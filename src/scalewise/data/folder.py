@@ -65,12 +65,14 @@ class Skipped:
         return f"{found}, {sum(self.counts.values())} skipped: {', '.join(parts)}"
 
 
-def scan_images(folder: Path | str, *, caption_from_name: bool = False) -> tuple[list[ImageEntry], Skipped]:
+def scan_images(
+    folder: Path | str, *, caption_from_name: bool = False, captions: bool = True
+) -> tuple[list[ImageEntry], Skipped]:
     """Find every captioned, readable image under `folder`, and count the others by reason.
 
     Captions come from `<stem>.txt`, else from metadata.jsonl, captions.json or metadata.csv (file_name, and
-    text or caption), else, only with caption_from_name, from the file's name. Each image is decoded once,
-    since a truncated one shows itself only then.
+    text or caption), else, only with caption_from_name, from the file's name; without `captions` none are
+    looked for. Each image is decoded once, since a truncated one shows itself only then.
 
     Raises DataError when the folder is missing or holds no usable image.
     """
@@ -78,7 +80,9 @@ def scan_images(folder: Path | str, *, caption_from_name: bool = False) -> tuple
     if not root.is_dir():
         raise DataError(f"There is no folder {root}; correct the path.")
     files = list_files(root)
-    source = CaptionSource([f for f in files if f.name in METADATA], from_name=caption_from_name)
+    source: CaptionSource | None = None
+    if captions:
+        source = CaptionSource([f for f in files if f.name in METADATA], from_name=caption_from_name)
     images = [f for f in files if f.suffix.lower() in READABLE | UNSUPPORTED]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda path: _inspect(path, source), images))
@@ -87,14 +91,15 @@ def scan_images(folder: Path | str, *, caption_from_name: bool = False) -> tuple
     for path, entry in zip(images, found, strict=True):
         if isinstance(entry, str):
             reasons.setdefault(entry, []).append(path)
-    if absent := source.absent():
+    if source and (absent := source.absent()):
         reasons["named in the metadata but not there"] = absent
     skipped = Skipped(len(entries), reasons)
     if not entries:
-        raise DataError(
-            f"No usable image in {root}: {skipped.summary}. Each needs a caption: <name>.txt beside it, a "
-            "metadata.jsonl, or set data.caption_from_name=true."
+        needed = (
+            " Each needs a caption: <name>.txt beside it, a metadata.jsonl, or set "
+            "data.caption_from_name=true."
         )
+        raise DataError(f"No usable image in {root}: {skipped.summary}.{needed if captions else ''}")
     return entries, skipped
 
 
@@ -163,7 +168,7 @@ def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _inspect(path: Path, source: CaptionSource) -> ImageEntry | str:
+def _inspect(path: Path, source: CaptionSource | None) -> ImageEntry | str:
     """Return the image's entry, or the reason why it cannot be used."""
     if path.suffix.lower() not in READABLE:
         return f"in the unsupported format {path.suffix.lower()}"
@@ -171,6 +176,8 @@ def _inspect(path: Path, source: CaptionSource) -> ImageEntry | str:
         width, height = _decoded_size(path)
     except Exception:  # Pillow's plugins raise many kinds for a broken file; the summary names the files
         return "unreadable"
+    if source is None:
+        return ImageEntry(path, "", width, height)
     try:
         caption = source.caption(path)
     except UnicodeDecodeError:

@@ -118,8 +118,8 @@ UPSCALING = Study(
     ),
     "The mini's teacher goes on, with 28 steps and guidance 4.5, from samples of its own set instead of "
     "real pictures; 8 x 8 to 16 x 16 latents. The Fréchet distance is to as many others of the set. "
-    "A: noise on the full-size latent. B: the small latent enlarged, then noised. C: the small latent noised, "
-    "then enlarged.",
+    "A: noise on the full-size latent. B: the small latent enlarged, then noised. C: the small latent "
+    "noised, then enlarged.",
 )
 
 STUDIES = {

@@ -1,0 +1,41 @@
+"""What several commands read or prepare before they begin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scalewise import mini
+from scalewise.recipe import RecipeError
+
+
+def refuse_file(out: Path) -> None:
+    """Refuse a file where a folder is needed, before anything is computed."""
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"{out} is a file; give --out a folder, new or there already.")
+
+
+def folder_for(out: Path) -> None:
+    """Make the folder that results go into, before anything is computed."""
+    refuse_file(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
+    """Prompts from a file, or the mini's own captions."""
+    if file is None:
+        if base != "mini":
+            raise RecipeError(
+                "Give --prompts FILE with one prompt a line; only the mini brings captions along."
+            )
+        return mini.captions(split)
+    if not file.exists():
+        raise RecipeError(f"There is no prompt file {file}.")
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"The prompt file {file} is not UTF-8 text ({error.reason}); save it so."
+        ) from error
+    if not prompts:
+        raise RecipeError(f"The prompt file {file} holds no prompt; write one a line.")
+    return prompts

@@ -1,0 +1,196 @@
+"""What the commands do that make something, with progress; the command line only reads options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from scalewise import build, console, keys, mini, parallel
+from scalewise.commands.inputs import folder_for, read_prompts, refuse_file
+from scalewise.contenders import Contender, enter, parse_contender
+from scalewise.distill import Numbers
+from scalewise.lora import Student, load_student, write_student
+from scalewise.models import ALL_PARTS
+from scalewise.models.skeleton import skeleton
+from scalewise.pictures import to_bytes
+from scalewise.pipelines import read_schedule
+from scalewise.recipe import Recipe, RecipeError
+from scalewise.recipes import find_recipe
+from scalewise.runs import distill
+from scalewise.teacher import generate
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What `scalewise sample` was asked for."""
+
+    student: str | None = None
+    teacher: bool = False
+    recipe: str | None = None
+    """Whose teacher draws, in place of a student's."""
+    base: str | None = None
+    schedule: str | None = None
+    weight: float = 1.0
+    seed: int = 0
+    count: int = 1
+    batch: int = 8
+
+
+def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list[Path], float]:
+    """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
+    folder_for(out)
+    contender, recipe, student = _who_draws(asked)
+    model = build.load(recipe, ALL_PARTS)
+    assert contender.schedule is not None
+    model.check_schedule(contender.schedule)
+    texts = [p for p in prompts for _ in range(asked.count)]
+    seeds = [asked.seed + i for i in range(len(texts))]
+    files, started = list[Path](), time.perf_counter()
+    uncond = model.encode_prompts([contender.negative_prompt])
+    total = contender.steps * -(-len(texts) // asked.batch)
+    with (
+        # What the student was trained in may be slow here, and another precision draws nearly the same.
+        enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
+        console.progress("drawing", total) as done,
+    ):
+        for number, start in enumerate(range(0, len(texts), asked.batch)):
+            part = slice(start, start + asked.batch)
+            for step, x0 in sampler(model.encode_prompts(texts[part]), uncond, seeds[part]):  # noqa: B007
+                done(number * contender.steps + step + 1)
+            for text, own, sample in zip(texts[part], seeds[part], model.decode(x0), strict=True):
+                name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-") or "untitled"
+                files.append(save_sample(sample, out / f"{name}-{own}"))
+    return files, time.perf_counter() - started
+
+
+def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
+    """The contender, the recipe of its model, and the student if there is one."""
+    if asked.teacher and asked.schedule:
+        raise RecipeError("--schedule is a student's; the teacher has its own steps. Leave one of them out.")
+    if asked.recipe:
+        if not asked.teacher:
+            raise RecipeError("--recipe tells whose teacher draws; add --teacher, or name a student.")
+        recipe = find_recipe(asked.recipe).override([f"model.base={asked.base}"] if asked.base else [])
+        return parse_contender("teacher", recipe), recipe, None
+    if asked.student is None and asked.base not in (None, "mini"):
+        raise RecipeError(
+            f"Name a student of {asked.base} with --student, or a recipe of its teacher with --teacher "
+            "--recipe."
+        )
+    path = mini.resolve(asked.student or "mini", mini.STUDENT)
+    student = load_student(path, schedule=read_schedule(asked.schedule) if asked.schedule else None)
+    base = asked.base or student.base
+    if not base:
+        raise RecipeError(f"{path} does not say which model it is for; give its base with --base.")
+    recipe = _recipe_of(student, base)
+    if asked.teacher:
+        return parse_contender("teacher", recipe), recipe, None
+    contender = Contender(
+        "student", "student", len(student.schedule), schedule=student.schedule, path=Path(path)
+    )
+    return contender, recipe, student
+
+
+def _recipe_of(student: Student, base: str) -> Recipe:
+    """The student's recipe, or for a file of others one that names base and schedule."""
+    if student.recipe:
+        return Recipe.from_mapping(student.recipe, origin="the student's recipe").override(
+            [f"model.base={base}"]
+        )
+    schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
+    # Bases of others are large: on a GPU in half precision, as they are published.
+    model = {"base": base, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
+    return Recipe.from_mapping({"name": "foreign", "model": model, "schedule": schedule})
+
+
+def save_sample(sample: Tensor, stem: Path) -> Path:
+    """Save pixels [3, H, W] as PNG, a video [3, F, H, W] as an animated one."""
+    frames = to_bytes(sample.unsqueeze(0) if sample.ndim == 3 else sample.transpose(0, 1))
+    pictures = [Image.fromarray(frame) for frame in frames]
+    path = stem.with_name(stem.name + ".png")
+    if len(pictures) == 1:
+        pictures[0].save(path)
+    else:
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // 16, loop=0)
+    return path
+
+
+def export_student(
+    student: str, out: Path, form: str, schedule: str | None, *, base: str | None = None
+) -> int:
+    """Write a student under another convention's names; returns the number of weights.
+
+    Names of kohya's kind hold paths that only the base's layers can tell, so its configuration is asked for.
+    """
+    kind, given = keys.read_form(form), read_schedule(schedule) if schedule else None
+    if kind != "peft" and (out.is_dir() or out.suffix != ".safetensors"):
+        raise RecipeError(f"{out} is no name of a .safetensors file; give one (for --form peft a folder).")
+    found = load_student(mini.resolve(student, mini.STUDENT), schedule=given)
+    found = replace(found, base=base or found.base)
+    if not all(keys.is_path(name) for name in found.tensors):
+        if not found.base:
+            raise RecipeError(f"{student} names layers as kohya does; say of which model with --base.")
+        found = found.matched(skeleton(mini.resolve(found.base, mini.TEACHER)).denoiser)
+    write_student(out, found, form=kind)
+    return len(found.tensors)
+
+
+def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
+    """Train with a progress bar that shows the losses."""
+    refuse_file(out)
+    parallel.init_from_env()
+    console.err.print(f"{recipe.name}: {recipe.about}; {recipe.train.iterations} iterations")
+    follow(distill(recipe, out, console.progress, resume=resume), recipe.train.iterations)
+    parallel.shutdown()
+
+
+def follow(rows: Iterator[Numbers], total: int) -> None:
+    """Run a distillation to its end and show how far it is; the first row says where it starts."""
+    first = int(next(rows)["iteration"])
+    with console.progress("distilling", total) as done:
+        done(first)
+        for row in rows:
+            done(int(row["iteration"]))
+
+
+def print_dry_run(recipe: Recipe) -> None:
+    """Show what a run would build."""
+    facts = build.dry_run(recipe)
+    table = Table("step", "t", "scale", "tokens", box=None, header_style="bold")
+    for i, (t, scale, tokens) in enumerate(facts["steps"]):
+        table.add_row(str(i + 1), f"{t:g}", scale, str(tokens))
+    console.out.print(table)
+    share = facts["tokens"] / facts["full_tokens"]
+    console.out.print(
+        f"tokens per sample: {facts['tokens']:,} of {facts['full_tokens']:,} at full scale ({share:.0%})"
+    )
+    console.out.print(f"frozen base: {facts['base_parameters']:,} parameters, held once")
+    for role, count in facts["trainable"].items():
+        console.out.print(f"trainable ({role}): {count:,} parameters")
+    memory = ", ".join(f"{name} {size:,.1f} MB" for name, size in facts["megabytes"].items())
+    console.out.print(f"memory held besides activations: {memory}")
+    effective = recipe.train.batch * recipe.train.accumulate * parallel.world()
+    console.out.print(
+        f"{recipe.train.iterations} iterations of {effective} samples per update; nothing was trained"
+    )
+
+
+def run_generate(
+    recipe: Recipe, prompts: Path | None, *, count: int, batch: int, seed: int, out: Path
+) -> None:
+    """Make a synthetic set; goes on where a stopped one ended."""
+    refuse_file(out)
+    texts = read_prompts(prompts, recipe.model.base, "train")
+    backbone = build.teacher_backbone(recipe)
+    build.check(recipe, backbone.model)
+    with console.progress("generating", count) as done:
+        for number in generate(backbone, recipe, texts, out, count=count, batch=batch, seed=seed):
+            done(number)
+    console.out.print(f"{count} samples at {len(set(recipe.schedule.scales))} scales in {out}")

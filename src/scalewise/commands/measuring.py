@@ -1,0 +1,203 @@
+"""What the commands do that tell something: count, judge, time, and print."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from scalewise import bench, console
+from scalewise.commands.inputs import folder_for, read_prompts, refuse_file
+from scalewise.plan import GB, Plan, make_plan, scales_to_count
+from scalewise.recipe import Recipe, RecipeError
+from scalewise.scales import ScaleSchedule
+from scalewise.speed import Protocol, measure_speed
+from scalewise.survey import Wish, survey
+
+
+def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
+    """Count what a recipe costs and print it."""
+    with console.progress("counting operations", len(scales_to_count(recipe))) as done:
+        plan = make_plan(recipe, done)
+    table = Table("step", "t", "scale", "tokens", "TFLOPs", box=None, header_style="bold")
+    for i, (step, forward) in enumerate(zip(recipe.schedule.build(), plan.steps, strict=True)):
+        tokens, flops = f"{forward.tokens:,}", f"{forward.flops / 1e12:,.3g}"
+        table.add_row(str(i + 1), f"{step.t:g}", str(step.scale), tokens, flops)
+    console.out.print(table)
+    say = partial(console.out.print, soft_wrap=True)
+    say(f"\nA sample, denoiser alone: student {plan.scale_wise / 1e12:,.3g} TFLOPs, as many steps at full "
+        f"scale {plan.full_scale / 1e12:,.3g}, the teacher's {plan.teacher_forwards} forwards "
+        f"{plan.teacher / 1e12:,.3g}")  # fmt: skip
+    paper = [f" (the paper measured {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
+    say(f"Expected: {plan.teacher / plan.scale_wise:.1f}x faster than the teacher{paper[0]}, "
+        f"{plan.full_scale / plan.scale_wise:.2f}x than full scale{paper[1]}")  # fmt: skip
+    say(f"An iteration and sample: {plan.iteration / 1e12:,.3g} TFLOPs; full scale "
+        f"{plan.iteration_full / plan.iteration:.2f}x as much, MMD alone "
+        f"{plan.iteration / plan.iteration_mmd:.1f} times less")  # fmt: skip
+    say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "
+        f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
+    say(f"On disk for 1,000 samples of as many prompts: latents {1000 * plan.sample_bytes / GB:,.3g} GB, "
+        f"embeddings of the prompts {1000 * plan.prompt_bytes / GB:,.3g} GB (in the cache)")  # fmt: skip
+    _print_memory(plan, gpus=gpus, gigabytes=gigabytes)
+
+
+def _print_memory(plan: Plan, *, gpus: int, gigabytes: float | None) -> None:
+    memory, train = plan.memory, plan.recipe.train
+    rows = {
+        f"frozen base ({plan.recipe.model.dtype})": memory.base,
+        "adapters": memory.adapters,
+        "gradients and optimizer": memory.optimizer,
+        "activations of a sample": memory.activations,
+        "the same, checkpointed": memory.checkpointed,
+    }
+    table = Table("held on each device", "GB", box=None, header_style="bold")
+    for name, size in rows.items():
+        table.add_row(name, f"{size / GB:,.3g}")
+    for part, size in memory.not_held.items():
+        table.add_row(f"{part}: while data is prepared only", f"({size / GB:,.3g})")
+    console.out.print(table)
+    batch = train.batch * train.accumulate * gpus
+    console.out.print(f"a batch of {train.batch} on each of {gpus} processes: {batch} samples an update")
+    if gigabytes is None and torch.cuda.is_available():
+        gigabytes = torch.cuda.get_device_properties(0).total_memory / GB
+    if gigabytes is None:
+        console.out.print("Give --memory GB to learn which batch fits into a device.")
+        return
+    for checkpointing in (False, True):
+        fits = memory.batch_that_fits(gigabytes * GB, checkpointing=checkpointing)
+        how = "with" if checkpointing else "without"
+        console.out.print(f"{how} gradient checkpointing, {gigabytes:g} GB hold a batch of {fits}")
+    advice = plan.advice(gigabytes * GB, train.batch)
+    console.out.print(
+        f"The recipe's batch does not fit; switch on: {'; '.join(advice)}" if advice else "The recipe fits."
+    )
+
+
+def run_evaluate(
+    recipe: Recipe,
+    contenders: list[str],
+    prompts: Path | None,
+    *,
+    count: int,
+    batch: int,
+    seed: int,
+    speed: bool,
+    scorer: Path | None,
+    out: Path,
+) -> None:
+    """Draw and score every contender on the same prompts and seeds."""
+    from scalewise import comparison
+
+    refuse_file(out)
+    texts = read_prompts(prompts, recipe.model.base, "test")[:count]
+    outcome = comparison.compare(
+        recipe,
+        contenders,
+        texts,
+        console.progress,
+        batch=batch,
+        seed=seed,
+        speed=speed,
+        scorer=scorer,
+        out=out,
+    )
+    console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
+
+
+def short(schedule: ScaleSchedule) -> str:
+    """A schedule for the eye: timesteps without decimals."""
+    return " ".join(f"{step.t:.0f}@{step.scale}" for step in schedule)
+
+
+def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count: int, out: Path) -> None:
+    """Survey the latents of a recipe's data; print tables, write figure and numbers."""
+    from scalewise.report.spectra import draw_survey
+
+    refuse_file(out)
+    found = survey(recipe, wish, count=count, progress=console.progress)
+    say = partial(console.out.print, soft_wrap=True)
+    falls = ", ".join(f"f^-{s.exponent():.2f} in {axis}" for axis, s in found.axes.items())
+    say(f"{found.latents} latents of {found.spectra.full}; their power falls about as {falls}")
+    for axis, scales in found.options.items():
+        safe = ((s, found.safe_from(s)) for s in scales if s != found.spectra.full)
+        parts = (f"{s} from t = {t:.0f}" if t is not None else f"{s} never" for s, t in safe)
+        say(f"Safe in {axis}, margin {wish.margin:g}: {', '.join(parts)}")
+    table = Table("", "schedule", "tokens", "TFLOPs", "margins", box=None, header_style="bold")
+    for judged in found.schedules:
+        hidden = " ".join(f"{m:.3g}" for m in judged.margins) or "-"
+        tokens, flops = f"{judged.tokens:,}", f"{judged.flops / 1e12:,.3g}"
+        table.add_row(
+            judged.name, short(judged.schedule), f"{tokens} ({judged.token_part:.0%})",
+            f"{flops} ({judged.flop_part:.0%})", hidden,
+        )  # fmt: skip
+    console.out.print(table)
+    say("In brackets: of as many steps at full scale. A margin is how much stronger noise is, at a step's t, "
+        "than the strongest detail that the latent enlarged for it lacks; below 1 is not safe.")  # fmt: skip
+    for judged in found.schedules:
+        for sentence in judged.advice:
+            say(f"[yellow]{judged.name}:[/] {sentence}")
+    proposed = found.schedules[-1].schedule
+    timesteps, scales = (", ".join(map(str, v)) for v in (proposed.timesteps, proposed.scales))
+    change = f"'schedule.timesteps=[{timesteps}]' 'schedule.scales=[{scales}]'"
+    say(f"To train with the proposal: {change}")
+    if proposed.scales != found.schedules[0].schedule.scales:
+        say("A synthetic set has the scales that it was made with: first make one with the same overrides "
+            "(`scalewise generate`).")  # fmt: skip
+    folder_for(out)
+    (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    figure = draw_survey(found, levels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png")
+    say(f"The figure is {figure}; the numbers lie beside it.")
+
+
+def run_bench(
+    recipe: Recipe, contenders: list[str], protocol: Protocol, prompt: str | None, out: Path
+) -> None:
+    """Time the contenders in turns and print what came out beside what the operations promise."""
+    if prompt is None:
+        prompt = read_prompts(None, recipe.model.base, "test")[0] if recipe.model.base == "mini" else "a cat"
+    refuse_file(out)
+    found = measure_speed(recipe, contenders, protocol, caption=prompt, progress=console.progress)
+    found.save(out)
+    table = Table("", "batch", "text, ms", "denoiser, ms", "vae, ms", "total, ms", "faster", box=None,
+                  header_style="bold")  # fmt: skip
+    for timing in found.timings:
+        parts = [bench.format_ms(timing.parts[p].median) for p in ("text", "denoiser", "vae", bench.TOTAL)]
+        faster = bench.format_ratio(timing.speedup.get(bench.TOTAL))
+        table.add_row(timing.name, str(timing.batch), *parts, faster)
+    console.out.print(table)
+    for g in found.gains:
+        console.out.print(
+            f"batch {g.batch}, denoiser: {g.name} {bench.format_ratio(g.measured)} faster than {g.over}, of "
+            f"{g.expected:.3g}x by operations: {g.reached.median:.0%} reached",
+            soft_wrap=True,
+        )
+    console.out.print(f"Milliseconds per image, medians of {found.protocol.rounds} rounds. All in {out}")
+
+
+def list_studies() -> None:
+    """Print the studies there are."""
+    from scalewise.studies import STUDIES
+
+    table = Table("study", "what it checks", "paper", "students", box=None, header_style="bold")
+    for study in STUDIES.values():
+        trained = len({arm.overrides for arm in study.arms if not arm.contender and not arm.start})
+        table.add_row(study.name, study.title, study.source, f"{trained} a seed")
+    console.out.print(table)
+
+
+def run_studies(names: list[str], *, seeds: list[int], count: int, iterations: int | None, out: Path) -> None:
+    """Run studies one after the other; each ends with its verdicts and a page."""
+    from scalewise.studies import STUDIES, Effort, run_study, write_page
+
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise RecipeError(f"There is no study {unknown[0]!r}; there are {', '.join(STUDIES)}.")
+    effort = Effort(tuple(seeds), count, iterations)
+    refuse_file(out)
+    for name in names:
+        outcome = run_study(STUDIES[name], out, effort, progress=console.progress)
+        for claim in outcome.study.claims:
+            console.out.print(f"{name}: {claim.text}: [bold]{outcome.verdict(claim.text)}[/]", soft_wrap=True)
+        console.out.print(f"The page is {write_page(outcome, out)}", soft_wrap=True)
