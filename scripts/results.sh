@@ -20,4 +20,4 @@ scalewise evaluate mini \
   "scale-wise 4, MMD, as long=student:$out/mini-mmd-long" \
   "full-scale 4=student:$out/mini-full-scale" "full-scale 2=student:$out/mini-full-scale-2" \
   --out "$out/comparison"
-python scripts/iteration_times.py --rounds 4 --out "$out/iterations.json"
+python scripts/iteration_times.py --rounds 3 --out "$out/iterations.json"
