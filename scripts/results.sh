@@ -20,4 +20,9 @@ scalewise evaluate mini \
   "scale-wise 4, MMD, as long=student:$out/mini-mmd-long" \
   "full-scale 4=student:$out/mini-full-scale" "full-scale 2=student:$out/mini-full-scale-2" \
   --out "$out/comparison"
+# The same pictures once more, compared with the scale-wise student.
+pictures=$out/comparison/pictures
+scalewise evaluate mini "scale-wise 4=folder:$pictures/scale-wise-4" "full-scale 4=folder:$pictures/full-scale-4" \
+  "full-scale 2=folder:$pictures/full-scale-2" "scale-wise 4, MMD=folder:$pictures/scale-wise-4--MMD" \
+  "scale-wise 4, MMD, as long=folder:$pictures/scale-wise-4--MMD--as-long" --out "$out/among-students"
 python scripts/iteration_times.py --rounds 3 --out "$out/iterations.json"
