@@ -25,4 +25,9 @@ pictures=$out/comparison/pictures
 scalewise evaluate mini "scale-wise 4=folder:$pictures/scale-wise-4" "full-scale 4=folder:$pictures/full-scale-4" \
   "full-scale 2=folder:$pictures/full-scale-2" "scale-wise 4, MMD=folder:$pictures/scale-wise-4--MMD" \
   "scale-wise 4, MMD, as long=folder:$pictures/scale-wise-4--MMD--as-long" --out "$out/among-students"
+rows=()
+for name in teacher undistilled scale-wise-4 scale-wise-4--MMD scale-wise-4--MMD--as-long full-scale-4 full-scale-2; do
+  rows+=("$pictures/$name")
+done
+python scripts/sheet.py "${rows[@]}" --out docs/images/students.png
 python scripts/iteration_times.py --rounds 3 --out "$out/iterations.json"
