@@ -30,4 +30,4 @@ for name in teacher undistilled scale-wise-4 scale-wise-4--MMD scale-wise-4--MMD
   rows+=("$pictures/$name")
 done
 python scripts/sheet.py "${rows[@]}" --out docs/images/students.png
-python scripts/iteration_times.py --rounds 3 --out "$out/iterations.json"
+scalewise bench mini --training --rounds 3 --out "$out/training"

@@ -25,8 +25,8 @@ RANKS = [
     "backbone data lora recipes",
     "sampling distill",
     "batches teacher",
-    "trainer build runs contenders evaluate metrics bench comparison studies report pipelines plan survey "
-    "speed",
+    "trainer build runs contenders judging evaluate metrics bench comparison studies report pipelines plan "
+    "survey speed training_cost",
     "commands demo",
     "cli",
     "__main__",

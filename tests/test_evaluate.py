@@ -21,7 +21,8 @@ from scalewise.contenders import (
     parse_contender,
     parse_contenders,
 )
-from scalewise.evaluate import Judge, Prompts
+from scalewise.evaluate import Prompts
+from scalewise.judging import Judge
 from scalewise.lora import StudentError, fused, load_student, save_student
 from scalewise.metrics import ClipScorer
 from scalewise.models import SD3, miniature

@@ -26,9 +26,13 @@ import scalewise
 from scalewise import build, comparison, console, mini, models
 from scalewise.backbone import Backbone
 from scalewise.cli import main
+from scalewise.contenders import Prompts, parse_contender, read_folder
 from scalewise.distill import Batch, DistillStep
+from scalewise.judging import Asked
 from scalewise.lora import Student, write_student
+from scalewise.metrics import ClipScorer
 from scalewise.models import SD3, SDXL, ModelAdapter, ModelError, Wan
+from scalewise.pictures import read_picture
 from scalewise.recipe import LossRecipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.rng import generator
@@ -161,13 +165,25 @@ def test_from_a_set_to_a_student_to_a_drawing_on_the_command_line(family, run, t
     assert all(np.abs(a - b).max() <= 1 for a, b in zip(one, other, strict=True))  # whatever the batch
 
 
-def test_a_comparison_of_videos_is_refused(tmp_path):
+def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_path):
     Wan.tiny().save(tmp_path)
     recipe = find_recipe("mini").override([
         f"model.base={tmp_path}", "schedule.scales=['2x4x4', '3x8x8']", "schedule.timesteps=[1000.0, 600.0]",
     ])  # fmt: skip
-    with pytest.raises(RecipeError, match="makes videos; the metrics here are of pictures alone"):
-        comparison.compare(recipe, ["teacher"], ["a dog"], console.progress, out=tmp_path, scorer=mini.SCORER)
+    texts = ["a dog", "a cat", "a house", "the moon"]
+    outcome = comparison.compare(
+        recipe, ["undistilled", "full=undistilled:full"], texts, console.progress, out=tmp_path / "out",
+        asked=Asked(scorer=str(mini.SCORER)), speed=False,
+    )  # fmt: skip
+    first, scorer = outcome.results[0], ClipScorer.load(mini.SCORER)
+    assert first.images.shape[:2] == (4, 9)
+    cosine = (scorer.pictures(first.images[:, 4]) * scorer.texts(texts)).sum(-1)
+    assert first.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
+    assert np.array_equal(
+        read_picture(tmp_path / "out" / "pictures" / "full" / "3.png"), outcome.results[1].images[3]
+    )
+    again = parse_contender(f"folder:{tmp_path / 'out' / 'pictures' / 'full'}", recipe)
+    assert np.array_equal(read_folder(again, Prompts.of(texts)), outcome.results[1].images)
 
 
 def test_pictures_are_encoded_anew_for_another_vae(tmp_path, monkeypatch):

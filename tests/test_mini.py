@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from scalewise import mini
-from scalewise.comparison import judge_of, real_rows
+from scalewise.comparison import real_rows
 from scalewise.contenders import Prompts, draw, parse_contender
 from scalewise.data import LatentSet
 from scalewise.evaluate import Judge
+from scalewise.judging import judge_of
 from scalewise.lora import fused, load_student
 from scalewise.models import SD3, ModelAdapter, load_model
 from scalewise.recipes import RECIPES, find_recipe

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from scalewise import console, mini
 from scalewise.backbone import Backbone
-from scalewise.comparison import judge_of, real_rows
+from scalewise.comparison import real_rows
 from scalewise.contenders import Prompts
+from scalewise.judging import judge_of
 from scalewise.metrics import measure
 from scalewise.metrics.clip import prompt_match
 from scalewise.models import ModelAdapter, load_model

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from common import Pictures, load_pictures, to_float
 from torch import Tensor
 
-FRAMES, SIDE = 17, 64
+FRAMES, SIDE = 9, 64
 STYLE, CATEGORIES = "fluent-flat", ("animals-nature", "food-drink", "travel-places")
 
 Path2D = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -152,8 +152,8 @@ def render(
     return F.avg_pool2d(moved, 2).transpose(0, 1).clamp(-1, 1)
 
 
-def filmstrip(clips: Tensor, path: Path, *, every: int = 2) -> None:
-    """Save clips [N, 3, F, H, W] as one image, a row each, of every second frame."""
+def filmstrip(clips: Tensor, path: Path, *, every: int = 1) -> None:
+    """Save clips [N, 3, F, H, W] as one image, a row each, of every so manieth frame."""
     from scalewise.pictures import sheet, to_bytes
 
     frames = [frame for clip in clips for frame in to_bytes(clip.transpose(0, 1))[::every]]

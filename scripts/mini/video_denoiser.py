@@ -175,6 +175,6 @@ if __name__ == "__main__":
         clips = Clips()
         wanted = [c.caption for c in (clips.of("train")[::700] + clips.of("test")[::80])]
         print(json.dumps(wanted, indent=0))
-        filmstrip(draw(wanted, scale=options.scale), options.sheet, every=1 if options.scale == 0 else 2)
+        filmstrip(draw(wanted, scale=options.scale), options.sheet)
     else:
         train(options.steps, options.small_steps, compiled=options.compile)

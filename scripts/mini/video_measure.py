@@ -24,8 +24,9 @@ from scalewise.bench import table as timing_table
 from scalewise.build import load
 from scalewise.comparison import time_all
 from scalewise.contenders import Contender, Prompts, enter, parse_contenders
-from scalewise.evaluate import Judge, Row, save_rows
+from scalewise.evaluate import Row, save_rows
 from scalewise.evaluate import table as figures_table
+from scalewise.judging import Judge
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.intervals import bootstrap_interval
 from scalewise.models import ALL_PARTS, ModelAdapter

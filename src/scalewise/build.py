@@ -190,7 +190,12 @@ def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
                 "generate`."
             )
     backbone = build_backbone(recipe, model)
-    batches = Batches(
+    return Trainer(recipe, backbone, batches_for(recipe, data, backbone), out)
+
+
+def batches_for(recipe: Recipe, data: Data, backbone: Backbone) -> Batches:
+    """What this process's updates see."""
+    return Batches(
         data.sets,
         recipe.schedule.build(),
         data.prompts,
@@ -198,12 +203,11 @@ def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
         seed=recipe.train.seed,
         downscale=recipe.data.downscale,
         step_choice=recipe.train.step_choice,
-        patch=model.patch,
+        patch=backbone.model.patch,
         rank=parallel.rank(),
         world=parallel.world(),
         device=backbone.device,
     )
-    return Trainer(recipe, backbone, batches, out)
 
 
 def teacher_backbone(recipe: Recipe) -> Backbone:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from scalewise import bench, build, mini
 from scalewise.contenders import Contender, Prompts, parse_contenders
-from scalewise.evaluate import Judge, Result, Row, evaluate, save_rows, subject, table
-from scalewise.metrics import ClipScorer, measure
-from scalewise.models import ModelAdapter
-from scalewise.recipe import Recipe, RecipeError
+from scalewise.evaluate import Result, Row, evaluate, save_rows, subject, table
+from scalewise.judging import Asked, Judge, check_videos, judge_of
+from scalewise.metrics import measure
+from scalewise.models import ModelAdapter, family_of
+from scalewise.pictures import save_picture
+from scalewise.recipe import Recipe
 from scalewise.rng import permutation
 
 
@@ -34,18 +35,6 @@ class Outcome:
         """Both tables."""
         text = table(self.rows)
         return f"{text}\n{bench.table(self.timings)}" if self.timings else text
-
-
-def judge_of(recipe: Recipe, scorer: Path | None = None, *, pool: Sequence[str] = ()) -> Judge:
-    """The mini's own judge, or a CLIP model's folder for other bases."""
-    if scorer is None and recipe.model.base != "mini":
-        raise RecipeError(
-            "Give --scorer FOLDER with a CLIP model in transformers' layout; only the mini has its own."
-        )
-    if scorer is not None:
-        return Judge(ClipScorer.load(scorer), None, pool)
-    features = load_file(mini.REFERENCE)
-    return Judge(ClipScorer.load(mini.SCORER), features["test"].float(), [*mini.captions("test"), *pool])
 
 
 def real_rows(judge: Judge) -> list[Row]:
@@ -86,14 +75,19 @@ def compare(
     seed: int = 0,
     speed: bool = True,
     rounds: int = 7,
-    scorer: Path | None = None,
+    each: int = 1,
+    asked: Asked | None = None,
 ) -> Outcome:
-    """Draw, judge and time every contender; writes pictures, figures and timings to `out`."""
+    """Draw, judge and time every contender; writes pictures, figures and timings to `out`.
+
+    `each`: samples of every text, from seeds of their own; two or more tell how diverse they are.
+    """
     parsed = parse_contenders(contenders, recipe)
-    prompts, judge = Prompts.of(texts, seed=seed), judge_of(recipe, scorer, pool=texts)
+    prompts = Prompts.of(texts, each=each, seed=seed)
+    asked = asked or Asked()
+    check_videos(asked, video=family_of(mini.resolve(recipe.model.base, mini.TEACHER)).video)
+    judge = judge_of(recipe, asked, pool=texts, progress=progress)
     model = build.load(recipe, ("denoiser", "vae", "text"))
-    if model.video:
-        raise RecipeError(f"{recipe.model.base} makes videos; the metrics here are of pictures alone.")
     results: list[Result] = []
     for result in evaluate(
         model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,
@@ -101,7 +95,7 @@ def compare(
     ):  # fmt: skip
         _save_pictures(result.images, out / "pictures" / _file_name(result.row.name))
         results.append(result)
-    rows = [r.row for r in results] + (real_rows(judge) if recipe.model.base == "mini" and not scorer else [])
+    rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
     save_rows(rows, out)
     timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if speed else []
     if timings:
@@ -131,7 +125,7 @@ def time_all(
 def _save_pictures(images: np.ndarray, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(images):
-        Image.fromarray(picture).save(folder / f"{number}.png")
+        save_picture(picture, folder / f"{number}.png")
 
 
 def _file_name(name: str) -> str:

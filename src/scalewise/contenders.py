@@ -12,14 +12,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from scalewise import mini
 from scalewise.backbone import Backbone, Precision
 from scalewise.lora import Student, fused, load_student
 from scalewise.models.base import Condition, ModelAdapter
-from scalewise.pictures import to_bytes
+from scalewise.pictures import read_picture, to_bytes
 from scalewise.recipe import Recipe
 from scalewise.rng import derive
 from scalewise.roles import TEACHER
@@ -205,7 +204,10 @@ def draw(
     precision: Precision = "float32",
     done: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """Draw all prompts: bytes [N, H, W, 3]. Image i depends on its caption and seed, not on the batch."""
+    """Draw all prompts: bytes [N, H, W, 3], videos [N, F, H, W, 3].
+
+    Image i depends on its caption and seed, not on the batch.
+    """
     if contender.kind == "folder":
         return read_folder(contender, prompts)
     uncond = model.encode_prompts([contender.negative_prompt])
@@ -231,15 +233,17 @@ def draw_steps(
 
 
 def read_folder(contender: Contender, prompts: Prompts) -> np.ndarray:
-    """Read a folder's pictures, bytes [N, H, W, 3]: 0.png, 1.png, ... by number, otherwise by caption."""
+    """Read a folder's pictures, bytes [N, H, W, 3], or videos [N, F, H, W, 3].
+
+    0.png, 1.png, ... are taken by number, others by caption.
+    """
     assert contender.path is not None
     paths = _by_number(contender.path, len(prompts)) or _by_caption(contender.path, prompts)
     pictures = []
     for path in paths:
-        with Image.open(path) as opened:
-            pictures.append(np.asarray(opened.convert("RGB")))
+        pictures.append(read_picture(path))
         if pictures[-1].shape != pictures[0].shape:
-            sizes = " and ".join(f"{p.shape[1]}x{p.shape[0]}" for p in (pictures[0], pictures[-1]))
+            sizes = " and ".join(f"{p.shape[-2]}x{p.shape[-3]}" for p in (pictures[0], pictures[-1]))
             raise ContenderError(
                 f"{contender.path} holds pictures of {sizes} pixels; bring them to one size."
             )

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from scalewise.backbone import Precision
 from scalewise.bench import Parts, Subject
@@ -25,12 +24,13 @@ from scalewise.contenders import (
     parse_contender,
     parse_contenders,
 )
-from scalewise.metrics import METRICS, ClipScorer, Interval, Seen, measure
+from scalewise.judging import Judge
+from scalewise.metrics import METRICS, Interval, Seen, measure
 from scalewise.models.base import ModelAdapter
 from scalewise.sampling import last
 
 __all__ = [
-    "Contender", "Judge", "Prompts", "Result", "Row", "draw", "draw_steps", "evaluate", "load_rows",
+    "Contender", "Prompts", "Result", "Row", "draw", "draw_steps", "evaluate", "load_rows",
     "parse_contender", "parse_contenders", "save_rows", "subject", "table",
 ]  # fmt: skip
 
@@ -76,42 +76,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """A contender's figures and its pictures, bytes [N, H, W, 3]."""
+    """A contender's figures and its pictures, bytes [N, H, W, 3], or videos [N, F, H, W, 3]."""
 
     row: Row
     images: np.ndarray
     seen: Seen
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A scorer with real pictures to compare with, and captions to tell a prompt from."""
-
-    scorer: ClipScorer
-    reference: Tensor | None = None
-    """The scorer's features of real pictures [M, D]; without them there is no Frechet distance."""
-    pool: Sequence[str] = ()
-    """Further captions: prompt match needs 50 different ones, those of the prompts included."""
-
-    def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
-        """Features of images (bytes [N, H, W, 3]) that were drawn for the prompts."""
-        return self.seen(self.scorer.pictures(images), prompts, reference=self.reference)
-
-    def seen(self, features: Tensor, prompts: Prompts, *, reference: Tensor | None) -> Seen:
-        """Put features [N, D] of pictures together with their captions and the pool's."""
-        assert len(features) == len(prompts), "one image for each prompt"
-        captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
-        return Seen(features, prompts.number, self.scorer.texts(captions), reference)
-
-    def judge(
-        self, contender: Contender, images: np.ndarray, *, prompts: Prompts, first: Result | None = None
-    ) -> Result:
-        """Take all figures of a contender's images, and their differences to those of `first`."""
-        seen = self.see(images, prompts)
-        differences = measure(seen, against=first.seen) if first else {}
-        row = Row(contender.name, contender.kind, contender.about, len(images), measure(seen),
-                  first.row.name if first else "", differences)  # fmt: skip
-        return Result(row, images, seen)
+def judge_result(
+    judge: Judge, contender: Contender, images: np.ndarray, *, prompts: Prompts, first: Result | None = None
+) -> Result:
+    """Take all figures of a contender's images, and their differences to those of `first`."""
+    seen = judge.see(images, prompts)
+    differences = measure(seen, against=first.seen) if first else {}
+    row = Row(contender.name, contender.kind, contender.about, len(images), measure(seen),
+              first.row.name if first else "", differences)  # fmt: skip
+    return Result(row, images, seen)
 
 
 def silent(_contender: Contender) -> AbstractContextManager[Callable[[int], None]]:
@@ -132,7 +112,7 @@ def evaluate(
     for contender in contenders:
         with drawing(contender) as done:
             images = draw(model, contender, prompts, batch=batch, precision=precision, done=done)
-        result = judge.judge(contender, images, prompts=prompts, first=first)
+        result = judge_result(judge, contender, images, prompts=prompts, first=first)
         first = first or result
         yield result
 

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
+
+FRAME_MS = 1000 // 16  # of an animation; Wan's videos have 16 frames a second
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
-    """Turn pixels [N, 3, H, W] in [-1, 1] into uint8 [N, H, W, 3]."""
+    """Turn pixels [N, 3, H, W] in [-1, 1] into uint8 [N, H, W, 3], videos [N, 3, F, H, W] likewise."""
     scaled = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round()
-    return scaled.byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return scaled.byte().movedim(1, -1).contiguous().numpy()
+
+
+def stills(images: np.ndarray) -> np.ndarray:
+    """Pictures (bytes [N, H, W, 3]) as they are, of videos [N, F, H, W, 3] the frames in the middle."""
+    return images if images.ndim == 4 else images[:, images.shape[1] // 2]
+
+
+def save_picture(picture: np.ndarray, path: Path) -> Path:
+    """Save bytes [H, W, 3] as PNG, a video [F, H, W, 3] as an animated one."""
+    frames = [Image.fromarray(frame) for frame in (picture if picture.ndim == 4 else picture[None])]
+    if len(frames) == 1:
+        frames[0].save(path)
+    else:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+    return path
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read what `save_picture` saved, or any picture: bytes [H, W, 3] or, of an animation, [F, H, W, 3]."""
+    with Image.open(path) as opened:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+    return frames[0] if len(frames) == 1 else np.stack(frames)
 
 
 def middle_frame(pixels: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Trainer:
             while self.iteration < train.iterations:
                 started = time.perf_counter()
                 try:
-                    row = self._iterate()
+                    row = self.iterate()
                 except LossError as error:
                     raise TrainingStopped(self._explain(error)) from error
                 self.iteration += 1
@@ -136,7 +136,7 @@ class Trainer:
                         f"Stopped by {stop} after iteration {step}; saved. Go on with --resume."
                     )
 
-    def _iterate(self) -> Numbers:
+    def iterate(self) -> Numbers:
         """The fake model's updates, each on fresh batches, then the student's."""
         row: Numbers = {}
         for update in range(self.updates):

@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     making.demo, measuring.recipes, making.sample, making.generate, making.distill, measuring.evaluate,
-    measuring.bench, measuring.plan, measuring.spectrum, measuring.study, making.export,
+    measuring.metrics, measuring.bench, measuring.plan, measuring.spectrum, measuring.study, making.export,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -115,7 +115,10 @@ def evaluate(
     ],
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file, one prompt a line (default for the mini: captions held out)."),
+        typer.Option(
+            help="Text file, one prompt a line, or geneval for its prompts (default for the mini: captions "
+            "held out)."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=2, help="Number of prompts.")] = 299,
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
@@ -126,8 +129,20 @@ def evaluate(
         typer.Option("--set", help="Dotted override of the recipe, such as model.base=my-model; repeatable."),
     ] = None,
     scorer: Annotated[
-        Path | None, typer.Option(help="Folder of a CLIP model that judges (default for the mini: its own).")
+        str | None,
+        typer.Option(help="CLIP model that judges: folder or hub id (default for the mini: its own)."),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Further metric, NAME or NAME=WEIGHTS (folder, file or hub id); repeatable. "
+            "`scalewise metrics` lists them."
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of real pictures, for Fréchet distances.")
+    ] = None,
+    each: Annotated[int, typer.Option(min=1, help="Samples of every prompt; 2 or more for diversity.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for pictures and tables.")] = Path("evaluation"),
 ) -> None:
     """Compare teachers, students and folders on the same prompts and seeds.
@@ -135,19 +150,20 @@ def evaluate(
     Example: `scalewise evaluate mini teacher teacher:4 undistilled student:runs/mini --count 100`
     """
     console.quiet_libraries()
-    from scalewise.commands.measuring import run_evaluate
+    from scalewise.commands.measuring import Evaluation, run_evaluate
+    from scalewise.judging import Asked
 
-    run_evaluate(
-        recipe_of(recipe, override),
-        contenders,
-        prompts,
-        count=count,
-        batch=batch,
-        seed=seed,
-        speed=speed,
-        scorer=scorer,
-        out=out,
-    )
+    asked = Asked(scorer, tuple(metric or ()), reference)
+    how = Evaluation(count=count, each=each, batch=batch, seed=seed, speed=speed)
+    run_evaluate(recipe_of(recipe, override), contenders, prompts, how, asked=asked, out=out)
+
+
+def metrics() -> None:
+    """List what `evaluate --metric` can measure, what it needs and what the figures say."""
+    console.quiet_libraries()
+    from scalewise.commands.measuring import list_metrics
+
+    list_metrics()
 
 
 def bench(
@@ -175,16 +191,32 @@ def bench(
         list[str] | None, typer.Option("--set", help="Dotted override of the recipe; repeatable.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What is drawn.")] = None,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Instead: seconds and peak memory of training iterations, scale-wise and full-scale, full "
+            "loss and MMD alone.",
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("bench"),
 ) -> None:
     """Time teacher, full-scale and scale-wise sampling in turns, part by part, step by step.
 
-    Says how much of the gain that operations promise is reached. Example: `scalewise bench mini --batch 8`
+    Says how much of the gain that operations promise is reached. Examples: `scalewise bench mini --batch 8`,
+    `scalewise bench mini --training --rounds 3`
     """
     console.quiet_libraries()
-    from scalewise.commands.measuring import run_bench
+    from scalewise.commands.measuring import run_bench, run_training_bench
     from scalewise.speed import chosen_protocol
 
+    if training:
+        if contenders or batch or prompt or compiled is not None or protocol != "honest":
+            raise typer.BadParameter(
+                "--training takes the recipe, --rounds, --set and --out only; leave the others out."
+            )
+        run_training_bench(recipe_of(recipe, override), rounds=rounds or 7, out=out)
+        return
     chosen = chosen_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
     run_bench(recipe_of(recipe, override), contenders or [], chosen, prompt, out)
 
@@ -198,6 +230,7 @@ def study(
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Of every student (default: the recipe's).")
     ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of training-cost.")] = 7,
     out: Annotated[Path, typer.Option(help="Folder; a stopped study goes on there.")] = Path("studies"),
 ) -> None:
     """Check claims of the paper on the mini: train every arm with every seed, judge, and write a page.
@@ -206,8 +239,9 @@ def study(
     """
     console.quiet_libraries()
     from scalewise.commands.measuring import list_studies, run_studies
+    from scalewise.studies import Effort
 
     if not names:
         list_studies()
         return
-    run_studies(names, seeds=seeds or [0, 1, 2], count=count, iterations=iterations, out=out)
+    run_studies(names, Effort(tuple(seeds or (0, 1, 2)), count, iterations), rounds=rounds, out=out)

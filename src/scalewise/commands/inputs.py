@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from scalewise import mini
+from scalewise.metrics.geneval import geneval_prompts
 from scalewise.recipe import RecipeError
+
+GENEVAL_PROMPTS = 553  # as many as the authors' list has
 
 
 def refuse_file(out: Path) -> None:
@@ -20,8 +23,14 @@ def folder_for(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
-    """Prompts from a file, or the mini's own captions."""
+def read_prompts(file: Path | None, base: str, split: str, *, count: int | None = None) -> list[str]:
+    """Prompts from a file, the mini's own captions, or with the name "geneval" GenEval's; at most `count`."""
+    if file == Path("geneval") and not file.exists():
+        return geneval_prompts(count or GENEVAL_PROMPTS)
+    return _read(file, base, split)[:count]
+
+
+def _read(file: Path | None, base: str, split: str) -> list[str]:
     if file is None:
         if base != "mini":
             raise RecipeError(

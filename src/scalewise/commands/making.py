@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS
 from scalewise.models.skeleton import skeleton
-from scalewise.pictures import to_bytes
+from scalewise.pictures import save_picture, to_bytes
 from scalewise.pipelines import read_schedule
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
@@ -112,14 +111,7 @@ def _recipe_of(student: Student, base: str) -> Recipe:
 
 def save_sample(sample: Tensor, stem: Path) -> Path:
     """Save pixels [3, H, W] as PNG, a video [3, F, H, W] as an animated one."""
-    frames = to_bytes(sample.unsqueeze(0) if sample.ndim == 3 else sample.transpose(0, 1))
-    pictures = [Image.fromarray(frame) for frame in frames]
-    path = stem.with_name(stem.name + ".png")
-    if len(pictures) == 1:
-        pictures[0].save(path)
-    else:
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // 16, loop=0)
-    return path
+    return save_picture(to_bytes(sample[None])[0], stem.with_name(stem.name + ".png"))
 
 
 def export_student(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from rich.table import Table
 
 from scalewise import bench, console
 from scalewise.commands.inputs import folder_for, read_prompts, refuse_file
+from scalewise.judging import Asked
+from scalewise.metrics import EXTRAS, OWN
 from scalewise.plan import GB, Plan, make_plan, scales_to_count
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import ScaleSchedule
 from scalewise.speed import Protocol, measure_speed
+from scalewise.studies import Effort
 from scalewise.survey import Wish, survey
 
 
@@ -76,35 +80,53 @@ def _print_memory(plan: Plan, *, gpus: int, gigabytes: float | None) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How much is drawn, and how."""
+
+    count: int
+    """Prompts."""
+    each: int = 1
+    """Samples of every prompt."""
+    batch: int = 16
+    seed: int = 0
+    speed: bool = True
+
+
 def run_evaluate(
-    recipe: Recipe,
-    contenders: list[str],
-    prompts: Path | None,
-    *,
-    count: int,
-    batch: int,
-    seed: int,
-    speed: bool,
-    scorer: Path | None,
-    out: Path,
+    recipe: Recipe, contenders: list[str], prompts: Path | None, how: Evaluation, *, asked: Asked, out: Path
 ) -> None:
     """Draw and score every contender on the same prompts and seeds."""
     from scalewise import comparison
 
     refuse_file(out)
-    texts = read_prompts(prompts, recipe.model.base, "test")[:count]
+    texts = read_prompts(prompts, recipe.model.base, "test", count=how.count)
     outcome = comparison.compare(
         recipe,
         contenders,
         texts,
         console.progress,
-        batch=batch,
-        seed=seed,
-        speed=speed,
-        scorer=scorer,
+        each=how.each,
+        batch=how.batch,
+        seed=how.seed,
+        speed=how.speed,
+        asked=asked,
         out=out,
     )
     console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
+
+
+def list_metrics() -> None:
+    """Print the metrics there are."""
+    table = Table("metric", "figure", "weights", "what it says", box=None, header_style="bold")
+    for metric in OWN:
+        table.add_row("(the scorer's)", metric.title, "", metric.about)
+    for extra in EXTRAS.values():
+        for number, metric in enumerate(extra.metrics):
+            first = number == 0
+            weights = (extra.source or "to be named") if first else ""
+            table.add_row(extra.name if first else "", metric.title, weights, metric.about)
+    console.out.print(table)
 
 
 def short(schedule: ScaleSchedule) -> str:
@@ -177,26 +199,43 @@ def run_bench(
     console.out.print(f"Milliseconds per image, medians of {found.protocol.rounds} rounds. All in {out}")
 
 
+def run_training_bench(recipe: Recipe, *, rounds: int, out: Path) -> None:
+    """Time and weigh training iterations."""
+    from scalewise.training_cost import measure_training
+
+    refuse_file(out)
+    cost = measure_training(recipe, rounds=rounds, progress=console.progress)
+    cost.save(out)
+    console.out.print(cost.markdown, highlight=False, soft_wrap=True)
+    console.out.print(f"Medians of {rounds} rounds. All in {out}")
+
+
 def list_studies() -> None:
     """Print the studies there are."""
-    from scalewise.studies import STUDIES
+    from scalewise.studies import STUDIES, cost
 
     table = Table("study", "what it checks", "paper", "students", box=None, header_style="bold")
     for study in STUDIES.values():
         trained = len({arm.overrides for arm in study.arms if not arm.contender and not arm.start})
         table.add_row(study.name, study.title, study.source, f"{trained} a seed")
+    table.add_row(cost.NAME, cost.TITLE, cost.SOURCE, "-")
     console.out.print(table)
 
 
-def run_studies(names: list[str], *, seeds: list[int], count: int, iterations: int | None, out: Path) -> None:
+def run_studies(names: list[str], effort: Effort, *, rounds: int, out: Path) -> None:
     """Run studies one after the other; each ends with its verdicts and a page."""
-    from scalewise.studies import STUDIES, Effort, run_study, write_page
+    from scalewise.studies import STUDIES, cost, run_study, write_page
 
-    if unknown := [name for name in names if name not in STUDIES]:
-        raise RecipeError(f"There is no study {unknown[0]!r}; there are {', '.join(STUDIES)}.")
-    effort = Effort(tuple(seeds), count, iterations)
+    known = [*STUDIES, cost.NAME]
+    if unknown := [name for name in names if name not in known]:
+        raise RecipeError(f"There is no study {unknown[0]!r}; there are {', '.join(known)}.")
     refuse_file(out)
     for name in names:
+        if name == cost.NAME:
+            for text, verdict in cost.run_cost(out, rounds=rounds, progress=console.progress).items():
+                console.out.print(f"{name}: {text}: [bold]{verdict}[/]", soft_wrap=True)
+            console.out.print(f"The page is {out / name}.md", soft_wrap=True)
+            continue
         outcome = run_study(STUDIES[name], out, effort, progress=console.progress)
         for claim in outcome.study.claims:
             console.out.print(f"{name}: {claim.text}: [bold]{outcome.verdict(claim.text)}[/]", soft_wrap=True)

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from scalewise.metrics import clip, diversity, frechet
+from scalewise.metrics import clip, diversity, features, frechet, preference, video
 from scalewise.metrics.base import Metric, Seen, Statistic
 from scalewise.metrics.clip import ClipScorer
+from scalewise.metrics.extras import Extra
 from scalewise.metrics.intervals import Interval, bootstrap_interval
 
+EXTRAS: dict[str, Extra] = {
+    extra.name: extra
+    for extra in (features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, video.EXTRA)
+}
+"""What `--metric` can ask for."""
+
+OWN: tuple[Metric, ...] = (frechet.METRIC, *clip.METRICS, diversity.METRIC)
+"""What the scorer alone tells."""
+
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (frechet.METRIC, *clip.METRICS, diversity.METRIC)
+    metric.name: metric for metric in (*OWN, *(m for extra in EXTRAS.values() for m in extra.metrics))
 }
 
-__all__ = ["METRICS", "ClipScorer", "Interval", "Metric", "Seen", "bootstrap_interval", "measure"]
+__all__ = [
+    "EXTRAS",
+    "METRICS",
+    "OWN",
+    "ClipScorer",
+    "Interval",
+    "Metric",
+    "Seen",
+    "bootstrap_interval",
+    "measure",
+]
 
 
 def measure(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,26 +14,43 @@ Statistic = Callable[[Tensor], float]
 """A figure of some of the prompts, given by their numbers [G]."""
 
 
+class Examiner(Protocol):
+    """A model that judges drawn images; loaded only when it is asked for."""
+
+    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Figures by the name of their metric, of images [N, H, W, 3] drawn for captions (one each).
+
+        A value per image [N], NaN where the metric does not apply to the caption, or features [N, D] whose
+        distribution is held against that of real images. Image i's must not depend on its neighbours.
+        Examiners of videos are given bytes [N, F, H, W, 3].
+        """
+
+
 @dataclass(frozen=True)
 class Seen:
-    """Features of drawn images and of what they are held against; all rows have length 1.
+    """What judges made of drawn images, and what these are held against.
 
-    N images of P prompts, K captions, M real images, D the scorer's width.
+    N images of P prompts, K captions, M real images, D the scorer's width; its rows have length 1.
 
     Several images of one prompt are not independent, so whatever resamples does it by prompt.
     """
 
-    images: Tensor
-    """[N, D]"""
+    images: Tensor | None
+    """The scorer's features [N, D]; None without a scorer."""
     prompt: Tensor
     """Which of the P prompts each image was drawn for, [N]."""
-    captions: Tensor
+    captions: Tensor | None
     """Embeddings of different captions [K, D], the P prompts first, then others to tell them from."""
     reference: Tensor | None = None
-    """Features of real images [M, D]."""
+    """The scorer's features of real images [M, D]."""
+    looks: Mapping[str, Tensor] = field(default_factory=dict)
+    """What examiners found, by metric: values [N] or features [N, D]."""
+    real: Mapping[str, Gaussian] = field(default_factory=dict)
+    """Features of real images, by metric, as far as a Frechet distance needs them."""
 
     def __post_init__(self) -> None:
-        assert len(self.images) == len(self.prompt), "every image belongs to a prompt"
+        for rows in (self.images, *self.looks.values()):
+            assert rows is None or len(rows) == len(self.prompt), "every image belongs to a prompt"
 
     @property
     def prompts(self) -> int:
@@ -44,8 +62,33 @@ class Seen:
         return torch.isin(self.prompt, prompts).nonzero().flatten()
 
     def mean_of(self, values: Tensor) -> Statistic:
-        """The statistic that averages one value per image [N]."""
-        return lambda prompts: float(values[self.rows(prompts)].double().mean())
+        """The statistic that averages one value per image [N]; NaN ones do not count."""
+        return lambda prompts: float(values[self.rows(prompts)].double().nanmean())
+
+    def mean_look(self, name: str) -> Statistic | None:
+        """The average of what an examiner found, if it was asked and the metric applied to any image."""
+        found = self.looks.get(name)
+        return None if found is None or bool(found.isnan().all()) else self.mean_of(found)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D, D] of a set of features, in float64, and how many they were."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    @classmethod
+    def fit(cls, features: Tensor) -> Gaussian:
+        """Fit features [N, D]."""
+        if len(features) < 2:
+            raise ValueError(
+                f"A Frechet distance needs at least 2 images on each side, not {len(features)}; give more."
+            )
+        rows = features.double()
+        mean = rows.mean(0)
+        return cls(mean, (rows - mean).T @ (rows - mean) / (len(rows) - 1), len(rows))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalewise.metrics.base import Metric, Seen, Statistic
+from scalewise.metrics.extras import find_file, loading
 from scalewise.rng import generator
 
 if TYPE_CHECKING:
@@ -35,20 +36,25 @@ class ClipScorer:
         self.max_tokens = min(tokenizer.model_max_length, positions)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ClipScorer:
-        """Read a folder with a CLIPModel, its tokenizer and preprocessor_config.json; computes in float32."""
+    def load(
+        cls, source: str | Path, *, device: torch.device | str = "cpu", processor: str | Path | None = None
+    ) -> ClipScorer:
+        """Read a CLIPModel with tokenizer and preprocessor_config.json, from a folder or the hub, in float32.
+
+        `processor`: where tokenizer and preprocessor_config.json are, if not beside the model.
+        """
         from transformers import CLIPModel, CLIPTokenizer
 
-        folder = Path(folder)
         for needed in ("config.json", _PREPROCESSING):
-            if not (folder / needed).exists():
+            if Path(source).exists() and processor is None and not (Path(source) / needed).exists():
                 raise ValueError(
-                    f"{folder} is no scorer: it has no {needed}. "
+                    f"{source} is no scorer: it has no {needed}. "
                     "Give a folder of a CLIPModel with tokenizer and image processor."
                 )
-        settings = json.loads((folder / _PREPROCESSING).read_text())
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        with loading("a CLIP model", str(source)):
+            settings = json.loads(find_file(str(processor or source), _PREPROCESSING).read_text())
+            model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            tokenizer = CLIPTokenizer.from_pretrained(processor or source)
         return cls(model.to(device), tokenizer, mean=settings["image_mean"], std=settings["image_std"])
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
@@ -146,12 +152,14 @@ def prompt_match(images: Tensor, captions: Tensor, own: Tensor, *, of: int = 50,
     return torch.tensor(hits)
 
 
-def _score(seen: Seen) -> Statistic:
+def _score(seen: Seen) -> Statistic | None:
+    if seen.images is None or seen.captions is None:
+        return None
     return seen.mean_of(100 * (seen.images * seen.captions[seen.prompt]).sum(-1))
 
 
 def _match(seen: Seen) -> Statistic | None:
-    if len(seen.captions) < 50:
+    if seen.images is None or seen.captions is None or len(seen.captions) < 50:
         return None
     return seen.mean_of(prompt_match(seen.images, seen.captions, seen.prompt))
 

@@ -34,6 +34,8 @@ def per_prompt(images: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _statistic(seen: Seen) -> Statistic | None:
+    if seen.images is None:
+        return None
     values, which = per_prompt(seen.images, seen.prompt)
     if len(which) < seen.prompts:  # every prompt counts, or the figure is of a chosen few
         return None

@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from scalewise.metrics.base import Metric, Seen, Statistic
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean [D] and covariance [D, D] of a set of features, in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @classmethod
-    def fit(cls, features: Tensor) -> Gaussian:
-        """Fit features [N, D]."""
-        if len(features) < 2:
-            raise ValueError(
-                f"A Frechet distance needs at least 2 images on each side, not {len(features)}; give more."
-            )
-        rows = features.double()
-        mean = rows.mean(0)
-        return cls(mean, (rows - mean).T @ (rows - mean) / (len(rows) - 1))
+from scalewise.metrics.base import Gaussian, Metric, Seen, Statistic
 
 
 def square_root(matrix: Tensor) -> Tensor:
@@ -38,26 +17,46 @@ def square_root(matrix: Tensor) -> Tensor:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_b^1/2 S_a S_b^1/2)^1/2) of features a [N, D] and b [M, D].
 
-    The root of the product is taken through symmetric eigendecompositions, which neither fail nor turn
-    complex when there are fewer images than dimensions. The distance is biased upwards, more so with few
-    images.
+    The distance is biased upwards, more so with few images.
     """
-    other = Gaussian.fit(b)
-    return _distance(Gaussian.fit(a), other, square_root(other.covariance))
+    return distance(a, Gaussian.fit(b))
 
 
-def _distance(one: Gaussian, other: Gaussian, root: Tensor) -> float:
-    shared = torch.linalg.eigvalsh(root @ one.covariance @ root).clamp(min=0).sqrt().sum()
-    apart = (one.mean - other.mean).square().sum()
-    return max(0.0, float(apart + one.covariance.trace() + other.covariance.trace() - 2 * shared))
+def distance(features: Tensor, real: Gaussian, root: Tensor | None = None) -> float:
+    """The distance of features [N, D] to a fitted Gaussian; `root` is that of its covariance, if at hand.
+
+    The trace of the root is the sum of the roots of eigenvalues of a symmetric matrix, which neither fails
+    nor turns complex when there are fewer images than dimensions. With X the centred features over
+    sqrt(N - 1), S_a = X^T X, and S_b^1/2 X^T X S_b^1/2 has the same eigenvalues but zeros as X S_b X^T:
+    whichever is smaller is decomposed.
+    """
+    if len(features) < 2:
+        raise ValueError(
+            f"A Frechet distance needs at least 2 images on each side, not {len(features)}; give more."
+        )
+    rows = features.double()
+    mean = rows.mean(0)
+    rows = (rows - mean) / (len(rows) - 1) ** 0.5
+    if len(rows) <= rows.shape[1]:
+        product = rows @ real.covariance @ rows.T
+    else:
+        root = square_root(real.covariance) if root is None else root
+        product = root @ (rows.T @ rows) @ root
+    shared = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
+    apart = (mean - real.mean).square().sum()
+    return max(0.0, float(apart + rows.square().sum() + real.covariance.trace() - 2 * shared))
+
+
+def distance_to(features: Tensor, seen: Seen, real: Gaussian) -> Statistic:
+    """The distance of features [N, D] of what was seen to real ones, which stay whole when resampled."""
+    root = square_root(real.covariance) if len(features) > features.shape[1] else None
+    return lambda prompts: distance(features[seen.rows(prompts)], real, root)
 
 
 def _statistic(seen: Seen) -> Statistic | None:
-    if seen.reference is None:
+    if seen.reference is None or seen.images is None:
         return None
-    real = Gaussian.fit(seen.reference)  # the reference set stays as it is when images are resampled
-    root = square_root(real.covariance)
-    return lambda prompts: _distance(Gaussian.fit(seen.images[seen.rows(prompts)]), real, root)
+    return distance_to(seen.images, seen, Gaussian.fit(seen.reference))
 
 
 METRIC = Metric(

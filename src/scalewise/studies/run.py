@@ -17,10 +17,9 @@ from torch import Tensor
 from scalewise import build, mini
 from scalewise.backbone import Backbone
 from scalewise.build import Progress
-from scalewise.comparison import judge_of
 from scalewise.contenders import Contender, Prompts, draw, parse_contender
 from scalewise.data import LatentSet
-from scalewise.evaluate import Judge
+from scalewise.judging import Judge, judge_of
 from scalewise.metrics import METRICS, Interval, Seen, measure
 from scalewise.models import ModelAdapter
 from scalewise.noise import NoiseProcess
@@ -111,6 +110,7 @@ def continued(count: int) -> Material:
             f"to compare with; take at most {len(first) // 2}."
         )
     judge, model = judge_of(recipe), build.load(recipe, ("vae",))
+    assert judge.scorer is not None, "the mini brings its own"
     parts = stored.latents(others, schedule.full).split(16)
     features = torch.cat([judge.scorer.pictures(to_bytes(model.decode(part))) for part in parts])
     return Material(
@@ -235,6 +235,7 @@ def features_of(
         else:
             assert arm.start
             images = go_on(model, recipe, arm.start, prompts, latents=material.latents, done=done)
+    assert material.judge.scorer is not None, "the mini brings its own"
     features = material.judge.scorer.pictures(images)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))

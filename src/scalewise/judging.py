@@ -1,0 +1,196 @@
+"""Who judges drawn pictures: a scorer, further metrics, and the real pictures that they are held against."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scalewise import build, mini
+from scalewise.checkpoint import write_atomically
+from scalewise.contenders import Prompts
+from scalewise.data.folder import ImageEntry, load_pixels, scan_images
+from scalewise.metrics import EXTRAS, METRICS, ClipScorer, Seen
+from scalewise.metrics.base import Examiner, Gaussian
+from scalewise.metrics.extras import Extra, parse_metric
+from scalewise.pictures import stills, to_bytes
+from scalewise.recipe import Recipe, RecipeError
+
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a comparison is asked to judge by."""
+
+    scorer: str | None = None
+    """A CLIP model's folder or hub id; None: the mini's own, and none for other bases."""
+    metrics: tuple[str, ...] = ()
+    """NAME or NAME=SOURCE of further metrics."""
+    reference: Path | None = None
+    """A folder of real pictures; None: the features that come with the mini."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A scorer with real pictures to compare with, and captions to tell a prompt from."""
+
+    scorer: ClipScorer | None
+    reference: Tensor | None = None
+    """The scorer's features of real pictures [M, D]; without them there is no Frechet distance."""
+    pool: Sequence[str] = ()
+    """Further captions: prompt match needs 50 different ones, those of the prompts included."""
+    examiners: tuple[tuple[Extra, Examiner], ...] = ()
+    real: dict[str, Gaussian] | None = None
+    """Real pictures by metric, for those examiners that need them."""
+    is_minis: bool = False
+    """The mini's own scorer and reference: what real pictures reach by them is known."""
+
+    def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
+        """What the judges make of bytes [N, H, W, 3], or videos [N, F, H, W, 3], drawn for the prompts.
+
+        Of a video the middle frame stands for it, but for metrics of videos.
+        """
+        looks: dict[str, Tensor] = {}
+        for extra, examiner in self.examiners:
+            looks |= examiner.look(images if extra.videos else stills(images), prompts.captions)
+        features = self.scorer.pictures(stills(images)) if self.scorer else None
+        return self.seen(features, prompts, reference=self.reference, looks=looks)
+
+    def seen(
+        self, features: Tensor | None, prompts: Prompts, *, reference: Tensor | None,
+        looks: dict[str, Tensor] | None = None,
+    ) -> Seen:  # fmt: skip
+        """Put features [N, D] of pictures together with their captions and the pool's."""
+        assert features is None or len(features) == len(prompts), "one image for each prompt"
+        captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
+        texts = self.scorer.texts(captions) if self.scorer else None
+        return Seen(features, prompts.number, texts, reference, looks or {}, self.real or {})
+
+
+def judge_of(
+    recipe: Recipe,
+    asked: Asked | None = None,
+    *,
+    pool: Sequence[str] = (),
+    progress: build.Progress | None = None,
+) -> Judge:
+    """The judges that were asked for: the mini's own scorer unless another is named, and the extras.
+
+    Raises RecipeError when a base other than the mini is given neither a scorer nor a metric, and when a
+    metric that needs real pictures is asked for without any.
+    """
+    asked = asked or Asked()
+    own = recipe.model.base == "mini" and asked.scorer is None
+    if not own and asked.scorer is None and not asked.metrics:
+        raise RecipeError(
+            "Give --scorer with a CLIP model's folder or hub id, or a --metric; only the mini has a judge of "
+            "its own."
+        )
+    chosen = [parse_metric(text, EXTRAS) for text in asked.metrics]
+    if twice := next((e.name for e, _ in chosen if [x.name for x, _ in chosen].count(e.name) > 1), None):
+        raise RecipeError(f"The metric {twice} is asked for twice; name it once.")
+    if asked.reference is None and (lacking := next((e for e, _ in chosen if e.real), None)):
+        raise RecipeError(
+            f"The metric {lacking.name} holds pictures against real ones; give a folder of them with "
+            "--reference."
+        )
+    progress = progress or _silent
+    entries = scan_images(asked.reference, captions=False)[0] if asked.reference else []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorer, reference, captions = None, None, [*pool]
+    if own:
+        scorer, captions = ClipScorer.load(mini.SCORER, device=device), [*mini.captions("test"), *pool]
+        reference = load_file(mini.REFERENCE)["test"].float()
+    elif asked.scorer:
+        scorer = ClipScorer.load(asked.scorer, device=device)
+    if scorer and entries:
+        reference = _features(entries, scorer.pictures, "the scorer", progress)
+    examiners = tuple((extra, extra.load(source, device)) for extra, source in chosen)
+    real = {
+        extra.name: _real(extra, source, examiner, entries, progress)
+        for (extra, source), (_, examiner) in zip(chosen, examiners, strict=True)
+        if extra.real
+    }
+    return Judge(scorer, reference, captions, examiners, real, is_minis=own and not entries)
+
+
+def _silent(_what: str, _total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda _done: None)
+
+
+def _real(
+    extra: Extra, source: str, examiner: Examiner, entries: list[ImageEntry], progress: build.Progress
+) -> Gaussian:
+    """Statistics of real pictures, kept: thousands of them need not be read at every evaluation."""
+    stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
+    key = hashlib.sha256(repr((extra.name, source, stamps)).encode()).hexdigest()[:16]
+    path = build.cache_folder() / "statistics" / f"{extra.name}-{key}.safetensors"
+    if not path.exists():
+        features = _features(
+            entries,
+            lambda images: examiner.look(images, [""] * len(images))[extra.name],
+            extra.name,
+            progress,
+        )
+        fitted = Gaussian.fit(features)
+        tensors = {
+            "mean": fitted.mean,
+            "covariance": fitted.covariance.contiguous(),
+            "count": torch.tensor(fitted.count),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    found = load_file(path)
+    count, width = int(found["count"]), len(found["mean"])
+    if count <= width:
+        warnings.warn(
+            f"{count:,} real pictures are fewer than the {width:,} features of {extra.name}: its figures "
+            "are biased upwards and compare only with others of equally many pictures.",
+            stacklevel=2,
+        )
+    return Gaussian(found["mean"], found["covariance"], count)
+
+
+def _features(
+    entries: list[ImageEntry],
+    look: Callable[[np.ndarray], Tensor],
+    name: str,
+    progress: build.Progress,
+) -> Tensor:
+    """Features [M, D] of real pictures, a chunk of one size at a time."""
+    parts = []
+    with progress(f"real pictures, {name}", len(entries)) as done:
+        seen = 0
+        for chunk in _same_size(entries):
+            pixels = torch.stack([load_pixels(entry, (entry.height, entry.width)) for entry in chunk])
+            parts.append(look(to_bytes(pixels)))
+            seen += len(chunk)
+            done(seen)
+    return torch.cat(parts)
+
+
+def _same_size(entries: list[ImageEntry]) -> Iterator[list[ImageEntry]]:
+    ordered = sorted(entries, key=lambda e: (e.height, e.width, str(e.path)))
+    for _, group in groupby(ordered, key=lambda e: (e.height, e.width)):
+        members = list(group)
+        for start in range(0, len(members), CHUNK):
+            yield members[start : start + CHUNK]
+
+
+def check_videos(asked: Asked, *, video: bool) -> None:
+    """Refuse metrics of videos for a model of pictures, before anything is drawn."""
+    for text in asked.metrics:
+        extra, _ = parse_metric(text, EXTRAS)
+        if extra.videos and not video:
+            names = ", ".join(METRICS[m.name].title for m in extra.metrics)
+            raise RecipeError(f"The metric {extra.name} ({names}) is of videos; this model draws pictures.")

@@ -1,0 +1,93 @@
+"""Metrics that need a model of their own: asked for by name, loaded only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalewise.errors import first_line
+from scalewise.metrics.base import Examiner, Metric
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A way to judge that `--metric NAME` or `--metric NAME=SOURCE` asks for."""
+
+    name: str
+    metrics: tuple[Metric, ...]
+    """The figures it gives."""
+    load: Callable[[str, Device], Examiner]
+    """(hub id or local folder or file, device) -> the model."""
+    source: str = ""
+    """The hub id that is loaded unless another source is named; "" when one has to be named."""
+    videos: bool = False
+    """Looks at whole videos; others are shown a video's middle frame."""
+    real: bool = False
+    """Holds the pictures against real ones: needs a reference."""
+
+
+def parse_metric(text: str, known: Mapping[str, Extra]) -> tuple[Extra, str]:
+    """Read NAME or NAME=SOURCE; returns the metric and where its weights are."""
+    name, _, source = text.partition("=")
+    if name not in known:
+        raise ValueError(f"There is no metric {name!r}; there are {', '.join(known)}.")
+    if not (source or known[name].source):
+        raise ValueError(
+            f"The metric {name} has no weights of its own; name a hub id or folder, as in {name}=SOURCE."
+        )
+    return known[name], source or known[name].source
+
+
+@contextmanager
+def loading(what: str, source: str) -> Iterator[None]:
+    """Turn what goes wrong while weights are found and read into one sentence with the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        where = "this folder" if Path(source).exists() else "no folder here, and the hub"
+        raise ValueError(
+            f"Cannot load {what} from {source!r} ({where}: {first_line(error)}). Give a folder that holds it "
+            "in transformers' layout with safetensors, or a hub id and a connection."
+        ) from error
+
+
+@contextmanager
+def needing(extra: str, metric: str) -> Iterator[None]:
+    """Turn a missing package into one sentence that names the line which installs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"The metric {metric} needs a package that is not installed ({first_line(error)}): "
+            f"pip install 'scalewise-diffusion[{extra}]'"
+        ) from error
+
+
+def find_file(source: str, name: str) -> Path:
+    """A file of a folder, or of a repository on the hub."""
+    if Path(source).exists():
+        return Path(source) / name
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(source, name))
+
+
+def in_chunks(
+    images: np.ndarray, captions: Sequence[str], size: int
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Parts of at most `size` images with their captions, in order."""
+    for start in range(0, len(images), size):
+        yield images[start : start + size], list(captions[start : start + size])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all chunks, float32 on the CPU."""
+    return torch.cat([part.float().cpu() for part in parts])

@@ -1,0 +1,135 @@
+"""Frechet distances in the features of any vision model (FD), and of FID's Inception."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from scalewise.metrics.base import Metric, Seen, Statistic
+from scalewise.metrics.extras import Device, Extra, in_chunks, joined, loading, needing
+from scalewise.metrics.frechet import distance_to
+
+CHUNK = 32
+
+
+class VisionFeatures:
+    """The pooled features of a transformers model: DINOv2, SigLIP, CLIP's image tower, ViT ..."""
+
+    def __init__(self, model: nn.Module, processor: Any, *, class_token: bool = False) -> None:
+        """`class_token`: take the first token, not the model's own pooling."""
+        self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.class_token = class_token
+
+    @classmethod
+    def load(cls, source: str, device: Device) -> VisionFeatures:
+        """Read a model with its image processor, from a folder or the hub; computes in float32."""
+        from transformers import AutoImageProcessor, AutoModel
+
+        with loading("a vision model", source):
+            # Resizing by PIL whatever is installed: figures of two machines are to compare.
+            processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+            model, found = AutoModel.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+        missing = set(found["missing_keys"])
+        # Many ViTs (DINO's among them) are published without the pooling layer, which would stay random.
+        pooling = {name for name in missing if name.startswith("pooler.")}
+        if missing - pooling:
+            raise ValueError(
+                f"{source} lacks {len(missing - pooling)} weights of {type(model).__name__}, for example "
+                f"{min(missing - pooling)}; name a complete model."
+            )
+        return cls(model.to(device), processor, class_token=bool(pooling))
+
+    @torch.no_grad()
+    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Features [N, D] of images; see `Examiner`."""
+        parts = []
+        for chunk, _ in in_chunks(images, captions, CHUNK):
+            pixels = self.processor([Image.fromarray(i) for i in chunk], return_tensors="pt").pixel_values
+            parts.append(self._pooled(pixels.to(next(self.model.parameters()).device)))
+        return {"fd": joined(parts)}
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        if hasattr(self.model, "get_image_features"):
+            found = self.model.get_image_features(pixel_values=pixels)
+            return found if isinstance(found, Tensor) else found.pooler_output
+        found = self.model(pixel_values=pixels)
+        pooled = None if self.class_token else getattr(found, "pooler_output", None)
+        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
+
+
+class Inception:
+    """The 2,048 features of FID (arXiv 1706.08500), by torch-fidelity."""
+
+    def __init__(self, network: nn.Module, device: Device) -> None:
+        self.network, self.device = network.to(device), device
+
+    @classmethod
+    def load(cls, source: str, device: Device) -> Inception:
+        """Read a safetensors file with torch-fidelity's names, or have "torch-fidelity" fetch its weights.
+
+        The library unpickles what it fetches; here only its tensors are let through.
+        """
+        with needing("fid", "fid"):
+            from torch_fidelity import feature_extractor_inceptionv3 as library
+        if source != "torch-fidelity" and not source.endswith(".safetensors"):
+            raise ValueError(
+                f"{source!r} is no safetensors file; convert other weights once: safetensors.torch.save_file("
+                "torch.load('weights-inception-2015-12-05-6726825d.pth', weights_only=True), "
+                "'inception.safetensors')"
+            )
+
+        def weights(*_: Any, **__: Any) -> dict[str, Tensor]:
+            if source == "torch-fidelity":
+                return torch.hub.load_state_dict_from_url(
+                    library.URL_INCEPTION_V3, weights_only=True, check_hash=True
+                )
+            return load_file(Path(source))
+
+        with loading("FID's Inception", source), patch.object(library, "load_state_dict_from_url", weights):
+            return cls(library.FeatureExtractorInceptionV3("inception", ["2048"]), device)
+
+    @torch.no_grad()
+    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Features [N, 2048] of images; see `Examiner`. The network resizes as the original did."""
+        parts = []
+        for chunk, _ in in_chunks(images, captions, CHUNK):
+            pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).to(self.device)
+            parts.append(self.network(pixels)[0])
+        return {"fid": joined(parts)}
+
+
+def _distance(name: str, seen: Seen) -> Statistic | None:
+    if name not in seen.looks or name not in seen.real:
+        return None
+    return distance_to(seen.looks[name], seen, seen.real[name])
+
+
+FD = Extra(
+    name="fd", load=VisionFeatures.load, source="facebook/dinov2-base", real=True,
+    metrics=(Metric(
+        name="fd", title="FD", better="lower", digits=2, bounds=(0, float("inf")),
+        statistic=lambda seen: _distance("fd", seen),
+        about="Fréchet distance to real pictures in a vision model's features; only figures of equally many "
+              "pictures compare",
+    ),),
+)  # fmt: skip
+
+FID = Extra(
+    name="fid", load=Inception.load, source="torch-fidelity", real=True,
+    metrics=(Metric(
+        name="fid", title="FID", better="lower", digits=2, bounds=(0, float("inf")),
+        statistic=lambda seen: _distance("fid", seen),
+        about="Fréchet distance to real pictures in Inception's features; only figures of equally many "
+              "pictures compare",
+    ),),
+)  # fmt: skip
