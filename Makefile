@@ -48,6 +48,8 @@ venv: .venv/.ready
 # torch first and by number, so that a CPU wheel is taken where one is offered; Linux's wheels on PyPI bring CUDA.
 	$(PIP) --quiet "torch==2.13.0"
 	$(PIP) --quiet --editable ".[dev]"
+# Its Inception needs no torchvision, whose wheels bring another torch.
+	$(PIP) --quiet --no-deps "torch-fidelity==0.4.0"
 	@touch $@
 
 clean:

@@ -203,6 +203,14 @@ def test_counting_wants_the_exact_number_of_detections_above_nine_tenths() -> No
         assert not passes(prompt, dogs(wanted - 1, unsure=1))
 
 
+def test_of_one_name_sixteen_detections_are_looked_at() -> None:
+    sixteen = Requirement("counting", (Wanted("dog", 16),))
+    for count in range(14, 20):
+        assert correct(sixteen, [box("dog")] * count, never) == (count >= 16)
+    seventeen = Requirement("counting", (Wanted("dog", 17),))
+    assert not correct(seventeen, [box("dog")] * 17, never)
+
+
 def test_the_colour_is_that_of_the_surest_detection_alone() -> None:
     sure, unsure = box("dog", score=0.8), box("dog", 5, score=0.7)
     colours = {sure: "red", unsure: "blue"}
@@ -270,7 +278,7 @@ def test_relations_agree_with_rational_numbers_and_turn_round_with_their_objects
     draw = np.random.default_rng(0)
     opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
     seen: Counter[frozenset[str]] = Counter()
-    for _ in range(3000):
+    for _ in range(1500):
         corners = draw.integers(0, 40, (2, 2))
         (a, b) = (tuple(map(int, (*corner, *(corner + draw.integers(1, 60, 2))))) for corner in corners)
         wanted = exact_relations(a, b)
@@ -279,7 +287,7 @@ def test_relations_agree_with_rational_numbers_and_turn_round_with_their_objects
             assert relations(b, a) == {opposite[relation] for relation in wanted}
             seen[frozenset(wanted)] += 1
     assert len(seen) == 9
-    assert sum(seen.values()) > 2900
+    assert sum(seen.values()) > 1450
 
 
 # Colours.
@@ -458,9 +466,11 @@ def test_mask2former_gives_names_boxes_scores_and_masks_at_the_pictures_own_size
     found = detector.find(picture)
     assert len(found) >= 3
     assert [(one.name, one.box) for one in found] == [one[:2] for one in wanted]
-    assert [one.score for one in found] == pytest.approx([one[2] for one in wanted], abs=1e-4)
-    assert all(np.array_equal(one.mask, mask) for one, (*_, mask) in zip(found, wanted, strict=True))
-    assert all(one.mask is not None and one.mask.shape == (50, 70) for one in found)
+    assert [one.score for one in found] == pytest.approx([one[2] for one in wanted], abs=2e-3)
+    for one, (*_, mask) in zip(found, wanted, strict=True):
+        assert one.mask is not None and one.mask.dtype == bool and one.mask.shape == (50, 70)
+        assert (one.mask != mask).mean() < 2e-3  # so large weights let rounding grow
+    assert len({one.box for one in found}) > 1
 
 
 class HandMade(nn.Module):
@@ -484,14 +494,13 @@ def test_masks_and_scores_are_those_of_transformers_where_its_fixed_size_fits() 
     masks = (
         4 * nn.functional.interpolate(torch.randn(1, 30, 6, 6, generator=draw), (96, 96), mode="bicubic")[0]
     )
-    model, size = HandMade(classes, masks), {"height": 384, "width": 384}
-    processor = Mask2FormerImageProcessorPil(size=size)
-    [theirs] = processor.post_process_instance_segmentation(
+    model = HandMade(classes, masks)
+    [theirs] = Mask2FormerImageProcessorPil().post_process_instance_segmentation(
         model.answer, threshold=0.3, target_sizes=[(384, 384)], return_binary_maps=True
     )
-    detector = Detector(model, processor)
-    detector._settings = {"size": size}
-    ours = detector.find(np.zeros((384, 384, 3), dtype=np.uint8))
+    # The same size in other words, since 384 x 384 itself would be taken for the hub's conversions.
+    shows = Mask2FormerImageProcessorPil(size={"shortest_edge": 384, "longest_edge": 384})
+    ours = Detector(model, shows).find(np.zeros((384, 384, 3), dtype=np.uint8))
     order = sorted(range(len(ours)), key=lambda i: -theirs["segments_info"][i]["score"])
     assert len(ours) == len(theirs["segments_info"]) >= 10
     for one, i in zip(ours, order, strict=True):
@@ -513,6 +522,13 @@ def test_a_square_of_a_hand_made_mask_is_found_where_it_is() -> None:
     assert one.mask is not None and not one.mask[:, :128].any()
     assert 0.99 * 128 * 32 < one.mask.sum() <= 128 * 32  # enlarging rounds the corners
     assert 0.95 < one.score < 1
+
+
+def test_no_more_objects_are_found_than_the_model_has_queries() -> None:
+    torn = torch.tensor([[5.0, 5.1, -50.0, -50.0, -50.0]])  # 48% and 52%
+    model = HandMade(torn, torch.full((1, 16, 16), 9.0))
+    detector = Detector(model, Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}))
+    assert [one.name for one in detector.find(np.zeros((32, 32, 3), dtype=np.uint8))] == ["computer mouse"]
 
 
 @pytest.mark.parametrize(
@@ -672,13 +688,13 @@ def test_figures_follow_from_detections_and_do_not_depend_on_neighbours(examiner
         found = [one.name for one in examiner.detector.find(images[i])]
         if asked.task in ("single_object", "two_object"):
             assert bool(alone[asked.task]) == {thing.name for thing in asked.objects}.issubset(found)
-        single = [(images[i : i + 1], [caption]), (images[[i, 3]], [caption, "a landscape"])]
-        for part, texts in single:
-            assert all(
-                same(value[:1], looks[name][i : i + 1]) for name, value in examiner.look(part, texts).items()
-            )
+        parts = [(images[i : i + 1], [caption])]
+        if i < 3:
+            parts.append((images[[i, 3]], [caption, "a landscape"]))
+        for part, texts in parts:
+            again = examiner.look(part, texts)
+            assert all(same(value[:1], looks[name][i : i + 1]) for name, value in again.items())
     assert {0.0, 1.0} <= set(looks["geneval"].tolist())  # both verdicts occur
-    print(looks)
 
 
 def test_detections_do_not_depend_on_what_was_seen_before(segmenter: str) -> None:

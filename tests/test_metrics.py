@@ -228,3 +228,12 @@ def test_paired_differences_are_sharper_than_two_intervals_side_by_side() -> Non
     )
     assert paired.low > 0
     assert paired.high - paired.low < 0.2 * (alone.high - alone.low)
+
+
+def test_halves_without_any_image_that_counts_are_left_out_of_the_interval() -> None:
+    values = torch.full((40,), torch.nan)
+    values[:3] = torch.tensor([0.0, 1.0, 1.0])
+    found = bootstrap_interval(lambda rows: float(values[rows].nanmean()), 40)
+    assert found.value == pytest.approx(2 / 3) and math.isfinite(found.low) and math.isfinite(found.high)
+    none = bootstrap_interval(lambda rows: 0.5 if len(rows) == 40 else math.nan, 40).within(0, 1)
+    assert none.to_list() == [0.5, 0.0, 1.0]

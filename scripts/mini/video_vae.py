@@ -1,7 +1,7 @@
 """The video mini's autoencoder (diffusers' AutoencoderKLWan: factor 8 in space, 2 in time, 16 channels).
 
     python scripts/mini/video_vae.py --stills   # single frames first, writes mini-work/video_vae_stills
-    python scripts/mini/video_vae.py            # then clips, writes mini-work/video_vae; both resume by themselves
+    python scripts/mini/video_vae.py            # then clips, writes mini-work/video_vae; both resume
     python scripts/mini/video_vae.py --measure  # PSNR on held-out clips at the schedule's sizes
 
 Of a single frame a causal convolution sees its last tap alone: the stills train the autoencoder as one of
@@ -89,7 +89,7 @@ def basis(clips: Clips) -> tuple[Tensor, Tensor]:
 
 
 def piece(video: Tensor, frames: int, side: int, *, still: bool) -> Tensor:
-    """A clip [3, FRAMES, 64, 64] at one of the schedule's sizes, cropped to 32 pixels; still: one frame of it."""
+    """A clip [3, FRAMES, 64, 64] at one of the schedule's sizes, cropped to 32 pixels; still: one frame."""
     x = downscale_video(video[None], (frames, side, side))[0] if frames < FRAMES else video
     if still:
         x = x[:, int(torch.randint(frames, ()))][:, None]

@@ -19,6 +19,7 @@ from scalewise.batches import Batches
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.folder import list_files
 from scalewise.models import ALL_PARTS, ModelAdapter, Part, load_model
+from scalewise.models.quantized import quantize
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale
 from scalewise.trainer import Trainer
@@ -41,16 +42,20 @@ def device() -> torch.device:
 
 def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
     """Load parts of the recipe's teacher onto this process's device."""
-    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    base, wanted = mini.resolve(recipe.model.base, mini.TEACHER), tuple(parts)
     model = load_model(
         base,
         dtype=getattr(torch, recipe.model.dtype),
-        parts=tuple(parts),
+        parts=wanted,
         max_sequence_length=recipe.model.max_sequence_length,
         vae=recipe.model.vae,
     )
     if recipe.model.embedded_guidance is not None:
         model.embedded_guidance = recipe.model.embedded_guidance
+    if "denoiser" in wanted:
+        quantize(model, recipe.model.quantize, device())
+    if "text" in wanted and recipe.model.offload_text:
+        model.offload_text(device())
     return model.to(device())
 
 

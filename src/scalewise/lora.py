@@ -58,6 +58,11 @@ class Student:
             if name.endswith(".lora_A.weight"):
                 layer: Any = layers[name.removesuffix(".lora_A.weight")]
                 weight = getattr(layer, "base_layer", layer).weight
+                if not weight.is_floating_point():
+                    raise StudentError(
+                        "A student is added to the base's weights, and a base of fewer bits has none to add "
+                        "to; sample with model.quantize=none."
+                    )
                 _check_shape(name, weight, a, b=tensors[name.replace("lora_A", "lora_B")])
         return replace(self, tensors=tensors)
 

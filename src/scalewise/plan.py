@@ -18,6 +18,7 @@ from scalewise import mini
 from scalewise.counting import count
 from scalewise.models import Condition
 from scalewise.models.pipelined import PipelineAdapter
+from scalewise.models.quantized import BYTES, layers
 from scalewise.models.skeleton import part_sizes, skeleton
 from scalewise.recipe import Recipe
 from scalewise.recipes import find_recipe
@@ -150,6 +151,8 @@ class Plan:
         if fits == 0:
             if self.recipe.model.dtype == "float32":
                 found.append("model.dtype=bfloat16")
+            if self.recipe.model.quantize == "none":
+                found.append("model.quantize=nf4 (the frozen base in 4 bits; needs bitsandbytes)")
             if self.recipe.loss.needs_fake:
                 found.append("loss.mmd_only=true (one adapter and one optimizer instead of two)")
             if self.recipe.lora.rank > 16:
@@ -168,7 +171,10 @@ def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) 
     base = mini.resolve(recipe.model.base, mini.TEACHER)
     dtype = getattr(torch, recipe.model.dtype)
     model = skeleton(base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length)
-    sizes = part_sizes(base)
+    sizes, bytes_each, bits = part_sizes(base), torch.finfo(dtype).bits // 8, recipe.model.quantize
+    # Before adapters bring linear layers of their own.
+    few = sum(linear.weight.numel() for _, _, linear in layers(model)) if bits != "none" else 0
+    saved = few * (bytes_each - BYTES.get(bits, 0.0))
     roles = Roles(model.denoiser, ["student"], rank=recipe.lora.rank, alpha=recipe.lora.alpha,
                   targets=recipe.lora.targets or model.lora_targets)  # fmt: skip
     lora = sum(p.numel() for p in roles.parameters("student").values())
@@ -185,10 +191,9 @@ def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) 
     guided = recipe.teacher.guidance != 1 and not embedded
     iteration = partial(iteration_flops, embedded=embedded)
     alone = recipe.override(["loss.mmd.weight=1", "loss.mmd_only=true"])
-    bytes_each = torch.finfo(dtype).bits // 8
     trained = 2 if recipe.loss.needs_fake else 1
     memory = Memory(
-        base=sizes["denoiser"] * bytes_each,
+        base=sizes["denoiser"] * bytes_each - saved,
         adapters=trained * lora * 4.0 + (lora * 4.0 if recipe.train.ema else 0.0),
         optimizer=trained * lora * 12.0,  # gradient and two moments in float32
         activations=full.activations,

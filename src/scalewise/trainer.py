@@ -211,13 +211,15 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint; one of another recipe is refused (iterations and the like are free)."""
         state, meta = checkpoint.load(path)
-        difference = _difference(meta["recipe"], self.recipe.model_dump(mode="json"))
+        # A key that has come since then had its default.
+        there = Recipe.from_mapping(meta["recipe"], origin=f"the recipe of {path}").model_dump(mode="json")
+        difference = _difference(there, self.recipe.model_dump(mode="json"))
         if difference:
             raise checkpoint.CheckpointError(
                 f"The checkpoint {path} belongs to another recipe: {difference}. "
                 "Resume with the recipe.yaml in the run's folder, or start a new run in another one."
             )
-        before, here = meta["recipe"]["optimizer"], self.recipe.optimizer.model_dump(mode="json")
+        before, here = there["optimizer"], self.recipe.optimizer.model_dump(mode="json")
         for name in sorted(key.removeprefix("optimizer.") for key in _TUNABLE):
             if before[name] != here[name]:
                 warnings.warn(
@@ -282,6 +284,7 @@ class Trainer:
 _FREE = {
     "name",
     "about",
+    "model.offload_text",
     "train.iterations",
     "train.checkpoint_every",
     "train.keep_checkpoints",

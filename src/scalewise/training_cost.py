@@ -189,9 +189,8 @@ class _Live(TorchDispatchMode):
         self.now = self.most = 0
         self._known = set[int]()
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, *call: Any) -> Any:
+        args, kwargs = call
         # Storages that an operator is given were there before, or are counted already.
         self._note((args, kwargs), new=False)
         found = func(*args, **(kwargs or {}))

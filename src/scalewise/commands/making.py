@@ -101,7 +101,7 @@ def _recipe_of(student: Student, base: str) -> Recipe:
     """The student's recipe, or for a file of others one that names base and schedule."""
     if student.recipe:
         return Recipe.from_mapping(student.recipe, origin="the student's recipe").override(
-            [f"model.base={base}"]
+            [f"model.base={base}", "model.quantize=none"]
         )
     schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
     # Bases of others are large: on a GPU in half precision, as they are published.

@@ -49,9 +49,10 @@ def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
 
 
 def _print_memory(plan: Plan, *, gpus: int, gigabytes: float | None) -> None:
-    memory, train = plan.memory, plan.recipe.train
+    memory, train, model = plan.memory, plan.recipe.train, plan.recipe.model
+    base = model.dtype if model.quantize == "none" else f"{model.quantize}, the rest {model.dtype}"
     rows = {
-        f"frozen base ({plan.recipe.model.dtype})": memory.base,
+        f"frozen base ({base})": memory.base,
         "adapters": memory.adapters,
         "gradients and optimizer": memory.optimizer,
         "activations of a sample": memory.activations,

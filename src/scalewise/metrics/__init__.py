@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scalewise.metrics import clip, diversity, features, frechet, preference, video
+from scalewise.metrics import clip, diversity, features, frechet, geneval, preference, video
 from scalewise.metrics.base import Metric, Seen, Statistic
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.extras import Extra
@@ -10,8 +10,10 @@ from scalewise.metrics.intervals import Interval, bootstrap_interval
 
 EXTRAS: dict[str, Extra] = {
     extra.name: extra
-    for extra in (features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, video.EXTRA)
-}
+    for extra in (
+        features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, geneval.EXTRA, video.EXTRA,
+    )
+}  # fmt: skip
 """What `--metric` can ask for."""
 
 OWN: tuple[Metric, ...] = (frechet.METRIC, *clip.METRICS, diversity.METRIC)

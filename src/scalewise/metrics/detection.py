@@ -6,18 +6,21 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalewise.errors import first_line
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.extras import Device, loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 GREY = 0x99
@@ -52,7 +55,7 @@ class Found:
 class Detector:
     """Mask2Former, or any object detection model of transformers, with the names that GenEval uses."""
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model, self.processor = model.eval().requires_grad_(False), processor
         # As GenEval writes them, by the model's own numbers.
         self.names = {int(i): common_name(label) for i, label in model.config.id2label.items()}

@@ -22,7 +22,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return distance(a, Gaussian.fit(b))
 
 
-def distance(features: Tensor, real: Gaussian, root: Tensor | None = None) -> float:
+def distance(features: Tensor, real: Gaussian, *, root: Tensor | None = None) -> float:
     """The distance of features [N, D] to a fitted Gaussian; `root` is that of its covariance, if at hand.
 
     The trace of the root is the sum of the roots of eigenvalues of a symmetric matrix, which neither fails
@@ -50,7 +50,7 @@ def distance(features: Tensor, real: Gaussian, root: Tensor | None = None) -> fl
 def distance_to(features: Tensor, seen: Seen, real: Gaussian) -> Statistic:
     """The distance of features [N, D] of what was seen to real ones, which stay whole when resampled."""
     root = square_root(real.covariance) if len(features) > features.shape[1] else None
-    return lambda prompts: distance(features[seen.rows(prompts)], real, root)
+    return lambda prompts: distance(features[seen.rows(prompts)], real, root=root)
 
 
 def _statistic(seen: Seen) -> Statistic | None:

@@ -57,6 +57,9 @@ def bootstrap_interval(
     half = count // 2
     halves = [permutation(count, "interval", seed, r)[:half] for r in range(rounds)]
     again = torch.tensor([statistic(rows) for rows in halves], dtype=torch.float64)
+    again = again[~again.isnan()]  # a half may hold no image that the figure is about
+    if len(again) < 2:
+        return Interval(value, -math.inf, math.inf)
     spread = (again - again.mean()) * math.sqrt(half / (count - half))
     outside = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     low, high = spread.quantile(outside).tolist()

@@ -75,9 +75,10 @@ class Flux(PipelineAdapter):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self._need("text_encoder", "text")
         self.warn_of_overflow(prompts)
-        tokens, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, device=self.device, max_sequence_length=self.max_sequence_length
-        )
+        with self.text_at_work() as device:
+            tokens, pooled, _ = self.pipeline.encode_prompt(
+                list(prompts), None, device=device, max_sequence_length=self.max_sequence_length
+            )
         return Condition({"tokens": tokens, "pooled": pooled})
 
     def with_guidance(self, cond: Condition, guidance: float) -> Condition | None:

@@ -6,7 +6,8 @@ import copy
 import inspect
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -38,6 +39,7 @@ class PipelineAdapter(ModelAdapter):
     ) -> None:
         """`config` is the denoiser's, `vae_config` the VAE's: sizes are known while neither is loaded."""
         self.pipeline, self.base, self.config = pipeline, base, config
+        self._resting: list[nn.Module] = []
         self.vae_config, self.vae_factor = vae_config, spatial_factor(vae_config)
         self.describe(config)
         self.max_sequence_length = max_sequence_length or self.longest_sequence()
@@ -124,12 +126,37 @@ class PipelineAdapter(ModelAdapter):
         hooks = ("_hf_hook", "_diffusers_hook")
         if any(hasattr(m, hook) for c in self._modules() for m in (c, *c.children()) for hook in hooks):
             return torch.device(self.pipeline._execution_device)
-        return next(p.device for c in self._modules() for p in c.parameters())
+        working = [c for c in self._modules() if c not in self._resting]
+        if not working:
+            return self._encodes_on
+        return next(p.device for c in working for p in c.parameters())
 
     def to(self, device: torch.device | str) -> Self:
         for component in self._modules():
-            component.to(device)
+            if component not in self._resting:
+                component.to(device)
         return self
+
+    def offload_text(self, device: torch.device | str) -> None:
+        """Keep the text encoders in main memory; each is on `device` only while prompts are encoded."""
+        self._resting = [
+            c for name in self.text_names if isinstance(c := getattr(self.pipeline, name, None), nn.Module)
+        ]
+        self._encodes_on = torch.device(device)
+
+    @contextmanager
+    def text_at_work(self) -> Iterator[torch.device]:
+        """Within it the text encoders are where they encode, which is given; offloaded ones go back then."""
+        if not self._resting:
+            yield self.device
+            return
+        for encoder in self._resting:
+            encoder.to(self._encodes_on)
+        try:
+            yield self._encodes_on
+        finally:
+            for encoder in self._resting:
+                encoder.to("cpu")
 
     def release(self, *parts: Part) -> None:
         for part in parts:

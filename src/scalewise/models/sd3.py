@@ -58,14 +58,15 @@ class SD3(PipelineAdapter):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self._need("text_encoder", "text")
         self.warn_of_overflow(prompts)
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
+        with self.text_at_work() as device:
+            tokens, _, pooled, _ = self.pipeline.encode_prompt(
+                list(prompts),
+                None,
+                None,
+                device=device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
         return Condition({"tokens": tokens, "pooled": pooled})
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:

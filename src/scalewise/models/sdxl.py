@@ -65,9 +65,10 @@ class SDXL(PipelineAdapter):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self._need("text_encoder", "text")
         self.warn_of_overflow(prompts)
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, do_classifier_free_guidance=False
-        )
+        with self.text_at_work() as device:
+            tokens, _, pooled, _ = self.pipeline.encode_prompt(
+                list(prompts), device=device, do_classifier_free_guidance=False
+            )
         if self.pipeline.config.force_zeros_for_empty_prompt:
             # No prompt means zeros, as it did when the model was trained.
             empty = torch.tensor([not prompt for prompt in prompts], device=tokens.device)

@@ -61,12 +61,13 @@ class Wan(PipelineAdapter):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self._need("text_encoder", "text")
         self.warn_of_overflow(prompts)
-        tokens, _ = self.pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
+        with self.text_at_work() as device:
+            tokens, _ = self.pipeline.encode_prompt(
+                list(prompts),
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+                device=device,
+            )
         return Condition({"tokens": tokens})
 
     def encode(self, pixels: Tensor) -> Tensor:

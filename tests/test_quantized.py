@@ -1,0 +1,166 @@
+"""The frozen base in fewer bits, and text encoders that rest: what is saved, what it costs in precision."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import make_tiny
+
+from scalewise import build, console
+from scalewise.backbone import Backbone
+from scalewise.lora import StudentError, fused, load_student
+from scalewise.models import SD3, SDXL, Flux, ModelAdapter, ModelError, Wan
+from scalewise.models.quantized import layers, quantize
+from scalewise.noise import FlowMatching
+from scalewise.plan import make_plan
+from scalewise.recipe import Recipe
+from scalewise.runs import distill
+
+FAMILIES = [SD3, Flux, SDXL, Wan]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Recipe:
+    return make_tiny(tmp_path)
+
+
+def x0(model: ModelAdapter) -> torch.Tensor:
+    """What the teacher answers to fixed noise."""
+    shape = (2, model.channels, 3, 8, 8) if model.video else (2, model.channels, 8, 8)
+    x_t = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return Backbone(model).predict_x0(
+            x_t, torch.full((2,), 700.0), model.encode_prompts(["a dog", "a cat"])
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("bits", "error"), [("int8", 0.03), ("nf4", 0.4)])
+def test_every_family_answers_nearly_the_same_with_fewer_bits(
+    family: type[SD3], bits: str, error: float
+) -> None:
+    """Tiny random networks suffer more than trained ones; what matters is that 8 bits suffer little."""
+    model = family.tiny()
+    whole = x0(model)
+    count = len(list(layers(model)))
+    quantize(model, bits, "cpu")  # type: ignore[arg-type]
+    assert count > 0 and not list(layers(model)), "every linear layer of a block is replaced"
+    apart = (x0(model) - whole).norm() / whole.norm()
+    assert 0 < apart < error
+
+
+def test_the_weights_take_as_many_bytes_as_the_plan_says(tiny: Recipe) -> None:
+    recipe, held = tiny, {}
+    for bits in ("none", "int8", "nf4"):
+        own = recipe.override([f"model.quantize={bits}"])
+        model = build.load(own, ["denoiser"])
+        held[bits] = sum(p.numel() * p.element_size() for p in model.denoiser.parameters())
+    # Beside the weights bitsandbytes keeps their scales, which the plan counts, at most 4 % of the whole.
+    planned = make_plan(recipe.override(["model.quantize=nf4"])).memory.base
+    assert held["nf4"] == pytest.approx(planned, rel=0.04)
+    assert held["nf4"] < held["int8"] < held["none"]
+    assert (held["none"] - held["nf4"]) == pytest.approx((held["none"] - held["int8"]) * 3.5 / 3)
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_gradients_of_the_student_come_through_a_base_of_fewer_bits(bits: str) -> None:
+    """They equal those of a base that holds the same rounded weights in full precision."""
+    import bitsandbytes
+
+    quantized, rounded = SD3.tiny(), SD3.tiny()
+    quantize(quantized, bits, "cpu")  # type: ignore[arg-type]
+    few = dict(quantized.denoiser.named_modules())
+    whole = {linear for _, _, linear in layers(rounded)}
+    for name, linear in rounded.denoiser.named_modules():
+        if linear not in whole:
+            continue
+        weight = few[name].weight
+        if bits == "nf4":
+            linear.weight.data = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        else:
+            linear.weight.data = weight.data.float() * weight.SCB[:, None] / 127
+    gradients = []
+    for model in (quantized, rounded):
+        backbone = Backbone(model, ["student"], rank=2, seed=3)
+        with torch.no_grad():
+            for name, parameter in backbone.parameters("student").items():
+                if "lora_B" in name:
+                    parameter.fill_(0.02)
+        x_t = torch.randn(1, model.channels, 8, 8, generator=torch.Generator().manual_seed(1))
+        cond = model.encode_prompts(["a dog"])
+        backbone.predict_x0(x_t, torch.tensor([600.0]), cond, role="student").square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters("student").values()]))
+    # With 8 bits the products' inputs are rounded as well.
+    apart = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert apart < (1e-3 if bits == "nf4" else 0.05)
+
+
+def test_a_run_on_a_base_of_4_bits_makes_a_student_for_the_whole_one(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = tiny.override(["model.quantize=nf4", "train.iterations=2", "train.checkpoint_every=1"])
+    rows = list(distill(recipe, tmp_path / "run", console.progress))
+    assert rows[-1]["iteration"] == 2
+    student = load_student(tmp_path / "run")
+    whole = build.load(tiny, ["denoiser"])
+    with fused(whole.denoiser, student):
+        pass
+    few = build.load(recipe, ["denoiser"])
+    with pytest.raises(StudentError, match=r"sample with model\.quantize=none"), fused(few.denoiser, student):
+        pass
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ModelError, match=r"pip install 'scalewise-diffusion\[quantize\]'"):
+        quantize(SD3.tiny(), "int8", "cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resting_text_encoders_encode_the_same_and_go_back(
+    family: type[SD3], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device they work on is this one's CPU, so what is watched is where they are sent, and when."""
+    model = family.tiny()
+    wanted = model.encode_prompts(["a dog"])
+    sent: list[tuple[str, str]] = []
+    before = torch.nn.Module.to
+
+    def watch(self: torch.nn.Module, device: object, *more: object, **named: object) -> torch.nn.Module:
+        sent.append((type(self).__name__, str(device)))
+        return before(self, device, *more, **named)
+
+    model.offload_text("cpu:0")
+    encoders = [getattr(model.pipeline, n) for n in model.text_names if n.startswith("text_encoder")]
+    for kind in {type(e) for e in encoders}:
+        monkeypatch.setattr(kind, "to", watch)
+    model.to("cpu")
+    assert sent == []
+    found = model.encode_prompts(["a dog"])
+    names = [type(e).__name__ for e in encoders]
+    assert sent == [*((n, "cpu:0") for n in names), *((n, "cpu") for n in names)]
+    assert all(torch.equal(found.tensors[k], wanted.tensors[k]) for k in wanted.tensors)
+    assert isinstance(model.noise, FlowMatching) or family is SDXL
+    model.release("denoiser", "vae")
+    assert model.device == torch.device("cpu:0")
+
+
+def test_a_checkpoint_of_before_a_key_came_is_resumed_with_its_default(tiny: Recipe, tmp_path: Path) -> None:
+    import json
+
+    recipe = tiny.override(["train.iterations=2", "train.checkpoint_every=1", "loss.mmd_only=true"])
+    list(distill(recipe, tmp_path / "run", console.progress))
+    for meta in (tmp_path / "run" / "checkpoints").glob("*/meta.json"):
+        content = json.loads(meta.read_text())
+        del content["recipe"]["model"]["quantize"]
+        meta.write_text(json.dumps(content, indent=1))
+        manifest = meta.with_name("manifest.json")
+        assert manifest.exists()
+    trainer = build.build_trainer(
+        recipe.override(["train.precision=float32"]), build.prepare_data(recipe, console.progress), tmp_path
+    )
+    from scalewise.trainer import _difference
+
+    there = Recipe.from_mapping(content["recipe"]).model_dump(mode="json")
+    assert _difference(there, trainer.recipe.model_dump(mode="json")) == ""
