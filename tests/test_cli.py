@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from test_trainer import run_as_a_process, silent, wait_for_iteration
 from tiny_run import PROMPTS, make_tiny
 
-from scalewise import build, checkpoint, runs, teacher
+from scalewise import build, checkpoint, mini, runs, teacher
 from scalewise.cli import main
 from scalewise.data import LatentSet
 from scalewise.models import SD3
@@ -53,7 +54,7 @@ def run(capfd: pytest.CaptureFixture[str]):
 def test_every_command_has_help_with_an_example(run) -> None:
     code, text = run("--help")
     assert code == 0 and all(
-        w in text for w in ("demo", "plan", "generate", "distill", "sample", "export", "evaluate", "recipes")
+        w in text for w in ("demo", "plan", "generate", "distill", "sample", "export", "evaluate", "metrics")
     )
     for command in (
         "plan", "generate", "distill", "sample", "export", "evaluate", "recipes", "bench", "spectrum",
@@ -400,3 +401,51 @@ def test_a_plan_says_what_fits_and_what_to_switch_on(run, recipe_file):
                 "a batch of 4 on each of 2 processes: 8 samples an update", "The recipe fits.")  # fmt: skip
     for words in expected:
         assert words in text, (words, text)
+
+
+def test_metrics_are_listed_with_their_weights(run) -> None:
+    code, text = run("metrics")
+    assert code == 0 and all(
+        name in text for name in ("fid", "pickscore", "geneval", "vbench", "to be named")
+    )
+
+
+def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
+    run, recipe_file: str, tmp_path: Path
+) -> None:
+    from scalewise.metrics.geneval import geneval_prompts
+
+    out = tmp_path / "evaluated"
+    metric = f"pickscore={mini.SCORER}"
+    code, text = run(
+        "evaluate", recipe_file, "undistilled", "--prompts", "geneval", "--count", 4, "--each", 2,
+        "--scorer", mini.SCORER, "--metric", metric, "--no-speed", "--out", out,
+    )  # fmt: skip
+    assert code == 0, text
+    [row] = json.loads((out / "figures.json").read_text())
+    assert row["images"] == 8 and {"pickscore", "clip_score", "diversity"} <= set(row["values"])
+    # The same model judges both: its PickScore is its CLIP score.
+    assert row["values"]["pickscore"][0] == pytest.approx(row["values"]["clip_score"][0], abs=1e-3)
+    assert len(list((out / "pictures" / "undistilled").glob("*.png"))) == 8
+    assert len(geneval_prompts(4)) == 4
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--metric", "beauty"], "There is no metric 'beauty'"),
+    (["--metric", "fd"], "give a folder of them with --reference"),
+    (["--metric", "vbench"], "is of videos; this model draws pictures"),
+    (["--metric", "hpsv2=nowhere"], "Cannot load a CLIP model from 'nowhere'"),
+    (["--metric", "geneval=nowhere"], "nowhere"),
+    (["--scorer", "nowhere"], "Cannot load a CLIP model from 'nowhere'"),
+    (["--metric", "pickscore", "--reference", "nowhere"], "There is no folder nowhere"),
+])  # fmt: skip
+def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
+    run, recipe_file: str, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\na house\nthe moon\n")
+    code, text = run(
+        "evaluate", recipe_file, "undistilled", "--prompts", tmp_path / "prompts.txt", "--out",
+        tmp_path / "out", *options,
+    )  # fmt: skip
+    assert code == 1 and message in text and not (tmp_path / "out").exists()

@@ -8,8 +8,6 @@ from scalewise import mini
 from scalewise.metrics.geneval import geneval_prompts
 from scalewise.recipe import RecipeError
 
-GENEVAL_PROMPTS = 553  # as many as the authors' list has
-
 
 def refuse_file(out: Path) -> None:
     """Refuse a file where a folder is needed, before anything is computed."""
@@ -23,14 +21,15 @@ def folder_for(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def read_prompts(file: Path | None, base: str, split: str, *, count: int | None = None) -> list[str]:
-    """Prompts from a file, the mini's own captions, or with the name "geneval" GenEval's; at most `count`."""
+def prompts_to_judge(file: Path | None, base: str, count: int) -> list[str]:
+    """At most `count` prompts from a file or of the mini's held-out ones; named "geneval", GenEval's."""
     if file == Path("geneval") and not file.exists():
-        return geneval_prompts(count or GENEVAL_PROMPTS)
-    return _read(file, base, split)[:count]
+        return geneval_prompts(count)
+    return read_prompts(file, base, "test")[:count]
 
 
-def _read(file: Path | None, base: str, split: str) -> list[str]:
+def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
+    """Prompts from a file, or the mini's own captions."""
     if file is None:
         if base != "mini":
             raise RecipeError(

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from scalewise import bench, console
-from scalewise.commands.inputs import folder_for, read_prompts, refuse_file
+from scalewise.commands.inputs import folder_for, prompts_to_judge, read_prompts, refuse_file
 from scalewise.judging import Asked
 from scalewise.metrics import EXTRAS, OWN
 from scalewise.plan import GB, Plan, make_plan, scales_to_count
@@ -101,7 +101,7 @@ def run_evaluate(
     from scalewise import comparison
 
     refuse_file(out)
-    texts = read_prompts(prompts, recipe.model.base, "test", count=how.count)
+    texts = prompts_to_judge(prompts, recipe.model.base, how.count)
     outcome = comparison.compare(
         recipe,
         contenders,
