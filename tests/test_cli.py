@@ -449,3 +449,16 @@ def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
         tmp_path / "out", *options,
     )  # fmt: skip
     assert code == 1 and message in text and not (tmp_path / "out").exists()
+
+
+def test_a_set_keeps_latents_at_further_scales_for_other_schedules(
+    run, recipe_file: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    common = ("generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--count", 2, "--out", out)
+    code, text = run(*common, "--scale", "2", "--scale", "6")
+    assert code == 0 and "2 samples at 4 scales" in text, text
+    assert [str(s) for s in LatentSet.open(out).scales] == ["2x2", "4x4", "6x6", "8x8"]
+    code, text = run(*common, "--scale", "10")
+    assert code == 1 and "Latents at 10x10 cannot be kept beside those at 8x8" in text

@@ -27,8 +27,8 @@ from video import FRAMES, Clips
 from scalewise.scales import downscale_video
 
 CHANNELS = 16
-# Pixels of the schedule's scales: frames, height and width.
-SIZES = ((3, 32), (5, 40), (7, 48), (9, 64))
+# Pixels of the schedule's scales: frames (4 k + 1, whatever the factor), height and width.
+SIZES = ((5, 32), (5, 40), (9, 48), (9, 64))
 
 
 @torch.no_grad()

@@ -54,16 +54,19 @@ def generate(
     batch: int,
     seed: int = 0,
     shard_rows: int = 256,
+    also: Sequence[Scale] = (),
 ) -> Iterator[int]:
     """Draw `count` samples, sample i with prompt i modulo their number, and yield how many are done.
+
+    `also`: further scales to keep latents at, for other schedules of the same full scale.
 
     A stopped call goes on after its last shard; settings that would change the samples are compared. What is
     drawn is written when a shard is full, every SAFE_SECONDS, and when the call is stopped. A corrupt shard
     that was deleted is drawn again.
     """
-    model, scales = backbone.model, sorted(set(recipe.schedule.build().scales))
-    full = max(scales, key=lambda scale: scale.cells)
-    writer = _writer(backbone, recipe, prompts, out=out, seed=seed, shard_rows=shard_rows)
+    model, full = backbone.model, recipe.schedule.build().full
+    scales = all_scales(recipe, also, patch=model.patch)
+    writer = _writer(backbone, recipe, prompts, scales, out=out, seed=seed, shard_rows=shard_rows)
     uncond = model.encode_prompts([recipe.teacher.negative_prompt])
     todo = writer.missing(count)
     yield count - len(todo)
@@ -96,10 +99,26 @@ def generate(
     writer.finish()
 
 
+def all_scales(recipe: Recipe, also: Sequence[Scale], *, patch: int) -> list[Scale]:
+    """The scales of a recipe's schedule and further ones, smallest first.
+
+    Raises ValueError for a scale that does not lie within the full one or that the patch does not divide.
+    """
+    schedule = recipe.schedule.build()
+    for scale in also:
+        if not schedule.full.covers(scale) or any(side % patch for side in scale.size):
+            raise ValueError(
+                f"Latents at {scale} cannot be kept beside those at {schedule.full}: give a scale that is no "
+                f"larger on any side, with sides divisible by {patch}."
+            )
+    return sorted({*schedule.scales, *also})
+
+
 def _writer(
     backbone: Backbone,
     recipe: Recipe,
     prompts: Sequence[str],
+    scales: Sequence[Scale],
     *,
     out: Path,
     seed: int,
@@ -108,7 +127,7 @@ def _writer(
     """A writer whose settings hold whatever changes the samples."""
     return LatentSetWriter(
         out,
-        scales=sorted(set(recipe.schedule.build().scales)),
+        scales=list(scales),
         channels=backbone.model.channels,
         kind="synthetic",
         base=recipe.model.base,

@@ -37,6 +37,10 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Samples in all; prompts repeat with new seeds.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the set.")] = 0,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep latents at this scale too, for other schedules; repeatable."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the set; a stopped run goes on there.")] = Path(
         "synthetic"
     ),
@@ -48,8 +52,12 @@ def generate(
     """
     console.quiet_libraries()
     from scalewise.commands.making import run_generate
+    from scalewise.scales import Scale
 
-    run_generate(recipe_of(recipe, overrides), prompts, count=count, batch=batch, seed=seed, out=out)
+    also = [Scale.parse(text) for text in scale or ()]
+    run_generate(
+        recipe_of(recipe, overrides), prompts, count=count, batch=batch, seed=seed, also=also, out=out
+    )
 
 
 def distill(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from scalewise.pipelines import read_schedule
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.runs import distill
-from scalewise.teacher import generate
+from scalewise.scales import Scale
+from scalewise.teacher import all_scales, generate
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,14 @@ def print_dry_run(recipe: Recipe) -> None:
 
 
 def run_generate(
-    recipe: Recipe, prompts: Path | None, *, count: int, batch: int, seed: int, out: Path
+    recipe: Recipe,
+    prompts: Path | None,
+    *,
+    count: int,
+    batch: int,
+    seed: int,
+    also: Sequence[Scale],
+    out: Path,
 ) -> None:
     """Make a synthetic set; goes on where a stopped one ended."""
     refuse_file(out)
@@ -183,6 +191,8 @@ def run_generate(
     backbone = build.teacher_backbone(recipe)
     build.check(recipe, backbone.model)
     with console.progress("generating", count) as done:
-        for number in generate(backbone, recipe, texts, out, count=count, batch=batch, seed=seed):
+        drawing = generate(backbone, recipe, texts, out, count=count, batch=batch, seed=seed, also=also)
+        for number in drawing:
             done(number)
-    console.out.print(f"{count} samples at {len(set(recipe.schedule.scales))} scales in {out}")
+    kept = all_scales(recipe, also, patch=backbone.model.patch)
+    console.out.print(f"{count} samples at {len(kept)} scales in {out}")
