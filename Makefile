@@ -23,8 +23,9 @@ export MALLOC_TOP_PAD_ = 268435456
 demo: venv
 	$(BIN)/scalewise demo --out $(OUT)
 
+# Files of tests are spread over the cores, one thread each.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 slow: venv
 	$(BIN)/pytest -m slow

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,10 +80,13 @@ def copied(folder: Path, to: Path) -> Path:
 # ImageReward. Sizes and layers are small; heads (16 and 12) and what norms add are the published ones.
 
 V, T, SIDE, PATCH, DEEP = 32, 24, 32, 8, 2
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a cat dog on the red mat in rain and sun".split()]
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "on", "the", "red", "mat", "in", "rain", "and",
+    "sun",
+]  # fmt: skip
 SIZES = {
-    "vision_config": {"hidden_size": V, "intermediate_size": 40, "num_hidden_layers": DEEP, "image_size": SIDE,
-                      "patch_size": PATCH},
+    "vision_config": {"hidden_size": V, "intermediate_size": 40, "num_hidden_layers": DEEP,
+                      "image_size": SIDE, "patch_size": PATCH},
     "text_config": {"hidden_size": T, "intermediate_size": 36, "num_hidden_layers": DEEP,
                     "max_position_embeddings": 48, "vocab_size": len(WORDS) + 2},
 }  # fmt: skip
@@ -198,7 +199,7 @@ def blip_pixels(picture: np.ndarray, size: tuple[int, int], corner: tuple[int, i
 
 @pytest.mark.parametrize(
     ("shape", "size", "corner"),
-    [((48, 80), (53, 32), (10, 0)), ((100, 64), (32, 50), (0, 9)), ((32, 32), (32, 32), (0, 0))],
+    [((48, 80), (53, 32), (10, 0)), ((82, 48), (32, 54), (0, 11)), ((32, 32), (32, 32), (0, 0))],
 )
 def test_image_rewards_scores_are_those_of_the_published_network_in_plain_torch(
     reward: image_reward.ImageReward, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int]
@@ -259,7 +260,7 @@ def test_image_rewards_missing_unknown_and_odd_weights_are_counted(blip_folder: 
     with pytest.raises(
         ValueError,
         match=rf"not hold the {count} weights of ImageReward: 2 missing \(blip\.visual_encoder\.norm\.bias, "
-        r"\.\.\.\), 1 unknown \(blip\.text_encoder\.pooler\.dense\.bias\), 1 of another shape \(mlp\.layers\.0",
+        r"\.\.\.\), 1 unknown \(blip\.text_encoder\.pooler\.dense\.bias\), 1 of another shape \(mlp\.",
     ):
         image_reward.EXTRA.load(str(tmp_path), "cpu")
 
@@ -274,7 +275,7 @@ def test_without_a_config_image_reward_expects_the_published_sizes(blip_folder: 
 
 
 def test_image_rewards_pickle_is_refused_and_the_conversion_that_is_named_works(
-    reward: image_reward.ImageReward, blip_folder: Path, tmp_path: Path
+    reward: image_reward.ImageReward, blip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (copied(blip_folder, tmp_path) / "ImageReward.safetensors").unlink()
     # Tensors that share memory or lie transposed, which safetensors alone would refuse.
@@ -287,9 +288,10 @@ def test_image_rewards_pickle_is_refused_and_the_conversion_that_is_named_works(
         with pytest.raises(ValueError, match="is no safetensors file, and pickles can run") as caught:
             image_reward.EXTRA.load(str(source), "cpu")
     [command] = str(caught.value).split("convert the published one once: ")[1:]
-    python, *rest = shlex.split(command)
-    assert python == "python"
-    subprocess.run([sys.executable, *rest], cwd=tmp_path, check=True)
+    python, option, code = shlex.split(command)
+    assert (python, option) == ("python", "-c")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
     images = pictures(2, 40, 40)
     found = image_reward.EXTRA.load(str(tmp_path), "cpu").look(images, CAPTIONS[:2])["image_reward"]
     assert torch.equal(found, reward.look(images, CAPTIONS[:2])["image_reward"])
@@ -340,16 +342,18 @@ ROWS = 256 + len(MARKS) + 1
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PROMPT = {"instruction": "How good is this?\nFor: {text_prompt}\n", "suffix": "Rate: <|Reward|>\nEND"}
 CONFIG = {
     # Flat, as on the hub, with more rows for words than HPSv3 keeps.
     "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "torch_dtype": "bfloat16",
     "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS,
-    "num_key_value_heads": GROUPS, "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
-    "rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
-    "vocab_size": ROWS + 41, "tie_word_embeddings": False, "use_sliding_window": False, "max_window_layers": 2,
+    "num_key_value_heads": GROUPS, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096, "rope_theta": 10000.0, "vocab_size": ROWS + 41,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}, "tie_word_embeddings": False,
+    "use_sliding_window": False, "max_window_layers": 2,
     "bos_token_id": 256, "eos_token_id": 258, "vision_start_token_id": 259, "vision_end_token_id": 260,
     "image_token_id": 261, "video_token_id": 4000,
     "vision_config": {"depth": 2, "embed_dim": E, "mlp_ratio": 2, "num_heads": 2, "in_chans": 3,
@@ -427,7 +431,7 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def qwen_sees(weights: Weights, picture: np.ndarray, height: int, width: int) -> Tensor:
-    """Tokens [L, D] of a picture that is shown at height x width, by Qwen2-VL's vision tower in plain torch."""
+    """Tokens [L, D] of a picture that is shown at height x width, by the vision tower in plain torch."""
     image = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
     pixels = (torch.tensor(np.array(image)).float() / 255 - MEAN) / STD
     rows, columns = height // 28, width // 28
