@@ -81,8 +81,8 @@ def copied(folder: Path, to: Path) -> Path:
 
 V, T, SIDE, PATCH, DEEP = 32, 24, 32, 8, 2
 WORDS = [
-    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "on", "the", "red", "mat", "in", "rain", "and",
-    "sun",
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+    "a", "cat", "dog", "on", "the", "red", "mat", "in", "rain", "and", "sun",
 ]  # fmt: skip
 SIZES = {
     "vision_config": {"hidden_size": V, "intermediate_size": 40, "num_hidden_layers": DEEP,

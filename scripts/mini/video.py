@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from common import Pictures, load_pictures, to_float
 from torch import Tensor
 
-FRAMES, SIDE = 9, 64
+FRAMES, SIDE = 9, 48
 STYLE, CATEGORIES = "fluent-flat", ("animals-nature", "food-drink", "travel-places")
 
 Path2D = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -28,7 +28,7 @@ from scalewise.scales import downscale_video
 
 CHANNELS = 16
 # Pixels of the schedule's scales: frames (4 k + 1, whatever the factor), height and width.
-SIZES = ((5, 32), (5, 40), (9, 48), (9, 64))
+SIZES = ((5, 24), (5, 32), (9, 40), (9, 48))
 
 
 @torch.no_grad()
@@ -89,12 +89,13 @@ def basis(clips: Clips) -> tuple[Tensor, Tensor]:
 
 
 def piece(video: Tensor, frames: int, side: int, *, still: bool) -> Tensor:
-    """A clip [3, FRAMES, 64, 64] at one of the schedule's sizes, cropped to 32 pixels; still: one frame."""
+    """A clip [3, FRAMES, SIDE, SIDE] at one of the schedule's sizes, or one frame, of 32 pixels at most."""
     x = downscale_video(video[None], (frames, side, side))[0] if frames < FRAMES else video
     if still:
         x = x[:, int(torch.randint(frames, ()))][:, None]
-    top, left = (8 * int(torch.randint((side - 32) // 8 + 1, ())) for _ in range(2))
-    return x[..., top : top + 32, left : left + 32]
+    size = min(32, side)
+    top, left = (8 * int(torch.randint((side - size) // 8 + 1, ())) for _ in range(2))
+    return x[..., top : top + size, left : left + size]
 
 
 def train(steps: int, batch: int, *, still: bool) -> None:

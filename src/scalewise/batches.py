@@ -51,14 +51,8 @@ class Batches:
                 f"The set has {len(data)} samples, fewer than one batch of {self.batch * self.world}; "
                 "add data or lower train.batch."
             )
-        if self.latent_downscale:
-            return
-        missing = [str(s) for s in sorted(set(schedule.scales)) if s not in data.scales]
-        if missing:
-            raise DataError(
-                f"The set has no latents at {', '.join(missing)}; it has {', '.join(map(str, data.scales))}. "
-                "Make a set for this schedule with `scalewise generate`, or choose among its scales."
-            )
+        if not self.latent_downscale:
+            data.require(schedule.scales)
 
     @property
     def steps(self) -> int:

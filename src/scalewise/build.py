@@ -111,13 +111,7 @@ def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[
 def check_scales(recipe: Recipe, data: LatentSet) -> None:
     """Refuse a set without the recipe's scales, before anything is computed for it."""
     schedule = recipe.schedule.build()
-    needed = {schedule.full} if recipe.data.downscale == "latent" else set(schedule.scales)
-    if missing := sorted(needed - set(data.scales)):
-        raise RecipeError(
-            f"The set {data.folder} has no latents at {', '.join(map(str, missing))}, only at "
-            f"{', '.join(map(str, data.scales))}. Make a set for this schedule with `scalewise generate`, or "
-            "choose among its scales."
-        )
+    data.require([schedule.full] if recipe.data.downscale == "latent" else schedule.scales)
 
 
 def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> PromptCache:

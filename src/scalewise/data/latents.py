@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -136,14 +136,18 @@ class LatentSet:
         """What the set was made with."""
         return self.header.settings
 
+    def require(self, scales: Iterable[Scale]) -> None:
+        """Raise DataError for scales that the set has no latents at."""
+        if missing := sorted(set(scales) - set(self._latents)):
+            raise DataError(
+                f"The set {self.folder} has no latents at {', '.join(map(str, missing))}, only at "
+                f"{', '.join(map(str, self.scales))}. Make a set for this schedule with `scalewise generate`"
+                ", or choose among its scales."
+            )
+
     def latents(self, indices: Sequence[int], scale: Scale) -> Tensor:
         """Latents [N, C, H, W] (video [N, C, T, H, W]) of rows at a scale, float32."""
-        if scale not in self._latents:
-            there = ", ".join(map(str, self.scales))
-            raise DataError(
-                f"The set {self.folder} has no latents at {scale}, only at {there}; "
-                "choose among these, or make a set with the scale you want."
-            )
+        self.require([scale])
         cells = self._latents[scale][self._places(indices)].column(0)
         # Through numpy: each buffer is a view of the file, so this stacking is the only copy.
         rows = np.stack([np.frombuffer(cell.as_buffer(), np.float16) for cell in cells])
