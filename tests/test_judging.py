@@ -344,3 +344,12 @@ def test_metrics_of_videos_are_refused_for_pictures_before_anything_is_loaded(tm
             find_recipe("mini"), ["teacher"], ["a cat"], console.progress, out=tmp_path,
             asked=Asked(metrics=("vbench",)),
         )  # fmt: skip
+
+
+def test_real_pictures_that_cannot_be_read_are_warned_of(clip_folder: Path, tmp_path: Path) -> None:
+    folder = reference_folder(tmp_path / "real")
+    (folder / "broken.png").write_bytes((folder / "0-0.png").read_bytes()[:60])
+    asked = Asked(scorer=str(clip_folder), reference=folder)
+    with pytest.warns(UserWarning, match=r"24 images used, 1 skipped: 1 unreadable \(broken\.png\)"):
+        judge = judge_of(find_recipe("mini"), asked)
+    assert judge.reference is not None and len(judge.reference) == 24

@@ -494,7 +494,7 @@ def qwen_forward(weights: Weights, picture: np.ndarray, caption: str, height: in
 @pytest.mark.parametrize(
     ("shape", "shown"),
     # 256 squares of 28 pixels, or what comes next above them (or below) with whole squares on both sides.
-    [((64, 64), (448, 448)), ((60, 100), (364, 588)), ((700, 500), (504, 364))],
+    [((64, 64), (448, 448)), ((60, 100), (364, 588)), ((700, 500), (504, 364)), ((896, 896), (448, 448))],
 )
 def test_hpsv3s_scores_are_those_of_the_published_network_in_plain_torch(
     judge: hpsv3.Hpsv3, shape: tuple[int, int], shown: tuple[int, int]
@@ -623,7 +623,7 @@ def test_a_tokenizer_of_a_handful_of_words_or_a_template_without_picture_is_refu
     template = copied(qwen_folder, tmp_path) / "chat_template.json"
     template.write_text(json.dumps({"chat_template": TEMPLATE.replace("<|image_pad|>", "")}))
     with pytest.raises(
-        ValueError, match=r"Cannot load HPSv3 .*the chat template does not write <\|image_pad\|>"
+        ValueError, match=r"Cannot load HPSv3's chat .* template does not write <\|image_pad\|>"
     ):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
     template.write_text(json.dumps({"chat_template": TEMPLATE}))
@@ -634,6 +634,11 @@ def test_a_tokenizer_of_a_handful_of_words_or_a_template_without_picture_is_refu
     ):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"knows 2 tokens .* the model {ROWS} and 261; copy all"):
+        hpsv3.EXTRA.load(str(tmp_path), "cpu")
+    copied(qwen_folder, tmp_path)
     weights = qwen_weights() | {"model.embed_tokens.weight": torch.ones(3 * ROWS, D)}
     save_file(weights, tmp_path / "HPSv3.safetensors")
     with pytest.raises(ValueError, match=rf"knows {ROWS} tokens .* the model {3 * ROWS} and 261; copy"):

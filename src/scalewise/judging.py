@@ -105,7 +105,7 @@ def judge_of(
             "--reference."
         )
     progress = progress or _silent
-    entries = scan_images(asked.reference, captions=False)[0] if asked.reference else []
+    entries = real_pictures(asked.reference, progress) if asked.reference else []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer, reference, captions = None, None, [*pool]
     if own:
@@ -122,6 +122,15 @@ def judge_of(
         if extra.real
     }
     return Judge(scorer, reference, captions, examiners, real, is_minis=own and not entries)
+
+
+def real_pictures(folder: Path, progress: build.Progress) -> list[ImageEntry]:
+    """The usable pictures of a folder; those that are not are warned of."""
+    with progress("reading real pictures", 0):
+        entries, skipped = scan_images(folder, captions=False)
+    if skipped.counts:
+        warnings.warn(f"{folder}: {skipped.summary}", stacklevel=2)
+    return entries
 
 
 def _silent(_what: str, _total: int) -> AbstractContextManager[Callable[[int], None]]:

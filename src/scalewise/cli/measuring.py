@@ -69,7 +69,10 @@ def spectrum(
     overrides: Overrides = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="A set or a folder of pictures to measure (default: the recipe's data.path)."),
+        typer.Option(
+            help="A set, or a folder of pictures, which the model's VAE encodes (default: the recipe's "
+            "data.path)."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Latents to measure, at most.")] = 512,
     steps: Annotated[

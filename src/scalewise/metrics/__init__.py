@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from scalewise.metrics import clip, diversity, features, frechet, geneval, preference, video
+from scalewise.metrics import (
+    clip,
+    diversity,
+    features,
+    frechet,
+    geneval,
+    hpsv3,
+    image_reward,
+    preference,
+    video,
+)
 from scalewise.metrics.base import Metric, Seen, Statistic
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.extras import Extra
@@ -11,7 +21,8 @@ from scalewise.metrics.intervals import Interval, bootstrap_interval
 EXTRAS: dict[str, Extra] = {
     extra.name: extra
     for extra in (
-        features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, geneval.EXTRA, video.EXTRA,
+        features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, image_reward.EXTRA, hpsv3.EXTRA,
+        geneval.EXTRA, video.EXTRA,
     )
 }  # fmt: skip
 """What `--metric` can ask for."""

@@ -99,8 +99,9 @@ class Hpsv3:
 
     def __init__(self, model: Qwen2VLModel, head: nn.Module, *, words: Words, processor: Any) -> None:
         """`head` turns a hidden state [D] into mean and deviation [2]; it computes in float32."""
-        self.model, self.head = (part.eval().requires_grad_(False) for part in (model, head))
-        self.words, self.processor = words, processor
+        for part in (model, head):
+            part.eval().requires_grad_(False)
+        self.model, self.head, self.words, self.processor = model, head, words, processor
 
     @classmethod
     def load(cls, source: str, device: Device) -> Hpsv3:
@@ -127,11 +128,12 @@ class Hpsv3:
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             tokenizer.add_tokens([REWARD], special_tokens=True)
             words = Words(question, tokenizer, _template(folder))
-            words("a caption", 1)
         if _EMBEDDING in found:
             # The authors cut the embedding to the tokenizer's words and their own one.
             config.text_config.vocab_size = len(found[_EMBEDDING])
         _check_tokens(source, tokenizer, config)
+        with loading("HPSv3's chat template", source):
+            words("a caption", 1)
         with torch.device("meta"):
             head = _head(config.text_config.hidden_size)
             parts = nn.ModuleDict({"model": Qwen2VLModel(config), "rm_head": head})

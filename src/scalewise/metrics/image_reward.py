@@ -76,10 +76,9 @@ class ImageReward:
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Module,
                  tokenizer: BertTokenizer) -> None:  # fmt: skip
         """`head` turns the text model's first token [N, D] into [N, 1]."""
-        self.vision, self.text, self.head = (
-            part.eval().requires_grad_(False) for part in (vision, text, head)
-        )
-        self.tokenizer = tokenizer
+        for part in (vision, text, head):
+            part.eval().requires_grad_(False)
+        self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
         self.size = int(vision.config.image_size)
 
     @classmethod
