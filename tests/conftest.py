@@ -11,6 +11,12 @@ from scalewise.backbone import Backbone
 from scalewise.models import SD3
 
 
+@pytest.fixture(autouse=True)
+def without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the hub: what is not there is known at once, instead of after several attempts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture
 def model() -> SD3:
     """A random miniature with SD3's real classes; equal in every test."""

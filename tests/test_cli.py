@@ -440,9 +440,8 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     (["--metric", "pickscore", "--reference", "nowhere"], "There is no folder nowhere"),
 ])  # fmt: skip
 def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
-    run, recipe_file: str, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run, recipe_file: str, options: list[str], message: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "prompts.txt").write_text("a dog\na cat\na house\nthe moon\n")
     code, text = run(
         "evaluate", recipe_file, "undistilled", "--prompts", tmp_path / "prompts.txt", "--out",

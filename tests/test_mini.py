@@ -14,8 +14,8 @@ from scalewise import mini
 from scalewise.comparison import real_rows
 from scalewise.contenders import Prompts, draw, parse_contender
 from scalewise.data import LatentSet
-from scalewise.evaluate import Judge
-from scalewise.judging import judge_of
+from scalewise.evaluate import judge_result
+from scalewise.judging import Judge, judge_of
 from scalewise.lora import fused, load_student
 from scalewise.models import SD3, ModelAdapter, load_model
 from scalewise.recipes import RECIPES, find_recipe
@@ -99,7 +99,7 @@ def test_the_student_keeps_most_of_the_teachers_prompt_match_and_beats_the_undis
     for name in ("undistilled", f"student=student:{mini.STUDENT}"):
         contender = parse_contender(name, recipe)
         images = draw(model, contender, prompts, precision="auto")
-        found[contender.name] = judge.judge(contender, images, prompts=prompts).row.values
+        found[contender.name] = judge_result(judge, contender, images, prompts=prompts).row.values
     assert found["student"]["frechet"].value < found["undistilled"]["frechet"].value
     assert found["student"]["clip_score"].value > found["undistilled"]["clip_score"].value
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scalewise import demo
 from scalewise.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -82,26 +81,3 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile(block, "README.md", "exec"), {})
     with Image.open(tmp_path / "apple.png") as picture:
         assert picture.size == (128, 128)
-
-
-@pytest.mark.timeout(900)  # a minute on a quiet machine
-def test_the_demo_ends_in_a_self_contained_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "fit_plan", lambda *_, **__: demo.Plan(4, 8, 10.0, 10.0, 10.0))
-    monkeypatch.setattr(demo, "SHOWN", 6)
-    monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
-    report = demo.run_demo(tmp_path / "demo", minutes=1)
-    text = report.read_text()
-    assert text.count("data:image/") > 4 * 6 and "<script" not in text
-    assert not re.search(r"(?:src|href)=\"https?://[^\"]+\.(?:css|js|png|svg)", text)
-    for words in ("Fréchet", "Prompt match", "CLIP score", "1000", "8x8", "batch"):
-        assert words in text, words
-    again = demo.run_demo(tmp_path / "demo", minutes=1)  # a finished training is not repeated
-    assert again == report
-
-
-def test_the_plan_stays_within_the_time_on_fast_and_slow_machines() -> None:
-    for iteration, image in [(0.05, 0.05), (0.6, 0.4), (1.5, 0.8), (4.0, 2.0)]:
-        plan = demo.fit_plan(300, iteration, image, minutes=14)
-        assert plan.iterations == demo.FEWEST_ITERATIONS or plan.minutes <= 14.01
-        assert demo.FEWEST_ITERATIONS <= plan.iterations <= 300 and 24 <= plan.prompts <= 100
-    assert demo.fit_plan(300, 0.6, 0.4, minutes=14).iterations == 300
