@@ -411,7 +411,7 @@ def test_metrics_are_listed_with_their_weights(run) -> None:
 
 
 def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
-    run, recipe_file: str, tmp_path: Path
+    run, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scalewise.metrics.geneval import geneval_prompts
 
@@ -428,6 +428,15 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     assert row["values"]["pickscore"][0] == pytest.approx(row["values"]["clip_score"][0], abs=1e-3)
     assert len(list((out / "pictures" / "undistilled").glob("*.png"))) == 8
     assert len(geneval_prompts(4)) == 4
+    # The pictures are kept, and judged once more without the model being loaded.
+    monkeypatch.setattr(build, "load", lambda *_: pytest.fail("the model was loaded"))
+    code, text = run(
+        "evaluate", recipe_file, f"folder:{out / 'pictures' / 'undistilled'}", "--prompts", "geneval",
+        "--count", 4, "--each", 2, "--metric", metric, "--out", tmp_path / "again",
+    )  # fmt: skip
+    assert code == 0, text
+    [again] = json.loads((tmp_path / "again" / "figures.json").read_text())
+    assert again["values"]["pickscore"] == pytest.approx(row["values"]["pickscore"])
 
 
 @pytest.mark.parametrize(("options", "message"), [

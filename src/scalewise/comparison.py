@@ -87,7 +87,8 @@ def compare(
     asked = asked or Asked()
     check_videos(asked, video=family_of(mini.resolve(recipe.model.base, mini.TEACHER)).video)
     judge = judge_of(recipe, asked, pool=texts, progress=progress)
-    model = build.load(recipe, ("denoiser", "vae", "text"))
+    draws = any(contender.kind != "folder" for contender in parsed)
+    model = build.load(recipe, ("denoiser", "vae", "text")) if draws else None
     results: list[Result] = []
     for result in evaluate(
         model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,
@@ -97,7 +98,8 @@ def compare(
         results.append(result)
     rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
     save_rows(rows, out)
-    timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if speed else []
+    timed = speed and model is not None
+    timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if timed else []
     if timings:
         (out / "timings.json").write_text(json.dumps([t.to_dict() for t in timings], indent=1) + "\n")
     return Outcome(results, rows, timings)

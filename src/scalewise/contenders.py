@@ -196,7 +196,7 @@ def _as_student(
 
 @torch.no_grad()
 def draw(
-    model: ModelAdapter,
+    model: ModelAdapter | None,
     contender: Contender,
     prompts: Prompts,
     *,
@@ -210,6 +210,7 @@ def draw(
     """
     if contender.kind == "folder":
         return read_folder(contender, prompts)
+    assert model is not None, "who draws needs a model"
     uncond = model.encode_prompts([contender.negative_prompt])
     parts = []
     with enter(model, contender, precision=precision) as sampler:

@@ -100,11 +100,14 @@ def silent(_contender: Contender) -> AbstractContextManager[Callable[[int], None
 
 
 def evaluate(
-    model: ModelAdapter, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *, batch: int = 16,
+    model: ModelAdapter | None, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *,
+    batch: int = 16,
     precision: Precision = "float32",
     drawing: Callable[[Contender], AbstractContextManager[Callable[[int], None]]] = silent,
 ) -> Iterator[Result]:  # fmt: skip
     """Draw and judge one contender after the other; the first is what the others are compared with.
+
+    Folders need no `model`.
 
     `drawing(contender)` is entered while one draws, and what it gives is called with the number done so far.
     """
