@@ -130,7 +130,7 @@ def test_a_polite_kill_is_said_and_leaves_the_signals_as_they_were(run, monkeypa
         assert signal.getsignal(number) is before
     finally:
         signal.signal(signal.SIGINT, inherited)
-    assert code == 130 and "Stopped. What was complete is kept." in text
+    assert code == 130 and "Stopped. What was written so far is kept." in text
 
 
 def test_what_was_drawn_is_kept_when_generating_is_stopped(run, recipe, recipe_file, tmp_path) -> None:
@@ -444,7 +444,7 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     (["--metric", "fd"], "give a folder of them with --reference"),
     (["--metric", "vbench"], "is of videos; this model draws pictures"),
     (["--metric", "hpsv2=nowhere"], "Cannot load a CLIP model from 'nowhere'"),
-    (["--metric", "geneval=nowhere"], "nowhere"),
+    (["--metric", "geneval=nowhere", "--prompts", "geneval"], "nowhere"),
     (["--scorer", "nowhere"], "Cannot load a CLIP model from 'nowhere'"),
     (["--metric", "pickscore", "--reference", "nowhere"], "There is no folder nowhere"),
 ])  # fmt: skip

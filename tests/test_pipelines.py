@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -194,6 +195,27 @@ def test_any_pil_image_is_cropped_to_the_size_drawn(family, pipe):
         drawn = outputs(pipe(PROMPTS[0], image=given, strength=0.8, seed=0, output_type="latent",
                              num_frames=5 if family.video else None))  # fmt: skip
         assert drawn.isfinite().all()
+
+
+def test_pictures_of_another_kind_or_range_are_refused(family, pipe):
+    size = family.tiny().pixel_size(recipe_of(family).schedule.build().full)
+    for pixels, said in (
+        (torch.full((1, 3, *size), 255, dtype=torch.uint8), r"not uint8 from 255 to 255"),
+        (torch.full((1, 3, *size), -0.5), r"not float32 from -0\.5 to -0\.5"),
+        (np.zeros((8, 8, 3), np.uint8), "not ndarray"),
+        ("picture.png", "not str"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipe(PROMPTS[0], image=pixels)
+
+
+def test_a_schedule_is_taken_as_text(family, pipe):
+    schedule = recipe_of(family).schedule.build().at_full_scale()
+    given, text = (
+        outputs(pipe(PROMPTS, seed=0, schedule=form, output_type="latent"))
+        for form in (schedule, str(schedule))
+    )
+    torch.testing.assert_close(given, text)
 
 
 def test_what_cannot_be_drawn_is_refused(pipe):

@@ -56,7 +56,7 @@ def test_the_weights_take_as_many_bytes_as_the_plan_says(tiny: Recipe) -> None:
     recipe, held = tiny, {}
     for bits in ("none", "int8", "nf4"):
         own = recipe.override([f"model.quantize={bits}"])
-        model = build.load(own, ["denoiser"])
+        model = build.load(own, ["denoiser"], training=True)
         held[bits] = sum(p.numel() * p.element_size() for p in model.denoiser.parameters())
     # Beside the weights bitsandbytes keeps their scales, which the plan counts, at most 4 % of the whole.
     planned = make_plan(recipe.override(["model.quantize=nf4"])).memory.base
@@ -99,14 +99,17 @@ def test_gradients_of_the_student_come_through_a_base_of_fewer_bits(bits: str) -
 
 
 def test_a_run_on_a_base_of_4_bits_makes_a_student_for_the_whole_one(tiny: Recipe, tmp_path: Path) -> None:
+    import bitsandbytes
+
     recipe = tiny.override(["model.quantize=nf4", "train.iterations=2", "train.checkpoint_every=1"])
     rows = list(distill(recipe, tmp_path / "run", console.progress))
     assert rows[-1]["iteration"] == 2
     student = load_student(tmp_path / "run")
-    whole = build.load(tiny, ["denoiser"])
-    with fused(whole.denoiser, student):
+    sampled = build.load(recipe, ["denoiser"])  # fewer bits are for training alone
+    with fused(sampled.denoiser, student):
         pass
-    few = build.load(recipe, ["denoiser"])
+    assert not any(isinstance(p, bitsandbytes.nn.Params4bit) for p in sampled.denoiser.parameters())
+    few = build.load(recipe, ["denoiser"], training=True)
     with pytest.raises(StudentError, match=r"sample with model\.quantize=none"), fused(few.denoiser, student):
         pass
 

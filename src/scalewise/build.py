@@ -40,8 +40,8 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
-    """Load parts of the recipe's teacher onto this process's device."""
+def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> ModelAdapter:
+    """Load parts of the recipe's teacher onto this process's device; for `training` with its fewer bits."""
     base, wanted = mini.resolve(recipe.model.base, mini.TEACHER), tuple(parts)
     model = load_model(
         base,
@@ -52,7 +52,7 @@ def load(recipe: Recipe, parts: Iterable[Part]) -> ModelAdapter:
     )
     if recipe.model.embedded_guidance is not None:
         model.embedded_guidance = recipe.model.embedded_guidance
-    if "denoiser" in wanted:
+    if training and "denoiser" in wanted:
         quantize(model, recipe.model.quantize, device())
     if "text" in wanted and recipe.model.offload_text:
         model.offload_text(device())
@@ -172,14 +172,14 @@ def build_backbone(recipe: Recipe, model: ModelAdapter) -> Backbone:
     )
 
 
-def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
-    """Everything that `Trainer.fit` needs; holds the denoiser only."""
+def training_backbone(recipe: Recipe, data: Data) -> Backbone:
+    """The frozen base with its roles, checked against the recipe and the data."""
     if recipe.model.dtype == "float16":
         raise RecipeError(
             "model.dtype=float16 is for sampling: in training, gradients below 6e-8 would be lost in it. Set "
             "model.dtype=bfloat16, or float32 on a device without it."
         )
-    model = load(recipe, ["denoiser"])
+    model = load(recipe, ["denoiser"], training=True)
     check(recipe, model)
     for one in data.sets:
         if one.header.channels != model.channels:
@@ -188,7 +188,12 @@ def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
                 f"{one.header.base}), but {recipe.model.base} has {model.channels}; make one with `scalewise "
                 "generate`."
             )
-    backbone = build_backbone(recipe, model)
+    return build_backbone(recipe, model)
+
+
+def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
+    """Everything that `Trainer.fit` needs; holds the denoiser only."""
+    backbone = training_backbone(recipe, data)
     return Trainer(recipe, backbone, batches_for(recipe, data, backbone), out)
 
 
@@ -216,7 +221,7 @@ def teacher_backbone(recipe: Recipe) -> Backbone:
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What a run would build, without data: tokens, trainable parameters, memory held."""
-    model = load(recipe, ["denoiser"])
+    model = load(recipe, ["denoiser"], training=True)
     check(recipe, model)
     backbone = build_backbone(recipe, model)
     schedule = recipe.schedule.build()

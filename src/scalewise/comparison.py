@@ -12,9 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from scalewise import bench, build, mini
-from scalewise.contenders import Contender, Prompts, parse_contenders
+from scalewise.contenders import (
+    DRAWN_FOR,
+    Contender,
+    ContenderError,
+    Prompts,
+    check_fit,
+    parse_contenders,
+)
 from scalewise.evaluate import Result, Row, evaluate, save_rows, subject, table
-from scalewise.judging import Asked, Judge, check_videos, judge_of
+from scalewise.judging import Asked, Judge, check_asked, judge_of
 from scalewise.metrics import measure
 from scalewise.models import ModelAdapter, family_of
 from scalewise.pictures import save_picture
@@ -83,21 +90,24 @@ def compare(
     `each`: samples of every text, from seeds of their own; two or more tell how diverse they are.
     """
     parsed = parse_contenders(contenders, recipe)
-    prompts = Prompts.of(texts, each=each, seed=seed)
-    asked = asked or Asked()
-    check_videos(asked, video=family_of(mini.resolve(recipe.model.base, mini.TEACHER)).video)
+    _check_names(parsed)
+    prompts, asked = Prompts.of(texts, each=each, seed=seed), asked or Asked()
+    check_asked(asked, texts, video=family_of(mini.resolve(recipe.model.base, mini.TEACHER)).video)
     judge = judge_of(recipe, asked, pool=texts, progress=progress)
     draws = any(contender.kind != "folder" for contender in parsed)
     model = build.load(recipe, ("denoiser", "vae", "text")) if draws else None
+    if model:
+        check_fit(model, parsed)
+    (out / "timings.json").unlink(missing_ok=True)  # of an earlier comparison
     results: list[Result] = []
     for result in evaluate(
         model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,
         drawing=lambda contender: progress(f"drawing: {contender.name}", len(prompts)),
+        keep=lambda contender, images: _save_pictures(images, contender, prompts, out / "pictures"),
     ):  # fmt: skip
-        _save_pictures(result.images, out / "pictures" / _file_name(result.row.name))
         results.append(result)
-    rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
-    save_rows(rows, out)
+        rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
+        save_rows(rows, out)  # after each, so that a stopped comparison keeps what it has
     timed = speed and model is not None
     timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if timed else []
     if timings:
@@ -124,11 +134,34 @@ def time_all(
         return bench.bench(subjects, batches=(1, 8), rounds=rounds, clock=clock, done=done)
 
 
-def _save_pictures(images: np.ndarray, folder: Path) -> None:
+def _save_pictures(images: np.ndarray, contender: Contender, prompts: Prompts, parent: Path) -> None:
+    """Write 0.png, 1.png, ... and what they were drawn for; later numbers of an earlier comparison go."""
+    folder = parent / file_name(contender.name)
+    if contender.path and contender.path.resolve() == folder.resolve():
+        return  # these very pictures are judged again
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / DRAWN_FOR).unlink(missing_ok=True)
     for number, picture in enumerate(images):
         save_picture(picture, folder / f"{number}.png")
+    for path in folder.glob("*.png"):
+        if path.stem.isdigit() and int(path.stem) >= len(images):
+            path.unlink()
+    told = {"captions": prompts.captions, "seeds": prompts.seeds}
+    (folder / DRAWN_FOR).write_text(json.dumps(told, indent=1) + "\n")
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """The folder of a contender's pictures."""
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
+
+
+def _check_names(contenders: Sequence[Contender]) -> None:
+    """Refuse two whose pictures would go into one folder."""
+    places = dict[str, str]()
+    for contender in contenders:
+        other = places.setdefault(file_name(contender.name), contender.name)
+        if other != contender.name:
+            raise ContenderError(
+                f"The pictures of {other!r} and {contender.name!r} would go into one folder, "
+                f"{file_name(other)!r}; label one of them otherwise."
+            )

@@ -109,7 +109,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
 def explain(error: BaseException) -> int:
     """Print one sentence about an error that a user can act on, and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        err.print("Stopped. What was complete is kept.")
+        err.print("Stopped. What was written so far is kept.")
         return 130
     text = str(error)
     if is_out_of_memory(error):

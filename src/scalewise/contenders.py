@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +29,9 @@ from scalewise.scales import ScaleSchedule
 Kind = Literal["teacher", "undistilled", "student", "folder"]
 Sampler = Callable[[Condition, Condition, Sequence[int]], Iterator[tuple[int, Tensor]]]
 """(captions' condition, unconditional one, seeds) -> (step, x0) of every step."""
+
+DRAWN_FOR = "prompts.json"
+"""Beside pictures that a comparison kept: the captions and seeds that they were drawn for."""
 
 FORMS = "teacher, teacher:STEPS, undistilled, undistilled:full, student:PATH or folder:PATH"
 
@@ -155,6 +159,16 @@ def _folder(rest: str, recipe: Recipe) -> Contender:
     return Contender(Path(rest).resolve().name, "folder", path=Path(rest))
 
 
+def check_fit(model: ModelAdapter, contenders: Sequence[Contender]) -> None:
+    """Refuse students that do not fit the model and schedules it cannot draw, before anything is drawn."""
+    for contender in contenders:
+        if contender.kind == "student":
+            assert contender.path is not None
+            load_student(contender.path, schedule=contender.schedule).matched(model.denoiser)
+        if contender.schedule is not None:
+            model.check_schedule(contender.schedule)
+
+
 @contextmanager
 def enter(
     model: ModelAdapter, contender: Contender, *, precision: Precision = "float32",
@@ -236,10 +250,14 @@ def draw_steps(
 def read_folder(contender: Contender, prompts: Prompts) -> np.ndarray:
     """Read a folder's pictures, bytes [N, H, W, 3], or videos [N, F, H, W, 3].
 
-    0.png, 1.png, ... are taken by number, others by caption.
+    0.png, 1.png, ... are taken by number, others by caption. Numbered ones that a comparison kept know what
+    they were drawn for, and are refused for other prompts.
     """
     assert contender.path is not None
-    paths = _by_number(contender.path, len(prompts)) or _by_caption(contender.path, prompts)
+    paths = _by_number(contender.path, len(prompts))
+    if paths and (contender.path / DRAWN_FOR).exists():
+        _check_drawn_for(contender.path, prompts)
+    paths = paths or _by_caption(contender.path, prompts)
     pictures = []
     for path in paths:
         pictures.append(read_picture(path))
@@ -249,6 +267,16 @@ def read_folder(contender: Contender, prompts: Prompts) -> np.ndarray:
                 f"{contender.path} holds pictures of {sizes} pixels; bring them to one size."
             )
     return np.stack(pictures)
+
+
+def _check_drawn_for(folder: Path, prompts: Prompts) -> None:
+    told = json.loads((folder / DRAWN_FOR).read_text())["captions"]
+    for number, (was, wanted) in enumerate(zip(told, prompts.captions, strict=False)):
+        if was != wanted:
+            raise ContenderError(
+                f"{folder / f'{number}.png'} was drawn for {was!r}, but is to be judged by {wanted!r}; give "
+                f"the prompts and --each that it was drawn with (they stand in {DRAWN_FOR} there)."
+            )
 
 
 def _by_number(folder: Path, count: int) -> list[Path]:

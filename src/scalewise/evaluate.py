@@ -104,17 +104,20 @@ def evaluate(
     batch: int = 16,
     precision: Precision = "float32",
     drawing: Callable[[Contender], AbstractContextManager[Callable[[int], None]]] = silent,
+    keep: Callable[[Contender, np.ndarray], None] = lambda _contender, _images: None,
 ) -> Iterator[Result]:  # fmt: skip
     """Draw and judge one contender after the other; the first is what the others are compared with.
 
     Folders need no `model`.
 
-    `drawing(contender)` is entered while one draws, and what it gives is called with the number done so far.
+    `drawing(contender)` is entered while one draws, and what it gives is called with the number done so far;
+    `keep(contender, images)` is told of what was drawn before it is judged.
     """
     first: Result | None = None
     for contender in contenders:
         with drawing(contender) as done:
             images = draw(model, contender, prompts, batch=batch, precision=precision, done=done)
+        keep(contender, images)
         result = judge_result(judge, contender, images, prompts=prompts, first=first)
         first = first or result
         yield result

@@ -21,7 +21,8 @@ from scalewise.contenders import Prompts
 from scalewise.data.folder import ImageEntry, load_pixels, scan_images
 from scalewise.metrics import EXTRAS, METRICS, ClipScorer, Seen
 from scalewise.metrics.base import Examiner, Gaussian
-from scalewise.metrics.extras import Extra, parse_metric
+from scalewise.metrics.extras import Extra, parse_metric, stamp
+from scalewise.metrics.intervals import FEWEST
 from scalewise.pictures import stills, to_bytes
 from scalewise.recipe import Recipe, RecipeError
 
@@ -106,6 +107,11 @@ def judge_of(
         )
     progress = progress or _silent
     entries = real_pictures(asked.reference, progress) if asked.reference else []
+    if asked.reference and len(entries) < 2:
+        raise RecipeError(
+            f"A Frechet distance needs at least 2 real pictures, and {asked.reference} holds {len(entries)} "
+            "that can be used; give more."
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer, reference, captions = None, None, [*pool]
     if own:
@@ -142,7 +148,7 @@ def _real(
 ) -> Gaussian:
     """Statistics of real pictures, kept: thousands of them need not be read at every evaluation."""
     stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
-    key = hashlib.sha256(repr((extra.name, source, stamps)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((extra.name, stamp(source), stamps)).encode()).hexdigest()[:16]
     path = build.cache_folder() / "statistics" / f"{extra.name}-{key}.safetensors"
     if not path.exists():
         features = _features(
@@ -196,10 +202,22 @@ def _same_size(entries: list[ImageEntry]) -> Iterator[list[ImageEntry]]:
             yield members[start : start + CHUNK]
 
 
-def check_videos(asked: Asked, *, video: bool) -> None:
-    """Refuse metrics of videos for a model of pictures, before anything is drawn."""
+def check_asked(asked: Asked, captions: Sequence[str], *, video: bool) -> None:
+    """Refuse metrics that fit neither the model nor the prompts, and prompts too few for an interval.
+
+    What drawn pictures would show an hour later is told before the first one.
+    """
     for text in asked.metrics:
         extra, _ = parse_metric(text, EXTRAS)
         if extra.videos and not video:
             names = ", ".join(METRICS[m.name].title for m in extra.metrics)
             raise RecipeError(f"The metric {extra.name} ({names}) is of videos; this model draws pictures.")
+    if (different := len(set(captions))) < FEWEST:
+        raise RecipeError(
+            f"An interval needs at least {FEWEST} different prompts, not {different}; draw more "
+            "(--count, --prompts)."
+        )
+    for text in asked.metrics:
+        extra, _ = parse_metric(text, EXTRAS)
+        if extra.check:
+            extra.check(captions)

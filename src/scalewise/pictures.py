@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 FRAME_MS = 1000 // 16  # of an animation; Wan's videos have 16 frames a second
@@ -37,8 +37,20 @@ def save_picture(picture: np.ndarray, path: Path) -> Path:
 def read_picture(path: Path) -> np.ndarray:
     """Read what `save_picture` saved, or any picture: bytes [H, W, 3] or, of an animation, [F, H, W, 3]."""
     with Image.open(path) as opened:
-        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+        frames = [
+            np.asarray(to_rgb(ImageOps.exif_transpose(frame))) for frame in ImageSequence.Iterator(opened)
+        ]
     return frames[0] if len(frames) == 1 else np.stack(frames)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB; transparency shows white, 16 bits a channel are scaled and not clipped."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def middle_frame(pixels: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ class ModelRecipe(Frozen):
     base: str = Field("mini", description="'mini', a folder in diffusers' layout, or a hub id")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8", "nf4"] = Field(
-        "none", description="bits of the frozen base's linear layers while training (needs bitsandbytes)"
+        "none",
+        description="bits of the frozen base's linear layers in training; all else draws with the whole base "
+        "(needs bitsandbytes)",
     )
     offload_text: bool = Field(
         False, description="keep text encoders in main memory, and bring each to the GPU while it encodes"

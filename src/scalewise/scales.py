@@ -89,7 +89,7 @@ class ScaleSchedule:
     @classmethod
     def parse(cls, text: str) -> ScaleSchedule:
         """Read what `str` writes: "1000@64x64 896@80x80 737@96x96 602@128x128"."""
-        if not re.fullmatch(r"([\d.]+@[\dx]+\s*)+", text.strip()):
+        if not re.fullmatch(r"(\d+(\.\d+)?@\d+(x\d+){0,2}(\s+|$))+", text.strip()):
             raise ValueError(
                 f"Cannot read the schedule {text!r}; write timestep@scale for every step, as in "
                 '"1000@64 896@80 737@96 602@128".'

@@ -17,7 +17,7 @@ import torch
 from scalewise import bench, build, mini
 from scalewise.bench import Spread, Timing
 from scalewise.build import Progress
-from scalewise.contenders import Contender, parse_contenders
+from scalewise.contenders import Contender, check_fit, parse_contenders
 from scalewise.evaluate import subject
 from scalewise.lora import versions
 from scalewise.models.skeleton import skeleton
@@ -128,6 +128,7 @@ def measure_speed(
         dtype = "float16" if device.type == "cuda" else "bfloat16"
         recipe = recipe.override([f"model.dtype={dtype}", "train.precision=float32"])
     model = build.load(recipe, ("denoiser", "vae", "text"))
+    check_fit(model, parsed)
     if protocol.compiled:
         model.compile_blocks(dynamic=False)
     subjects = [subject(model, c, caption, precision=recipe.train.precision, each_step=True) for c in parsed]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -96,9 +98,7 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
     # A recipe that is MMD alone to begin with has no other loss to compare with.
     wanted = [name for name, changes in MODES.items() if recipe.loss.needs_fake or MMD_ONLY in changes]
     recipes = {name: recipe.override(list(MODES[name])) for name in wanted}
-    model = build.load(recipe, ["denoiser"])
-    build.check(recipe, model)
-    backbone = build.build_backbone(recipe, model)
+    backbone = build.training_backbone(recipe, data)
     with TemporaryDirectory() as folder:
         trainers = {
             name: Trainer(own, backbone, build.batches_for(own, data, backbone), Path(folder))
@@ -106,18 +106,25 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
         }
         clock = bench.device_clock(str(backbone.device))
         laps: dict[str, list[float]] = {name: [] for name in trainers}
-        with progress("training iterations", (rounds + 1) * len(trainers)) as done:
-            peaks = {}
-            for number, (name, trainer) in enumerate(trainers.items()):
+        passes = (rounds + 1) * sum(trainer.batches.steps for trainer in trainers.values())
+        with progress("training iterations", passes) as done:
+            ticks, peaks = itertools.count(1), {}
+
+            def one_pass(trainer: Trainer) -> None:
+                """One iteration for every step of the schedule."""
+                for _ in range(trainer.batches.steps):
+                    trainer.iterate()
+                    trainer.iteration += 1
+                    done(next(ticks))
+
+            for name, trainer in trainers.items():
                 trainer.iterate()  # the optimizers' moments are there from now on
-                peaks[name] = peak_bytes(lambda own=trainer: one_pass(own), backbone.device)  # type: ignore[misc]
-                done(number + 1)
-            for lap in range(rounds):
-                for number, (name, trainer) in enumerate(trainers.items()):
+                peaks[name] = peak_bytes(partial(one_pass, trainer), backbone.device)
+            for _ in range(rounds):
+                for name, trainer in trainers.items():
                     started = clock()
                     one_pass(trainer)
                     laps[name].append((clock() - started) / trainer.batches.steps)
-                    done((lap + 1) * len(trainers) + number + 1)
     modes = [
         Mode(name, Spread.of(laps[name]), held_bytes(own), held_bytes(own) + peaks[name])
         for name, own in trainers.items()
@@ -129,13 +136,6 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
         "device": machine(backbone.device), "versions": versions(),
     }  # fmt: skip
     return TrainingCost(modes, ratios(laps), setting)
-
-
-def one_pass(trainer: Trainer) -> None:
-    """One iteration for every step of the schedule."""
-    for _ in range(trainer.batches.steps):
-        trainer.iterate()
-        trainer.iteration += 1
 
 
 def ratios(laps: dict[str, list[float]]) -> dict[str, Spread]:

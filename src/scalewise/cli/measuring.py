@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -102,7 +103,9 @@ def spectrum(
     from scalewise.commands.measuring import run_spectrum
     from scalewise.survey import Wish, parse_levels
 
-    chosen = recipe_of(recipe, [*(overrides or []), *([f"data.path={data}"] if data else [])])
+    chosen = recipe_of(
+        recipe, [*(overrides or []), *([f"data.path={json.dumps(str(data))}"] if data else [])]
+    )
     wish = Wish(steps, parse_levels(timesteps), budget, margin, smallest)
     run_spectrum(chosen, wish, levels=parse_levels(at), count=count, out=out)
 
@@ -123,7 +126,9 @@ def evaluate(
             "held out)."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=2, help="Number of prompts.")] = 299,
+    count: Annotated[
+        int | None, typer.Option(min=4, help="Take the first so many prompts (default: all).")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     speed: Annotated[bool, typer.Option(help="Measure milliseconds per image too.")] = True,
@@ -229,11 +234,11 @@ def study(
         list[str] | None, typer.Argument(help="Studies to run; without one, they are listed.")
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable (default: 0 1 2).")] = None,
-    count: Annotated[int, typer.Option(min=50, help="Prompts, held out.")] = 299,
+    count: Annotated[int | None, typer.Option(min=50, help="Prompts, held out (default: 299).")] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Of every student (default: the recipe's).")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of training-cost.")] = 7,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of training-cost (default: 7).")] = None,
     out: Annotated[Path, typer.Option(help="Folder; a stopped study goes on there.")] = Path("studies"),
 ) -> None:
     """Check claims of the paper on the mini: train every arm with every seed, judge, and write a page.
@@ -243,8 +248,14 @@ def study(
     console.quiet_libraries()
     from scalewise.commands.measuring import list_studies, run_studies
     from scalewise.studies import Effort
+    from scalewise.studies.cost import NAME
 
     if not names:
         list_studies()
         return
-    run_studies(names, Effort(tuple(seeds or (0, 1, 2)), count, iterations), rounds=rounds, out=out)
+    if set(names) == {NAME} and (seeds or count or iterations):
+        raise typer.BadParameter(f"{NAME} times iterations: it takes --rounds and --out only.")
+    if rounds and NAME not in names:
+        raise typer.BadParameter(f"--rounds is of {NAME}; leave it out.")
+    effort = Effort(tuple(seeds or (0, 1, 2)), count or 299, iterations)
+    run_studies(names, effort, rounds=rounds or 7, out=out)

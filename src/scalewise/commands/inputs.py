@@ -21,10 +21,13 @@ def folder_for(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def prompts_to_judge(file: Path | None, base: str, count: int) -> list[str]:
-    """At most `count` prompts from a file or of the mini's held-out ones; named "geneval", GenEval's."""
+def prompts_to_judge(file: Path | None, base: str, count: int | None) -> list[str]:
+    """The first `count` prompts, or all, of a file or the mini's held-out ones; named "geneval", GenEval's.
+
+    The authors' list has 553 prompts, and so has GenEval's by default here.
+    """
     if file == Path("geneval") and not file.exists():
-        return geneval_prompts(count)
+        return geneval_prompts(553 if count is None else count)
     return read_prompts(file, base, "test")[:count]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +79,9 @@ def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
     if asked.recipe:
         if not asked.teacher:
             raise RecipeError("--recipe tells whose teacher draws; add --teacher, or name a student.")
-        recipe = find_recipe(asked.recipe).override([f"model.base={asked.base}"] if asked.base else [])
+        recipe = find_recipe(asked.recipe).override(
+            [f"model.base={json.dumps(asked.base)}"] if asked.base else []
+        )
         return parse_contender("teacher", recipe), recipe, None
     if asked.student is None and asked.base not in (None, "mini"):
         raise RecipeError(
@@ -102,7 +106,7 @@ def _recipe_of(student: Student, base: str) -> Recipe:
     """The student's recipe, or for a file of others one that names base and schedule."""
     if student.recipe:
         return Recipe.from_mapping(student.recipe, origin="the student's recipe").override(
-            [f"model.base={base}", "model.quantize=none"]
+            [f"model.base={json.dumps(base)}"]
         )
     schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
     # Bases of others are large: on a GPU in half precision, as they are published.
@@ -112,7 +116,13 @@ def _recipe_of(student: Student, base: str) -> Recipe:
 
 def save_sample(sample: Tensor, stem: Path) -> Path:
     """Save pixels [3, H, W] as PNG, a video [3, F, H, W] as an animated one."""
-    return save_picture(to_bytes(sample[None])[0], stem.with_name(stem.name + ".png"))
+    return save_picture(to_bytes(sample[None])[0], free_path(stem.with_name(stem.name + ".png")))
+
+
+def free_path(path: Path) -> Path:
+    """The path itself, or with the first of -2, -3, ... that is not taken: pictures are not overwritten."""
+    names = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], map(path.with_name, names)) if not p.exists())
 
 
 def export_student(

@@ -85,8 +85,8 @@ def _print_memory(plan: Plan, *, gpus: int, gigabytes: float | None) -> None:
 class Evaluation:
     """How much is drawn, and how."""
 
-    count: int
-    """Prompts."""
+    count: int | None
+    """Prompts; None = all there are."""
     each: int = 1
     """Samples of every prompt."""
     batch: int = 16

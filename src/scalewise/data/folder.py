@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scalewise.data.captions import METADATA, CaptionSource
 from scalewise.data.shards import DataError
+from scalewise.pictures import to_rgb
 from scalewise.scales import Scale
 
 BucketMode = Literal["crop", "buckets"]
@@ -194,16 +195,6 @@ def _decoded_size(path: Path) -> tuple[int, int]:
         image.draft("RGB", (1, 1))  # JPEG only: decode at an eighth of the size
         image.load()
     return (height, width) if turned else (width, height)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB; transparency shows white, 16 bits a channel are scaled and not clipped."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _refuse_float(image: Image.Image) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from scalewise.metrics import (
     clip,
     diversity,
@@ -13,10 +15,10 @@ from scalewise.metrics import (
     preference,
     video,
 )
-from scalewise.metrics.base import Metric, Seen, Statistic
+from scalewise.metrics.base import Metric, Seen, Statistic, prompts_of
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.extras import Extra
-from scalewise.metrics.intervals import Interval, bootstrap_interval
+from scalewise.metrics.intervals import FEWEST, Interval, bootstrap_interval
 
 EXTRAS: dict[str, Extra] = {
     extra.name: extra
@@ -64,7 +66,12 @@ def measure(
             continue
         figure = _difference(ours, theirs) if theirs else ours
         interval = bootstrap_interval(figure, seen.prompts, rounds=rounds, seed=seed)
-        found[name] = interval if theirs else interval.within(*metric.bounds)
+        rests_on = [prompts_of(ours, seen)]
+        rests_on += [prompts_of(theirs, against)] if theirs and against else []
+        if min(rests_on) < FEWEST:  # halves of so few prompts tell nothing of the spread
+            interval = Interval(interval.value, -math.inf, math.inf)
+        width = metric.bounds[1] - metric.bounds[0]
+        found[name] = interval.within(*((-width, width) if theirs else metric.bounds))
     return found
 
 

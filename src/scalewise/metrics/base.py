@@ -61,14 +61,35 @@ class Seen:
         """Numbers of the images that were drawn for some of the prompts."""
         return torch.isin(self.prompt, prompts).nonzero().flatten()
 
-    def mean_of(self, values: Tensor) -> Statistic:
+    def mean_of(self, values: Tensor) -> Mean:
         """The statistic that averages one value per image [N]; NaN ones do not count."""
-        return lambda prompts: float(values[self.rows(prompts)].double().nanmean())
+        return Mean(self, values)
 
     def mean_look(self, name: str) -> Statistic | None:
         """The average of what an examiner found, if it was asked and the metric applied to any image."""
         found = self.looks.get(name)
         return None if found is None or bool(found.isnan().all()) else self.mean_of(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """The average of one value per image [N] over some of the prompts; NaN ones do not count."""
+
+    seen: Seen
+    values: Tensor
+
+    def __call__(self, prompts: Tensor) -> float:
+        return float(self.values[self.seen.rows(prompts)].double().nanmean())
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts have a value."""
+        return len(self.seen.prompt[~self.values.isnan()].unique())
+
+
+def prompts_of(statistic: Statistic, seen: Seen) -> int:
+    """How many independent prompts a figure rests on: all, unless the statistic says otherwise."""
+    return int(getattr(statistic, "prompts", seen.prompts))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class ClipScorer:
 
         `processor`: where tokenizer and preprocessor_config.json are, if not beside the model.
         """
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
 
         for needed in ("config.json", _PREPROCESSING):
             if Path(source).exists() and processor is None and not (Path(source) / needed).exists():
@@ -53,9 +53,15 @@ class ClipScorer:
                 )
         with loading("a CLIP model", str(source)):
             settings = json.loads(find_file(str(processor or source), _PREPROCESSING).read_text())
-            model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            mean, std = settings["image_mean"], settings["image_std"]
+            if (kind := AutoConfig.from_pretrained(source).model_type) != "clip":
+                raise ValueError(f"it is a model of the type {kind!r}")
+            model, found = CLIPModel.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
             tokenizer = CLIPTokenizer.from_pretrained(processor or source)
-        return cls(model.to(device), tokenizer, mean=settings["image_mean"], std=settings["image_std"])
+        _check(str(source), set(found["missing_keys"]), words=len(tokenizer), model=model)
+        return cls(model.to(device), tokenizer, mean=mean, std=std)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder that `load` reads and that transformers' own classes read, too."""
@@ -109,6 +115,22 @@ class ClipScorer:
             pooled = self.model.text_model(tokens.to(self.device)).pooler_output
             parts.append(F.normalize(self.model.text_projection(pooled).float(), dim=-1).cpu())
         return torch.cat(parts)
+
+
+def _check(source: str, missing: set[str], *, words: int, model: CLIPModel) -> None:
+    """Refuse what would judge by random weights or unknown words."""
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of CLIPModel, for example {min(missing)}; name a "
+            "complete model."
+        )
+    known = model.config.text_config.vocab_size
+    # transformers makes a tokenizer of a handful of words when its files are missing.
+    if words < known / 2:
+        raise ValueError(
+            f"The tokenizer of {source} knows {words} words where the model has {known}: files are missing "
+            "there (tokenizer.json, or vocab.json and merges.txt)."
+        )
 
 
 def from_bytes(images: np.ndarray) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from scalewise.errors import first_line
@@ -32,6 +33,8 @@ class Extra:
     """Looks at whole videos; others are shown a video's middle frame."""
     real: bool = False
     """Holds the pictures against real ones: needs a reference."""
+    check: Callable[[Sequence[str]], None] | None = None
+    """Refuses captions that it cannot judge, before anything is drawn for them."""
 
 
 def parse_metric(text: str, known: Mapping[str, Extra]) -> tuple[Extra, str]:
@@ -51,7 +54,7 @@ def loading(what: str, source: str) -> Iterator[None]:
     """Turn what goes wrong while weights are found and read into one sentence with the remedy."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = "this folder" if Path(source).exists() else "no folder here, and the hub"
         raise ValueError(
             f"Cannot load {what} from {source!r} ({where}: {first_line(error)}). Give a folder that holds it "
@@ -78,6 +81,18 @@ def find_file(source: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(source, name))
+
+
+def stamp(source: str) -> list[tuple[str, int, int]]:
+    """What tells a local source, or several joined by commas, from a changed one; a hub id is itself."""
+    found = []
+    for part in source.split(","):
+        path = Path(part)
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        for file in files:
+            size, changed = (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (0, 0)
+            found.append((str(file.resolve()) if file.exists() else part, size, changed))
+    return found
 
 
 def in_chunks(

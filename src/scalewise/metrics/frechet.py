@@ -61,6 +61,7 @@ def _statistic(seen: Seen) -> Statistic | None:
 
 METRIC = Metric(
     name="frechet", title="Fréchet distance", better="lower", statistic=_statistic,
+    bounds=(0, float("inf")),
     about="how far the drawn pictures as a whole are from real ones in the scorer's features; 0 is "
           "indistinguishable, and only figures of equally many pictures compare",
 )  # fmt: skip

@@ -6,6 +6,7 @@ are not the authors' list; that list is understood, too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -223,6 +224,27 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     return {relation for relation, held in holds.items() if held}
 
 
+def _asked(captions: Sequence[str]) -> list[Requirement | None]:
+    asked = [parse_prompt(caption) for caption in captions]
+    if not any(asked):
+        raise ValueError(
+            f"None of the {len(captions)} prompts is one of GenEval's, which the metric geneval needs; "
+            "draw pictures of those with --prompts geneval."
+        )
+    return asked
+
+
+def check(captions: Sequence[str]) -> None:
+    """Refuse captions of which none is GenEval's, and warn of tasks that none of them belongs to."""
+    tasks = {one.task for one in _asked(captions) if one}
+    if left := [task for task in SIZES if task not in tasks]:
+        warnings.warn(
+            f"No prompt is of GenEval's {'task' if len(left) == 1 else 'tasks'} {', '.join(left)}: its mean "
+            f"is over {len(tasks)} of {len(SIZES)} tasks.",
+            stacklevel=2,
+        )
+
+
 class GenEval:
     """Judges pictures of GenEval's prompts, each by itself."""
 
@@ -247,13 +269,8 @@ class GenEval:
         "geneval" has all tasks' pictures. Raises ValueError if no caption is a prompt of GenEval's, and if
         the detector has no label for an object that one asks for.
         """
-        asked = [parse_prompt(caption) for caption in captions]
+        asked = _asked(captions)
         known = [one for one in asked if one]
-        if not known:
-            raise ValueError(
-                f"None of the {len(captions)} prompts is one of GenEval's, which the metric geneval needs; "
-                "draw pictures of those with --prompts geneval."
-            )
         self.detector.require(thing.name for one in known for thing in one.objects)
         looks = {metric.name: torch.full((len(captions),), torch.nan) for metric in EXTRA.metrics}
         for i, (picture, one) in enumerate(zip(images, asked, strict=True)):
@@ -271,8 +288,23 @@ def _overall(seen: Seen) -> Statistic | None:
     tasks = [seen.looks[f"geneval_{task}"] for task in SIZES if f"geneval_{task}" in seen.looks]
     if all(bool(values.isnan().all()) for values in tasks):
         return None
-    by_task = torch.stack(tasks).double()
-    return lambda prompts: float(by_task[:, seen.rows(prompts)].nanmean(1).nanmean())
+    return MeanOfTasks(seen, torch.stack(tasks).double())
+
+
+@dataclass(frozen=True, eq=False)
+class MeanOfTasks:
+    """The mean over T tasks of the average of one value per image [T, N], NaN for images of other tasks."""
+
+    seen: Seen
+    values: Tensor
+
+    def __call__(self, prompts: Tensor) -> float:
+        return float(self.values[:, self.seen.rows(prompts)].nanmean(1).nanmean())
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts have a value."""
+        return len(self.seen.prompt[~self.values.isnan().all(0)].unique())
 
 
 def _metric(task: str, title: str, about: str) -> Metric:
@@ -287,6 +319,7 @@ def _metric(task: str, title: str, about: str) -> Metric:
 EXTRA = Extra(
     name="geneval",
     load=GenEval.load,
+    check=check,
     source=DETECTOR,
     metrics=(
         Metric(

@@ -21,8 +21,7 @@ from scalewise.pipelines.scale_wise import (
     ScaleWiseWanPipeline,
     stock_options,
 )
-from scalewise.recipe import RecipeError
-from scalewise.recipes import RECIPES, find_recipe
+from scalewise.pipelines.schedule import read_schedule
 from scalewise.scales import ScaleSchedule
 
 PIPELINES: dict[type[ModelAdapter], type[ScaleWisePipeline]] = {
@@ -79,19 +78,6 @@ def load(
     if found is not None:
         pipeline.set_student(found, weight=weight)
     return pipeline
-
-
-def read_schedule(schedule: str | ScaleSchedule) -> ScaleSchedule:
-    """A schedule from a recipe's name or from text."""
-    if isinstance(schedule, ScaleSchedule):
-        return schedule
-    if "@" in schedule:
-        return ScaleSchedule.parse(schedule)
-    try:
-        return find_recipe(schedule).schedule.build()
-    except RecipeError as error:
-        known = ", ".join(RECIPES)
-        raise RecipeError(f"There is no schedule {schedule!r}; known are those of {known}.") from error
 
 
 def _local(student: str) -> str:

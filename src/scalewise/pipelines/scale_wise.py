@@ -5,7 +5,9 @@ The sampler is the one of training (scalewise.sampling); what a family needs is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +23,14 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from scalewise import keys
-from scalewise.data.folder import to_rgb
 from scalewise.lora import Student
 from scalewise.models import SD3, SDXL, Condition, Flux, Wan
+from scalewise.pictures import to_rgb
+from scalewise.pipelines.schedule import read_schedule
 from scalewise.rng import SampleNoise
 from scalewise.sampling import sample_scale_wise
 from scalewise.scales import Scale, ScaleSchedule, downscale_video, upscale_latents
@@ -40,6 +43,17 @@ Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | No
 def stock_options(source: Any, target: Any) -> dict[str, Any]:
     """Settings of a pipeline that are no components, such as SDXL's zeros for an empty prompt."""
     return {k: v for k, v in source.config.items() if not k.startswith("_") and k not in target.components}
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    logger = logging.getLogger("diffusers.loaders")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class GeneratorNoise:
@@ -77,8 +91,9 @@ class ScaleWisePipeline:
         assert self._schedule is not None, "load() or set_schedule() give the schedule"
         return self._schedule
 
-    def set_schedule(self, schedule: ScaleSchedule) -> None:
+    def set_schedule(self, schedule: str | ScaleSchedule) -> None:
         """Sample with this schedule from now on; one that does not fit the model is refused."""
+        schedule = read_schedule(schedule)
         self.adapter().check_schedule(schedule)
         self._schedule = schedule
 
@@ -97,7 +112,8 @@ class ScaleWisePipeline:
         scale = student.alpha / student.rank
         tensors = {k: v * scale if ".lora_B." in k else v for k, v in matched.tensors.items()}
         named = keys.write_names(tensors, "diffusers", denoiser=name, alpha=torch.tensor(1.0))
-        pipeline.load_lora_weights(named, adapter_name=ADAPTER)
+        with _without_advice():  # that the student has no weights for text encoders, which is as it should be
+            pipeline.load_lora_weights(named, adapter_name=ADAPTER)
         pipeline.set_adapters([ADAPTER], [weight])
         self._schedule = student.schedule
 
@@ -143,7 +159,7 @@ class ScaleWisePipeline:
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        schedule: ScaleSchedule | None = None,
+        schedule: str | ScaleSchedule | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -175,11 +191,9 @@ class ScaleWisePipeline:
         if not prompts or output_type not in OUTPUTS:
             fault = f"output_type {output_type!r}" if prompts else "no prompt"
             raise ValueError(f"There is nothing to draw with {fault}; give prompts, and one of {OUTPUTS}.")
-        if schedule is not None:
-            model.check_schedule(schedule)
-        plan = (schedule or self.schedule).for_size(
-            self._full_scale(model, height, width, num_frames, schedule or self.schedule), model.patch
-        )
+        own = self.schedule if schedule is None else read_schedule(schedule)
+        model.check_schedule(own)
+        plan = own.for_size(self._full_scale(model, height, width, num_frames, own), model.patch)
         plan.check(patch=model.patch, largest=model.largest_scale)
         noise = self._noise(len(prompts), generator, seed)
         cond = model.encode_prompts(prompts)
@@ -256,7 +270,13 @@ class ScaleWisePipeline:
         a list of them is a batch, or the frames of one video.
         """
         if not isinstance(image, Tensor):
-            pictures = image if isinstance(image, Sequence) else [image]
+            pictures = image if isinstance(image, list | tuple) else [image]
+            strangers = [p for p in pictures if not isinstance(p, Image.Image)]
+            if strangers:
+                raise ValueError(
+                    f"A picture is a PIL image or a tensor, not {type(strangers[0]).__name__}; open a file with "
+                    "PIL.Image.open, turn an array into an image with PIL.Image.fromarray."
+                )
             if model.video and len(pictures) != size[0]:
                 raise ValueError(f"{len(pictures)} frames are given and {size[0]} drawn; give as many.")
             upright = [to_rgb(ImageOps.exif_transpose(picture)) for picture in pictures]
@@ -264,6 +284,9 @@ class ScaleWisePipeline:
             image = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 for p in fitted])
             if model.video:
                 image = image.transpose(0, 1).unsqueeze(0)
+        if not image.is_floating_point() or image.min() < 0 or image.max() > 1:
+            found = f"{str(image.dtype).removeprefix('torch.')} from {image.min():g} to {image.max():g}"
+            raise ValueError(f"Pixels of a tensor are floats in [0, 1], not {found}; bring them there.")
         if tuple(image.shape[1:]) != (3, *size):
             raise ValueError(
                 f"The picture has the shape {list(image.shape)}, but [N, 3, {', '.join(map(str, size))}] is "

@@ -94,7 +94,10 @@ class Material:
 
 def held_out(count: int) -> Material:
     """Captions that nothing was trained on, and real pictures to compare with."""
-    return Material(mini.captions("test")[:count], judge_of(find_recipe("mini")))
+    texts = mini.captions("test")
+    if count > len(texts):
+        raise RecipeError(f"There are {len(texts)} held-out captions, not {count}; take at most as many.")
+    return Material(texts[:count], judge_of(find_recipe("mini")))
 
 
 @torch.no_grad()
