@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_run import make_tiny
 
 from scalewise import bench, console
@@ -148,6 +149,7 @@ def test_the_study_writes_its_page(
     monkeypatch.setattr("scalewise.studies.cost.measure_training", lambda *_, **__: cost)
     verdicts = run_cost(tmp_path, rounds=2, progress=console.progress)
     assert json.loads((tmp_path / "training-cost.json").read_text())["verdicts"] == verdicts
+    assert Image.open(tmp_path / "training-cost.png").size[0] > 400
     text = (tmp_path / "training-cost.md").read_text()
     assert text == page(cost, verdicts, 2)
     for claim in CLAIMS:

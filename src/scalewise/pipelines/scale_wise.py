@@ -274,8 +274,8 @@ class ScaleWisePipeline:
             strangers = [p for p in pictures if not isinstance(p, Image.Image)]
             if strangers:
                 raise ValueError(
-                    f"A picture is a PIL image or a tensor, not {type(strangers[0]).__name__}; open a file with "
-                    "PIL.Image.open, turn an array into an image with PIL.Image.fromarray."
+                    f"A picture is a PIL image or a tensor, not {type(strangers[0]).__name__}; open a file "
+                    "with PIL.Image.open, turn an array into an image with PIL.Image.fromarray."
                 )
             if model.video and len(pictures) != size[0]:
                 raise ValueError(f"{len(pictures)} frames are given and {size[0]} drawn; give as many.")

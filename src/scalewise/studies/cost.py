@@ -9,9 +9,11 @@ from typing import Any
 
 from scalewise.bench import Spread
 from scalewise.build import Progress
+from scalewise.metrics import Interval
 from scalewise.recipes import find_recipe
 from scalewise.studies.base import Verdict
-from scalewise.training_cost import TrainingCost, measure_training
+from scalewise.studies.page import plot_panels
+from scalewise.training_cost import GB, TrainingCost, measure_training
 
 NAME, TITLE, SOURCE = "training-cost", "What a training iteration costs", "section 5.3, table 5"
 
@@ -49,14 +51,23 @@ DIFFERS = (
 
 
 def run_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict]:
-    """Measure and write training-cost.json and .md; returns the verdicts by claim."""
+    """Measure and write training-cost.json, .md and .png; returns the verdicts by claim."""
     cost = measure_training(find_recipe("mini"), rounds=rounds, progress=progress)
     verdicts = {claim.text: claim.verdict(cost.ratios[claim.ratio]) for claim in CLAIMS}
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"study": NAME, "source": SOURCE, **cost.to_dict(), "verdicts": verdicts}
     (out / f"{NAME}.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / f"{NAME}.md").write_text(page(cost, verdicts, rounds))
+    plot(cost, out / f"{NAME}.png")
     return verdicts
+
+
+def plot(cost: TrainingCost, path: Path) -> None:
+    """Seconds and peak memory of every mode."""
+    seconds = [Interval(m.seconds.median, m.seconds.low, m.seconds.high) for m in cost.modes]
+    peaks = [Interval(m.peak / GB, m.peak / GB, m.peak / GB) for m in cost.modes]
+    panels = {"an iteration, seconds": seconds, "peak memory, GB": peaks}
+    plot_panels([mode.name for mode in cost.modes], panels, path)
 
 
 def page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
@@ -71,6 +82,7 @@ def page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
         f"    scalewise study {NAME} --rounds {rounds}\n",
         "\n".join(lines) + "\n",
         cost.markdown,
+        f"![seconds and memory by mode]({NAME}.png)\n",
         f"Medians of {rounds} rounds, in each of which every mode runs once over all steps, on "
         f"{cost.setting['device']}; in brackets the 95 % interval of the median, or the range of fewer than "
         "six rounds. Ratios are taken within rounds. A claim is reproduced if the whole interval lies on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +85,29 @@ def figures_table(outcome: Outcome) -> str:
 
 def plot(outcome: Outcome, path: Path) -> None:
     """A panel for every figure, the arms below each other with their intervals."""
+    arms, panels = list(outcome.figures), {}
+    for name in outcome.study.metrics:
+        title = f"{METRICS[name].title}, {METRICS[name].better} is better"
+        panels[title] = [outcome.figures[arm][name] for arm in arms]
+    plot_panels(arms, panels, path)
+
+
+def plot_panels(rows: Sequence[str], panels: Mapping[str, Sequence[Interval]], path: Path) -> None:
+    """Values of the same rows side by side, a panel for every title, as points with their intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    arms, metrics = list(outcome.figures), outcome.study.metrics
-    figure = Figure(figsize=(4.4 * len(metrics) + 1.6, 0.42 * len(arms) + 1.1), layout="constrained", dpi=110)
-    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-    for panel, name in zip(panels, metrics, strict=True):
-        _panel(panel, [outcome.figures[arm][name] for arm in arms])
-        panel.set_title(f"{METRICS[name].title}, {METRICS[name].better} is better", fontsize=10)
-    panels[0].set_yticks(range(len(arms)), arms)
-    panels[0].invert_yaxis()
+    figure = Figure(figsize=(4.4 * len(panels) + 1.6, 0.42 * len(rows) + 1.1), layout="constrained", dpi=110)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, intervals) in zip(axes, panels.items(), strict=True):
+        _panel(axis, intervals)
+        axis.set_title(title, fontsize=10)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
     FigureCanvasAgg(figure).print_png(path)
 
 
-def _panel(panel: Any, intervals: list[Interval]) -> None:
+def _panel(panel: Any, intervals: Sequence[Interval]) -> None:
     for row, interval in enumerate(intervals):
         panel.plot([interval.low, interval.high], [row, row], color=COLOUR, linewidth=2)
         panel.plot(interval.value, row, "o", color=COLOUR)
