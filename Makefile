@@ -1,5 +1,5 @@
 # make demo   set up, then train and sample the embedded teacher's student; the pictures land in $(OUT)
-# make test   set up, then lint, types and the tests: about twenty minutes on two cores
+# make test   set up, then lint, types and the tests: about fifteen minutes on two cores
 # make slow   the tests that take minutes
 # make lint   ruff and mypy only
 # make venv   set up only

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_run import make_tiny
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalewise import models
+from scalewise import build, console, models
 from scalewise.counting import count
 from scalewise.models import ModelError
 from scalewise.models.skeleton import configuration, known, part_sizes, skeleton
@@ -173,6 +174,26 @@ def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_u
         assert plan.paper_speed_up[0] == pytest.approx(speed)
         other = recipe.override([f"schedule.timesteps={[999, *recipe.schedule.timesteps[1:]]}"])
         assert replace(plan, recipe=other).paper_speed_up == (None, None)
+
+
+@pytest.mark.parametrize("mmd_only", ["false", "true"])
+def test_what_checkpointing_repeats_is_what_a_real_iteration_repeats(mmd_only, tmp_path):
+    """A plan leaves out the adapters' own products, hence rank 1 and a tolerance."""
+    tiny, counted, planned = make_tiny(tmp_path).override(["lora.rank=1"]), [], []
+    for checkpointing in ("false", "true"):
+        changes = [f"train.gradient_checkpointing={checkpointing}", f"loss.mmd_only={mmd_only}"]
+        recipe = tiny.override(changes)
+        data = build.prepare_data(recipe, console.progress)
+        trainer = build.build_trainer(recipe, data, tmp_path / checkpointing)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            for _ in range(trainer.batches.steps):
+                trainer.iterate()
+                trainer.iteration += 1
+        counted.append(counter.get_total_flops() / trainer.batches.steps / recipe.train.batch)
+        planned.append(make_plan(recipe).iteration)
+    assert planned[1] - planned[0] == pytest.approx(counted[1] - counted[0], rel=0.03)
+    # Of two blocks the first needs no gradient of its input, which a plan counts all the same.
+    assert planned[0] == pytest.approx(counted[0], rel=0.12)
 
 
 def test_a_recipe_without_mmd_has_a_plan(folder):
