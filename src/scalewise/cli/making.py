@@ -125,7 +125,8 @@ def sample(
     asked = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch)
     files, seconds = sample_pictures(prompts, asked, out)
     console.out.print(
-        f"{len(files)} pictures in {seconds:.1f} s after loading: {', '.join(map(str, files))}",
+        f"{len(files)} {'picture' if len(files) == 1 else 'pictures'} in {seconds:.1f} s after loading: "
+        f"{', '.join(map(str, files))}",
         soft_wrap=True,
     )
 
