@@ -181,6 +181,13 @@ def test_kept_pictures_are_not_judged_by_other_prompts(drawn: Path, tmp_path: Pa
         compared(tmp_path, [f"folder:{tmp_path / 'pictures' / 'a'}"], texts[1:])
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "{}", "{broken"])
+def test_a_file_of_others_beside_pictures_is_named(text: str, drawn: Path, tmp_path: Path) -> None:
+    (drawn / "prompts.json").write_text(text)
+    with pytest.raises(ContenderError, match=r"prompts\.json is not what a comparison writes there"):
+        compared(tmp_path, [f"folder:{drawn}"], mini.captions("test")[:6])
+
+
 def test_names_that_share_a_folder_are_refused(drawn: Path, tmp_path: Path) -> None:
     with pytest.raises(ContenderError, match="'a\\+b' and 'a-b' would go into one folder"):
         compared(tmp_path, [f"a+b=folder:{drawn}", f"a-b=folder:{drawn}"], mini.captions("test")[:4])

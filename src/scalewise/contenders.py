@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -270,8 +271,14 @@ def read_folder(contender: Contender, prompts: Prompts) -> np.ndarray:
 
 
 def _check_drawn_for(folder: Path, prompts: Prompts) -> None:
-    told = json.loads((folder / DRAWN_FOR).read_text())["captions"]
-    for number, (was, wanted) in enumerate(zip(told, prompts.captions, strict=False)):
+    try:
+        told = list(json.loads((folder / DRAWN_FOR).read_text())["captions"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContenderError(
+            f"{folder / DRAWN_FOR} is not what a comparison writes there, captions and seeds; rename it to "
+            "have the pictures taken by number."
+        ) from error
+    for number, (was, wanted) in enumerate(zip_longest(told[: len(prompts)], prompts.captions)):
         if was != wanted:
             raise ContenderError(
                 f"{folder / f'{number}.png'} was drawn for {was!r}, but is to be judged by {wanted!r}; give "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -282,7 +282,7 @@ class Recipe(Frozen):
 
     def override(self, assignments: Sequence[str]) -> Recipe:
         """Apply dotted overrides such as "train.iterations=200" or "loss.dmd.weight=0"; values are YAML."""
-        values = self.model_dump(mode="json")
+        found = dict[str, Any]()
         for assignment in assignments:
             dotted, sign, text = assignment.partition("=")
             if not sign:
@@ -290,13 +290,20 @@ class Recipe(Frozen):
                     f"Override {assignment!r} needs the form key=value, as in train.iterations=200."
                 )
             try:
-                _assign(values, dotted.strip(), yaml.safe_load(text))
+                found[dotted.strip()] = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise RecipeError(
                     f"Override {assignment!r} has a value that cannot be read ({first_line(error)}); a list "
                     "needs quotes around all of it, as in 'lora.targets=[to_q, to_k]'."
                 ) from None
-        return Recipe.from_mapping(values, origin="override" if assignments else "recipe")
+        return self.with_values(found)
+
+    def with_values(self, given: Mapping[str, Any]) -> Recipe:
+        """Replace fields by dotted name; values are taken as they are, such as a path that is no YAML."""
+        values = self.model_dump(mode="json")
+        for dotted, value in given.items():
+            _assign(values, dotted, value)
+        return Recipe.from_mapping(values, origin="override" if given else "recipe")
 
 
 def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

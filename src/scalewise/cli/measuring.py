@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -103,9 +102,7 @@ def spectrum(
     from scalewise.commands.measuring import run_spectrum
     from scalewise.survey import Wish, parse_levels
 
-    chosen = recipe_of(
-        recipe, [*(overrides or []), *([f"data.path={json.dumps(str(data))}"] if data else [])]
-    )
+    chosen = recipe_of(recipe, overrides).with_values({"data.path": str(data)} if data else {})
     wish = Wish(steps, parse_levels(timesteps), budget, margin, smallest)
     run_spectrum(chosen, wish, levels=parse_levels(at), count=count, out=out)
 
@@ -257,5 +254,5 @@ def study(
         raise typer.BadParameter(f"{NAME} times iterations: it takes --rounds and --out only.")
     if rounds and NAME not in names:
         raise typer.BadParameter(f"--rounds is of {NAME}; leave it out.")
-    effort = Effort(tuple(seeds or (0, 1, 2)), count or 299, iterations)
+    effort = Effort(tuple(seeds or Effort.seeds), count or Effort.count, iterations)
     run_studies(names, effort, rounds=rounds or 7, out=out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -79,9 +78,7 @@ def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
     if asked.recipe:
         if not asked.teacher:
             raise RecipeError("--recipe tells whose teacher draws; add --teacher, or name a student.")
-        recipe = find_recipe(asked.recipe).override(
-            [f"model.base={json.dumps(asked.base)}"] if asked.base else []
-        )
+        recipe = find_recipe(asked.recipe).with_values({"model.base": asked.base} if asked.base else {})
         return parse_contender("teacher", recipe), recipe, None
     if asked.student is None and asked.base not in (None, "mini"):
         raise RecipeError(
@@ -105,8 +102,8 @@ def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
 def _recipe_of(student: Student, base: str) -> Recipe:
     """The student's recipe, or for a file of others one that names base and schedule."""
     if student.recipe:
-        return Recipe.from_mapping(student.recipe, origin="the student's recipe").override(
-            [f"model.base={json.dumps(base)}"]
+        return Recipe.from_mapping(student.recipe, origin="the student's recipe").with_values(
+            {"model.base": base}
         )
     schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
     # Bases of others are large: on a GPU in half precision, as they are published.
