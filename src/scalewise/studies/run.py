@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from scalewise import build, mini
 from scalewise.backbone import Backbone
 from scalewise.build import Progress
+from scalewise.checkpoint import write_atomically
 from scalewise.contenders import Contender, Prompts, draw, parse_contender
 from scalewise.data import LatentSet
 from scalewise.judging import Judge, judge_of
@@ -31,6 +33,7 @@ from scalewise.runs import distill
 from scalewise.sampling import last, teacher_steps
 from scalewise.scales import Scale, upscale_latents
 from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, overall
+from scalewise.studies.sharing import Task, work_off
 
 SHOWN = 24  # pictures on an arm's sheet
 
@@ -165,12 +168,7 @@ def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) ->
     """Train and draw every arm with every seed, and judge the claims; writes <study>.json."""
     material = continued(effort.count) if study.continues else held_out(effort.count)
     judge, texts = material.judge, material.texts
-    features: dict[str, list[Tensor]] = {arm.name: [] for arm in study.arms}
-    for seed in effort.seeds:
-        for arm in study.arms:
-            features[arm.name].append(
-                features_of(arm, seed, material, out=out, effort=effort, progress=progress)
-            )
+    features = features_of_all(study, material, out=out, effort=effort, progress=progress)
     with progress(f"{study.name}: figures", len(study.arms) + len(study.claims)) as done:
         seen = {name: seen_over(judge, texts, parts) for name, parts in features.items()}
         figures = {}
@@ -192,6 +190,19 @@ def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) ->
     outcome = Outcome(study, effort, figures, findings)
     (out / f"{study.name}.json").write_text(json.dumps(outcome.to_dict(), indent=1) + "\n")
     return outcome
+
+
+def features_of_all(
+    study: Study, material: Material, *, out: Path, effort: Effort, progress: Progress
+) -> dict[str, list[Tensor]]:
+    """Features of the pictures by arm, one tensor [P, D] a seed; processes with the same `out` share work."""
+    get = partial(features_of, material=material, out=out, effort=effort, progress=progress)
+    every = [(arm, seed) for seed in effort.seeds for arm in study.arms]
+    work_off(
+        [Task(owner_of(arm, seed, effort.iterations), partial(get, arm, seed)) for arm, seed in every],
+        out / "locks", progress=progress,
+    )  # fmt: skip
+    return {arm.name: [get(arm, seed) for seed in effort.seeds] for arm in study.arms}
 
 
 def seen_over(judge: Judge, texts: Sequence[str], parts: Sequence[Tensor]) -> Seen:
@@ -220,6 +231,11 @@ def key_of(recipe: Recipe, *more: str) -> str:
     return hashlib.sha256("\n".join([recipe.to_yaml(), *more]).encode()).hexdigest()[:12]
 
 
+def owner_of(arm: Arm, seed: int, iterations: int | None) -> str:
+    """What only one process may make at a time: arms that share a student have the same."""
+    return key_of(recipe_of(arm, seed, iterations), arm.contender, str(arm.start))
+
+
 def features_of(
     arm: Arm, seed: int, material: Material, *, out: Path, effort: Effort, progress: Progress
 ) -> Tensor:
@@ -242,7 +258,8 @@ def features_of(
     features = material.judge.scorer.pictures(images)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
-    save_file({"features": features}, path, metadata={"arm": arm.name, "seed": str(seed)})
+    tensors, metadata = {"features": features}, {"arm": arm.name, "seed": str(seed)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return features
 
 
