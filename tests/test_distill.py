@@ -116,8 +116,9 @@ def test_a_step_leaves_the_base_without_gradients_and_as_the_teacher(make_step, 
 TERM_OF = {"mmd_gradient": "mmd", "dmd_gradient": "dmd_gan", "gan_gradient": "dmd_gan"}
 
 
-def by_hand(step: DistillStep, batch: Batch, term) -> dict[str, torch.Tensor | None]:
-    """Gradients of one term alone: the student's x0, the term's gradient in it, back through the student."""
+def by_hand(step: DistillStep, batch: Batch, term) -> tuple[dict[str, torch.Tensor | None], float]:
+    """Gradients of one term alone: the student's x0, the term's gradient in it and that one's norm, back
+    through the student."""
     rng, t = generator(3), torch.full((4,), batch.t)
     x_t = step.process.add_noise(batch.source, torch.randn(batch.source.shape, generator=rng), t)
     x0 = step.backbone.predict_x0(x_t, t, batch.cond, role="student")
@@ -125,7 +126,7 @@ def by_hand(step: DistillStep, batch: Batch, term) -> dict[str, torch.Tensor | N
     gradient = term(step, batch, leaf, generator(rng.initial_seed(), TERM_OF[term.__name__]))
     step.backbone.roles.module.zero_grad()
     x0.backward(gradient)
-    return gradients(step, "student")
+    return gradients(step, "student"), float(gradient.norm())
 
 
 def mmd_gradient(step, batch, leaf, rng):
@@ -166,8 +167,9 @@ def test_a_term_of_weight_0_is_absent_bit_by_bit(make_step, batch, name, term, r
     numbers = step.student_step(batch, generator(3))
     assert numbers.keys() & {"mmd", "dmd", "gan"} == {reported}
     found = gradients(step, "student")
-    expected = by_hand(make_step(LOSSES[name]), batch, term)
+    expected, norm = by_hand(make_step(LOSSES[name]), batch, term)
     assert all(torch.equal(found[key], gradient) for key, gradient in expected.items())
+    assert numbers[f"{reported}/gradient_norm"] == pytest.approx(norm, rel=1e-6)
 
 
 def test_mmd_alone_builds_no_fake_model_and_no_head(make_step, batch):

@@ -69,6 +69,15 @@ def test_a_wide_rbf_kernel_tends_to_the_unbiased_linear_mmd(real, fake):
     assert sigma**2 * losses.mmd_rbf(real, fake, sigma=sigma).item() == pytest.approx(linear, rel=0.02)
 
 
+def test_an_rbf_kernel_without_a_width_takes_the_median_distance_of_real_tokens(real, fake):
+    apart = [(a - b).norm().item() for image in real for i, a in enumerate(image) for b in image[i + 1 :]]
+    # torch's median of an even number is the lower of the two in the middle; pairs count twice there.
+    width = sorted(apart)[(len(apart) - 1) // 2]
+    assert losses.mmd_rbf(real, fake, sigma=None).item() == pytest.approx(
+        losses.mmd_rbf(real, fake, sigma=width).item(), rel=1e-4
+    )
+
+
 def test_rbf_mmd_has_a_finite_gradient_where_tokens_coincide(real):
     fake = real.clone().requires_grad_()
     losses.mmd_rbf(real, fake, sigma=2.0).backward()

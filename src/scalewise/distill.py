@@ -123,9 +123,8 @@ class DistillStep:
                 value = losses.mmd_linear(
                     real, fake, penalty=mmd.penalty, c=mmd.c, whole_batch=mmd.whole_batch
                 )
-            number = _finite("mmd", value)
-            _backward_to(leaf, mmd.weight * value)
-        return {"mmd": number}
+            numbers = {"mmd": _finite("mmd", value)}
+            return numbers | {"mmd/gradient_norm": _backward_to(leaf, mmd.weight * value)}
 
     def _dmd_and_gan(self, leaf: Tensor, batch: Batch, rng: Generator) -> Numbers:
         """DMD's closed-form gradient and the GAN's, on the same noised fake sample."""
@@ -139,7 +138,7 @@ class DistillStep:
                 seen = self._features(self.process.add_noise(leaf, eps, t), t, batch.cond, "fake")
                 value = losses.gan_generator(self.head(seen))
                 numbers["gan"] = _finite("gan", value)
-                _backward_to(leaf, gan.weight * value)
+                numbers["gan/gradient_norm"] = _backward_to(leaf, gan.weight * value)
         if dmd.weight > 0:
             with torch.no_grad():
                 x_t = self.process.add_noise(leaf, eps, t)
@@ -152,7 +151,7 @@ class DistillStep:
                 _finite("dmd, fake model", fake.sum())
                 gradient = losses.dmd_gradient(leaf, real, fake)
                 numbers["dmd"] = _finite("dmd", losses.dmd(leaf, gradient))
-                _add(leaf, dmd.weight * gradient / gradient.numel())
+                numbers["dmd/gradient_norm"] = _add(leaf, dmd.weight * gradient / gradient.numel())
         return numbers
 
     def _features(self, x_t: Tensor, t: Tensor, cond: Condition, role: str) -> Tensor:
@@ -175,13 +174,15 @@ def _noise_like(x: Tensor, rng: Generator) -> Tensor:
     return torch.randn(x.shape, generator=rng).to(x.device)
 
 
-def _backward_to(leaf: Tensor, value: Tensor) -> None:
-    """Add d value / d leaf to leaf.grad and leave the gradients of every parameter alone."""
-    _add(leaf, torch.autograd.grad(value, leaf)[0])
+def _backward_to(leaf: Tensor, value: Tensor) -> float:
+    """Add d value / d leaf to leaf.grad and leave the gradients of every parameter alone; gives its norm."""
+    return _add(leaf, torch.autograd.grad(value, leaf)[0])
 
 
-def _add(leaf: Tensor, gradient: Tensor) -> None:
+def _add(leaf: Tensor, gradient: Tensor) -> float:
+    """Add a term's gradient; its norm tells how strongly the term pulls, beside the others."""
     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+    return float(gradient.norm())
 
 
 def _finite(term: str, value: Tensor) -> float:

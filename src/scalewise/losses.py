@@ -35,11 +35,16 @@ def mmd_linear(
     raise ValueError(f"Unknown penalty {penalty!r}; use squared, huber or abs.")
 
 
-def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float = 100.0) -> Tensor:
+def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float | None = 100.0) -> Tensor:
     """Unbiased MMD^2 with a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) over image tokens (ablation A).
 
-    Features [N, L, D] -> mean over images of eq. 1, self-pairs left out.
+    Features [N, L, D] -> mean over images of eq. 1, self-pairs left out. sigma None: the median distance
+    between two real tokens of an image, over the batch (Gretton et al., JMLR 2012, section 8).
     """
+    real, fake = real.float(), fake.float()
+    if sigma is None:
+        itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+        sigma = float(torch.cdist(real, real).detach()[:, ~itself].median())
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp(-torch.cdist(x, y).square() / (2 * sigma**2))
@@ -49,7 +54,6 @@ def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float = 100.0) -> Tensor:
         k = kernel(x, x)
         return (k.sum((1, 2)) - k.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
 
-    real, fake = real.float(), fake.float()
     return (mean_of_pairs(real) + mean_of_pairs(fake) - 2 * kernel(real, fake).mean((1, 2))).mean()
 
 

@@ -119,7 +119,9 @@ class MmdRecipe(Frozen):
     kernel: Literal["linear", "rbf"] = "linear"
     penalty: Penalty = "squared"
     c: float = Field(0.001, gt=0, description="of the pseudo-Huber penalty")
-    sigma: float = Field(100.0, gt=0, description="of the RBF kernel")
+    sigma: float | None = Field(
+        100.0, gt=0, description="of the RBF kernel, as released; null = the median distance of real tokens"
+    )
     features: Literal["teacher", "fake"] = "teacher"
     levels: Levels = Levels(high=600)
     whole_batch: bool = Field(False, description="ablation B: average tokens over the batch")

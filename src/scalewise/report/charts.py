@@ -31,6 +31,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Discriminator", ("fake/discriminator",)),
     ("Mean and std of x0", ("x0/mean", "x0/std")),
     ("Share of x0 beyond 4 sigma", ("x0/beyond_4_sigma",)),
+    ("Gradients of the terms in x0", ("mmd/gradient_norm", "dmd/gradient_norm", "gan/gradient_norm")),
     ("Gradient norms", ("student/gradient_norm", "fake/gradient_norm")),
 )
 _BY_STEP = {"mmd", "dmd", "gan"}  # numbers that belong to the step of the schedule in their row
