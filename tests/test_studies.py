@@ -24,7 +24,8 @@ from scalewise.studies.base import Start, find, overall
 from scalewise.studies.run import key_of, recipe_of
 
 BETTER = Claim("a beats b", "a", "b")
-AS_GOOD = Claim("a is as good as b", "a", "b", "as good", tolerance=0.1)
+AS_GOOD = Claim("a is as good as b", "a", "b", ("b", "c"), tolerance=0.1)
+FIGURES = {"a": 0.0, "b": 100.0, "c": 30.0}
 
 
 @pytest.mark.parametrize(("claim", "metric", "difference", "seeds", "verdict"), [
@@ -36,14 +37,14 @@ AS_GOOD = Claim("a is as good as b", "a", "b", "as good", tolerance=0.1)
     # Frechet distance: lower is better.
     (BETTER, "frechet", (-0.03, -0.05, -0.01), [-0.02, -0.04], "reproduced"),
     (BETTER, "frechet", (0.03, 0.01, 0.05), [0.02, 0.04], "not reproduced"),
-    # As good: up to a tenth of the other's 70 may be lost.
+    # As good: up to a tenth of the 70 between b and c may be lost.
     (AS_GOOD, "clip_score", (-3, -6, 0), [-2, -4], "reproduced"),
     (AS_GOOD, "clip_score", (-6, -9, -3), [-5, -6], "undecided"),
     (AS_GOOD, "clip_score", (-12, -15, -9), [-11, -13], "not reproduced"),
     (AS_GOOD, "clip_score", (5, 3, 7), [5, 5], "reproduced"),
 ])  # fmt: skip
 def test_a_verdict_needs_the_whole_interval_and_every_seed(claim, metric, difference, seeds, verdict):
-    finding = find(claim, metric, Interval(*difference), seeds, other=70.0)
+    finding = find(claim, metric, Interval(*difference), seeds, figures=FIGURES)
     assert finding.verdict == verdict
     assert finding.gain.low <= finding.gain.value <= finding.gain.high
     assert finding.allowed == (7.0 if claim is AS_GOOD else 0.0)
@@ -51,7 +52,7 @@ def test_a_verdict_needs_the_whole_interval_and_every_seed(claim, metric, differ
 
 def test_figures_that_contradict_each_other_leave_a_claim_undecided():
     def finding(value: float):
-        return find(BETTER, "clip_score", Interval(value, value - 1, value + 1), [value], other=70.0)
+        return find(BETTER, "clip_score", Interval(value, value - 1, value + 1), [value], figures=FIGURES)
 
     good, bad, unclear = finding(3.0), finding(-3.0), finding(0.0)
     assert overall([good, unclear]) == "reproduced"
@@ -91,7 +92,8 @@ def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
                 ("schedule.full_scale=true",)),
         ),
         (Claim("training helps", "trained", "untrained"), Claim("scales do no harm", "trained",
-                                                                "drawn at full scale", "as good")),
+                                                                "drawn at full scale",
+                                                                ("trained", "untrained"))),
         "everything",
     )  # fmt: skip
     effort = Effort(seeds=(0, 1), count=6, iterations=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,13 +37,27 @@ class Start:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one arm is better than another, or as good: worse by at most `tolerance` of the other's figure."""
+    """That one arm is better than another; or as good, if a `yardstick` is given: worse by at most a part
+    (`tolerance`) of the difference between the yardstick's two arms.
+
+    A share of the figure itself would say little: a CLIP score of 70 of 77 may be that of a broken model.
+    """
 
     text: str
     arm: str
     other: str
-    relation: Literal["better", "as good"] = "better"
+    yardstick: tuple[str, str] | None = None
     tolerance: float = 0.1
+
+    @property
+    def relation(self) -> Literal["better", "as good"]:
+        """What is claimed."""
+        return "as good" if self.yardstick else "better"
+
+    @property
+    def named(self) -> set[str]:
+        """All arms that it takes to judge it."""
+        return {self.arm, self.other, *(self.yardstick or ())}
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Study:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         assert len(set(names)) == len(names), "arms have different names"
-        assert {name for c in self.claims for name in (c.arm, c.other)} <= set(names), "claims are about arms"
+        assert {name for c in self.claims for name in c.named} <= set(names), "claims are about arms"
         assert set(self.metrics) <= set(METRICS), "metrics are known"
         assert not self.continues or all(arm.start for arm in self.arms), "arms draw the same prompts"
 
@@ -99,20 +113,24 @@ class Finding:
         """Plain data."""
         return {
             "claim": self.claim.text, "arm": self.claim.arm, "other": self.claim.other,
-            "relation": self.claim.relation, "metric": self.metric, "gain": self.gain.to_list(),
+            "relation": self.claim.relation, "yardstick": self.claim.yardstick, "metric": self.metric,
+            "gain": self.gain.to_list(),
             "by_seed": list(self.by_seed), "allowed": self.allowed, "verdict": self.verdict,
         }  # fmt: skip
 
 
 def find(
-    claim: Claim, metric: str, difference: Interval, by_seed: Sequence[float], *, other: float
+    claim: Claim, metric: str, difference: Interval, by_seed: Sequence[float], *, figures: Mapping[str, float]
 ) -> Finding:
-    """Judge a claim by the difference arm - other in a metric, and by that of every seed; `other` is the
-    other's own figure.
+    """Judge a claim by the difference arm - other in a metric, and by that of every seed; `figures` are those
+    of all arms.
     """
     sign = 1.0 if METRICS[metric].better == "higher" else -1.0
     bounds = sorted((sign * difference.low, sign * difference.high))
-    allowed = claim.tolerance * abs(other) if claim.relation == "as good" else 0.0
+    allowed = 0.0
+    if claim.yardstick:
+        one, two = claim.yardstick
+        allowed = claim.tolerance * abs(figures[one] - figures[two])
     gain = Interval(sign * difference.value, *bounds)
     return Finding(claim, metric, gain, tuple(sign * value for value in by_seed), allowed)
 

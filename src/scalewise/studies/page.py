@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from scalewise.metrics import METRICS, Interval
-from scalewise.studies.base import Finding
+from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
 
+ONE_SEED = (
+    " (with one, nobody knows how far the next training would fall from it, and the verdicts do not either)"
+)
 COLOUR = "#2b6cb0"
 
 
@@ -34,8 +37,10 @@ def page(outcome: Outcome) -> str:
         claims_table(outcome),
         figures_table(outcome),
         f"![figures by arm]({study.name}.png)\n",
-        f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, each of a student and of its noise; "
-        f"prompts: {effort.count}. A claim is reproduced in a figure if the whole "
+        f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, each of a student and of its noise"
+        f"{ONE_SEED if len(effort.seeds) == 1 else ''}; "
+        f"prompts: {effort.count}. A gain is by how much the first "
+        "arm is better than the second. A claim is reproduced in a figure if the whole "
         "interval and every seed alone say so, not reproduced if all of them say the opposite; over several "
         "figures the decided ones have to agree.\n",
         f"## What differs from the paper\n{study.differs}\n",
@@ -52,10 +57,16 @@ def claims_table(outcome: Outcome) -> str:
         own = [f for f in outcome.findings if f.claim == claim]
         cells = [gain_cell(next(f for f in own if f.metric == m.name)) for m in metrics]
         verdict = f"**{outcome.verdict(claim.text)}**"
-        lines.append(
-            f"| {claim.text} ({claim.arm} against {claim.other}) | {verdict} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {claim.text} ({terms(claim)}) | {verdict} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def terms(claim: Claim) -> str:
+    """Which arms are compared, and what "as good" allows."""
+    terms = f"{claim.arm} against {claim.other}"
+    if claim.yardstick:
+        terms += f"; may lose {claim.tolerance:.0%} of what lies between {' and '.join(claim.yardstick)}"
+    return terms
 
 
 def gain_cell(finding: Finding) -> str:

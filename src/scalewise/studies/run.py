@@ -184,8 +184,8 @@ def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) ->
                     - figure_of(metric, seen_over(judge, texts, [b]))
                     for a, b in zip(features[claim.arm], features[claim.other], strict=True)
                 ]
-                other = figures[claim.other][metric].value
-                findings.append(find(claim, metric, differences[metric], by_seed, other=other))
+                of_arms = {name: values[metric].value for name, values in figures.items()}
+                findings.append(find(claim, metric, differences[metric], by_seed, figures=of_arms))
             done(len(figures) + number)
     outcome = Outcome(study, effort, figures, findings)
     (out / f"{study.name}.json").write_text(json.dumps(outcome.to_dict(), indent=1) + "\n")
