@@ -110,6 +110,7 @@ def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "draw", lambda *_, **__: pytest.fail("drawn again"))
     again = run_study(study, tmp_path, effort, progress=console.progress)
     assert again.to_dict() == found.to_dict()
+    assert found.tokens == {"untrained": 564, "trained": 564, "drawn at full scale": 1024}
     page = write_page(found, tmp_path / "pages").read_text()
     for word in (
         "training helps",
@@ -117,6 +118,7 @@ def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
         "tiny.png",
         "--seed 0 --seed 1",
         found.verdict("training helps"),
+        "1,024 |",
     ):
         assert word in page
     assert (tmp_path / "pages" / "tiny.png").stat().st_size > 5000
@@ -173,3 +175,12 @@ def test_seeds_have_to_differ():
         Effort(seeds=(1, 1))
     with pytest.raises(RecipeError, match="different seeds"):
         Effort(seeds=())
+
+
+def test_an_arms_tokens_are_those_of_its_passes():
+    arms = {arm.name: running.tokens_of(arm) for arm in STUDIES["scale-vs-full"].arms}
+    assert arms["scale-wise, 4 steps"] == 8 * 8 + 10 * 10 + 12 * 12 + 16 * 16 == arms["undistilled"]
+    assert (arms["full-scale, 4 steps"], arms["full-scale, 2 steps"]) == (4 * 256, 2 * 256)
+    assert arms["teacher"] == 28 * 2 * 256
+    drawn = {arm.name: running.tokens_of(arm) for arm in STUDIES["untrained-scales"].arms}
+    assert drawn["trained at full scale, drawn scale-wise"] == 564

@@ -13,6 +13,7 @@ from scalewise.studies.run import Outcome
 ONE_SEED = (
     " (with one, nobody knows how far the next training would fall from it, and the verdicts do not either)"
 )
+TOKENS = "Tokens: what goes through the denoiser for a picture, in all steps, twice under guidance.\n"
 COLOUR = "#2b6cb0"
 
 
@@ -37,6 +38,7 @@ def page(outcome: Outcome) -> str:
         claims_table(outcome),
         figures_table(outcome),
         f"![figures by arm]({study.name}.png)\n",
+        *([TOKENS] if outcome.tokens else []),
         f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, each of a student and of its noise"
         f"{ONE_SEED if len(effort.seeds) == 1 else ''}; "
         f"prompts: {effort.count}. A gain is by how much the first "
@@ -83,13 +85,15 @@ def figures_table(outcome: Outcome) -> str:
     """Every arm's figures."""
     metrics = [METRICS[name] for name in outcome.study.metrics]
     arrows = {"lower": "↓", "higher": "↑"}
-    lines = ["| arm | " + " | ".join(f"{m.title} {arrows[m.better]}" for m in metrics) + " |"]
-    lines.append("| --- |" + " ---: |" * len(metrics))
+    titles = [f"{m.title} {arrows[m.better]}" for m in metrics] + ["tokens"] * bool(outcome.tokens)
+    lines = ["| arm | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for arm, values in outcome.figures.items():
         cells = [
             f"{m.show(values[m.name].value)} [{m.show(values[m.name].low)}, {m.show(values[m.name].high)}]"
             for m in metrics
         ]
+        if arm in outcome.tokens:
+            cells.append(f"{outcome.tokens[arm]:,}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -63,6 +63,8 @@ class Outcome:
     figures: dict[str, dict[str, Interval]]
     """By arm and metric, over all seeds."""
     findings: list[Finding]
+    tokens: dict[str, int]
+    """Of the denoiser for a picture, over all passes, by arm; none where the teacher goes on from others."""
 
     def verdict(self, text: str) -> Verdict:
         """The verdict on a claim, over all figures."""
@@ -80,6 +82,7 @@ class Outcome:
                 arm: {metric: interval.to_list() for metric, interval in values.items()}
                 for arm, values in self.figures.items()
             },
+            "tokens": self.tokens,
             "findings": [finding.to_dict() for finding in self.findings],
             "verdicts": {claim.text: self.verdict(claim.text) for claim in self.study.claims},
         }
@@ -187,7 +190,8 @@ def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) ->
                 of_arms = {name: values[metric].value for name, values in figures.items()}
                 findings.append(find(claim, metric, differences[metric], by_seed, figures=of_arms))
             done(len(figures) + number)
-    outcome = Outcome(study, effort, figures, findings)
+    tokens = {} if study.continues else {arm.name: tokens_of(arm) for arm in study.arms}
+    outcome = Outcome(study, effort, figures, findings, tokens)
     (out / f"{study.name}.json").write_text(json.dumps(outcome.to_dict(), indent=1) + "\n")
     return outcome
 
@@ -234,6 +238,20 @@ def key_of(recipe: Recipe, *more: str) -> str:
 def owner_of(arm: Arm, seed: int, iterations: int | None) -> str:
     """What only one process may make at a time: arms that share a student have the same."""
     return key_of(recipe_of(arm, seed, iterations), arm.contender, str(arm.start))
+
+
+def tokens_of(arm: Arm) -> int:
+    """Image tokens that go through the denoiser for one picture, twice where there is guidance."""
+    recipe = recipe_of(arm, 0, None)
+    patch = build.load(recipe, ("denoiser",)).patch
+    if not arm.contender:
+        return recipe.override(list(arm.drawn)).schedule.build().tokens(patch)
+    contender = parse_contender(arm.contender, recipe)
+    assert contender.schedule is not None, "a folder is no arm"
+    if contender.kind != "teacher":
+        return contender.schedule.tokens(patch)
+    passes = contender.steps * (2 if contender.guidance > 1 else 1)
+    return passes * (contender.schedule.tokens(patch) // len(contender.schedule))
 
 
 def features_of(
