@@ -184,3 +184,18 @@ def test_an_arms_tokens_are_those_of_its_passes():
     assert arms["teacher"] == 28 * 2 * 256
     drawn = {arm.name: running.tokens_of(arm) for arm in STUDIES["untrained-scales"].arms}
     assert drawn["trained at full scale, drawn scale-wise"] == 564
+
+
+def test_what_another_version_of_the_mini_made_is_not_gone_on_with(monkeypatch):
+    recipe = recipe_of(STUDIES["losses"].arms[0], 0, None)
+    before = key_of(recipe)
+    assert key_of(recipe) == before
+    monkeypatch.setattr(mini, "fingerprint", lambda: "another")
+    assert key_of(recipe) != before
+
+
+def test_a_damaged_file_of_pictures_is_named_with_the_remedy(tmp_path):
+    path = tmp_path / "0123.safetensors"
+    path.write_bytes(b"\x10\x00")
+    with pytest.raises(RecipeError, match=r"0123.safetensors is damaged .*delete it, and the study draws"):
+        running.read_features(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -27,3 +29,14 @@ def captions(split: str) -> list[str]:
 def resolve(name: str, part: Path) -> str:
     """Turn the word "mini" of a recipe into the folder of the mini's part; other names stay."""
     return str(part) if name == "mini" else name
+
+
+@cache
+def fingerprint() -> str:
+    """Names the version: everything that decides what is trained on it, drawn by it and judged by it."""
+    parts = [*TEACHER.rglob("*.safetensors"), *DATA.glob("*.arrow"), *SCORER.glob("*.safetensors"), REFERENCE]
+    digest = hashlib.sha256()
+    for path in sorted(parts):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

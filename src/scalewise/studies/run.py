@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from scalewise.build import Progress
 from scalewise.checkpoint import write_atomically
 from scalewise.contenders import Contender, Prompts, draw, parse_contender
 from scalewise.data import LatentSet
+from scalewise.errors import first_line
 from scalewise.judging import Judge, judge_of
 from scalewise.metrics import METRICS, Interval, Seen, measure
 from scalewise.models import ModelAdapter
@@ -232,7 +234,8 @@ def recipe_of(arm: Arm, seed: int, iterations: int | None) -> Recipe:
 
 def key_of(recipe: Recipe, *more: str) -> str:
     """A short name of everything that decides a student or its pictures; arms of several studies share it."""
-    return hashlib.sha256("\n".join([recipe.to_yaml(), *more]).encode()).hexdigest()[:12]
+    parts = [mini.fingerprint(), recipe.to_yaml(), *more]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def owner_of(arm: Arm, seed: int, iterations: int | None) -> str:
@@ -262,7 +265,7 @@ def features_of(
     key = key_of(recipe, arm.contender, str(arm.start), *arm.drawn, *material.texts)
     path = out / "drawn" / f"{key}.safetensors"
     if path.exists():
-        return load_file(path)["features"]
+        return read_features(path)
     contender = None if arm.start else contender_of(arm, recipe, out, progress)
     prompts = Prompts.of(material.texts, seed=seed)
     model = build.load(recipe, ("denoiser", "vae", "text"))
@@ -279,6 +282,16 @@ def features_of(
     tensors, metadata = {"features": features}, {"arm": arm.name, "seed": str(seed)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return features
+
+
+def read_features(path: Path) -> Tensor:
+    """Features [P, D] that were kept; raises RecipeError for a damaged file."""
+    try:
+        return load_file(path)["features"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise RecipeError(
+            f"{path} is damaged ({first_line(error)}); delete it, and the study draws those pictures again."
+        ) from error
 
 
 def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> Contender:
