@@ -233,3 +233,9 @@ def test_the_denoising_loss_is_the_mean_squared_error_in_x0():
     predicted, x0 = draw(2, 4, 3, 3), draw(2, 4, 3, 3, seed=1)
     torch.testing.assert_close(losses.denoising(predicted, x0), F.mse_loss(predicted, x0))
     assert losses.denoising(x0 + 2, x0).item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("real", [torch.ones(2, 5, 3), torch.randn(2, 1, 3)], ids=["equal", "single"])
+def test_a_kernel_cannot_be_as_wide_as_nothing(real):
+    with pytest.raises(ValueError, match=r"give loss\.mmd\.sigma a number"):
+        losses.mmd_rbf(real, torch.randn(2, 5, 3), sigma=None)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from scalewise import console, mini
 from scalewise.cli import main
-from scalewise.metrics import Interval
+from scalewise.metrics import Resampled, measure, resample
 from scalewise.models import load_model
 from scalewise.noise import FlowMatching
 from scalewise.pictures import to_bytes
@@ -25,38 +25,66 @@ from scalewise.studies.run import key_of, recipe_of
 
 BETTER = Claim("a beats b", "a", "b")
 AS_GOOD = Claim("a is as good as b", "a", "b", ("b", "c"), tolerance=0.1)
-FIGURES = {"a": 0.0, "b": 100.0, "c": 30.0}
+
+
+def figure(value: float, low: float = 0.0, high: float = 0.0) -> Resampled:
+    """A figure of 100 prompts whose interval is [value + low, value + high]: a uniform spread, reflected."""
+    inner = torch.linspace(-1, 1, 2001, dtype=torch.float64) / 0.95
+    assert low == -high, "the spread is the same on both sides"
+    return Resampled(value, 7.0 + high * inner, 100)
 
 
 @pytest.mark.parametrize(("claim", "metric", "difference", "seeds", "verdict"), [
     # CLIP score: higher is better, so a positive difference is a gain.
-    (BETTER, "clip_score", (3, 1, 5), [2, 4], "reproduced"),
-    (BETTER, "clip_score", (3, -1, 7), [2, 4], "undecided"),
-    (BETTER, "clip_score", (3, 1, 5), [7, -1], "undecided"),  # one seed says otherwise
-    (BETTER, "clip_score", (-3, -5, -1), [-2, -4], "not reproduced"),
+    (BETTER, "clip_score", (3, 2), [2, 4], "reproduced"),
+    (BETTER, "clip_score", (3, 4), [2, 4], "undecided"),
+    (BETTER, "clip_score", (3, 2), [7, -1], "undecided"),  # one seed says otherwise
+    (BETTER, "clip_score", (-3, 2), [-2, -4], "not reproduced"),
     # Frechet distance: lower is better.
-    (BETTER, "frechet", (-0.03, -0.05, -0.01), [-0.02, -0.04], "reproduced"),
-    (BETTER, "frechet", (0.03, 0.01, 0.05), [0.02, 0.04], "not reproduced"),
+    (BETTER, "frechet", (-0.03, 0.02), [-0.02, -0.04], "reproduced"),
+    (BETTER, "frechet", (0.03, 0.02), [0.02, 0.04], "not reproduced"),
     # As good: up to a tenth of the 70 between b and c may be lost.
-    (AS_GOOD, "clip_score", (-3, -6, 0), [-2, -4], "reproduced"),
-    (AS_GOOD, "clip_score", (-6, -9, -3), [-5, -6], "undecided"),
-    (AS_GOOD, "clip_score", (-12, -15, -9), [-11, -13], "not reproduced"),
-    (AS_GOOD, "clip_score", (5, 3, 7), [5, 5], "reproduced"),
+    (AS_GOOD, "clip_score", (-3, 3), [-2, -4], "reproduced"),
+    (AS_GOOD, "clip_score", (-6, 3), [-5, -6], "undecided"),
+    (AS_GOOD, "clip_score", (-12, 3), [-11, -13], "not reproduced"),
+    (AS_GOOD, "clip_score", (5, 2), [5, 5], "reproduced"),
 ])  # fmt: skip
 def test_a_verdict_needs_the_whole_interval_and_every_seed(claim, metric, difference, seeds, verdict):
-    finding = find(claim, metric, Interval(*difference), seeds, figures=FIGURES)
+    value, width = difference
+    figures = {"a": figure(100 + value, -width, width), "b": figure(100), "c": figure(30)}
+    by_seed = {"a": [100 + seed for seed in seeds], "b": [100.0] * 2}
+    finding = find(claim, metric, figures, by_seed)
     assert finding.verdict == verdict
-    assert finding.gain.low <= finding.gain.value <= finding.gain.high
-    assert finding.allowed == (7.0 if claim is AS_GOOD else 0.0)
+    sign = 1 if metric == "clip_score" else -1
+    found = [sign * value, sign * value - width, sign * value + width]
+    assert finding.gain.to_list() == pytest.approx(found, abs=1e-3)
+    assert finding.by_seed == pytest.approx([sign * seed for seed in seeds])
+    assert finding.allowed == pytest.approx(7.0 if claim is AS_GOOD else 0.0)
 
 
-def test_figures_that_contradict_each_other_leave_a_claim_undecided():
+def test_a_measure_that_may_be_nothing_decides_nothing():
+    """A claim of "as good" leans on two arms; they have to differ, and their difference is uncertain too."""
+    by_seed = {"a": [100.0], "b": [100.0]}
+    figures = {"a": figure(100), "b": figure(100, -8, 8), "c": figure(95)}
+    assert find(AS_GOOD, "clip_score", figures, by_seed).verdict == "undecided"
+    turned = {"a": figure(100), "b": figure(100), "c": figure(130)}  # c is better than b
+    assert find(AS_GOOD, "clip_score", turned, by_seed).verdict == "undecided"
+    # 7 may be lost and 6 are, with certainty; 70 is 70 +- 40 though, and so 7 is anything from 3 to 11.
+    losing = {"a": figure(94), "b": figure(100), "c": figure(30, -40, 40)}
+    assert find(AS_GOOD, "clip_score", losing, {"a": [94.0], "b": [100.0]}).verdict == "undecided"
+    losing["c"] = figure(30)
+    assert find(AS_GOOD, "clip_score", losing, {"a": [94.0], "b": [100.0]}).verdict == "reproduced"
+
+
+def test_a_claim_is_decided_if_all_figures_say_the_same():
     def finding(value: float):
-        return find(BETTER, "clip_score", Interval(value, value - 1, value + 1), [value], figures=FIGURES)
+        figures = {"a": figure(value, -1, 1), "b": figure(0)}
+        return find(BETTER, "clip_score", figures, {"a": [value], "b": [0.0]})
 
     good, bad, unclear = finding(3.0), finding(-3.0), finding(0.0)
-    assert overall([good, unclear]) == "reproduced"
-    assert overall([bad, unclear, bad]) == "not reproduced"
+    assert overall([good, good]) == "reproduced"
+    assert overall([bad, bad]) == "not reproduced"
+    assert overall([good, unclear]) == overall([bad, unclear]) == "undecided"
     assert overall([good, bad]) == overall([unclear]) == "undecided"
 
 
@@ -100,6 +128,7 @@ def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
     found = run_study(study, tmp_path, effort, progress=console.progress)
     assert len(list((tmp_path / "students").iterdir())) == 2  # the third arm draws with the second's student
     assert len(list((tmp_path / "drawn").glob("*.safetensors"))) == 6
+    write_page(found, tmp_path)
     stored = json.loads((tmp_path / "tiny.json").read_text())
     assert set(stored["figures"]) == {"untrained", "trained", "drawn at full scale"}
     assert len(stored["findings"]) == 4 and set(stored["verdicts"]) == {"training helps", "scales do no harm"}
@@ -175,6 +204,46 @@ def test_seeds_have_to_differ():
         Effort(seeds=(1, 1))
     with pytest.raises(RecipeError, match="different seeds"):
         Effort(seeds=())
+    with pytest.raises(RecipeError, match=r"from 0 on, not \[-1\]"):
+        Effort(seeds=(-1,))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["losses", "--count", "0"], "0 prompts have no intervals"),
+    (["losses", "--count", "49"], "49 prompts tell students too badly apart; give --count 50 or more"),
+    (["losses", "--count", "300"], "There are 299 held-out captions, not 300"),
+    (["scale-vs-full", "upscaling", "--count", "299", "--iterations", "0"], "1 iteration or more, not 0"),
+    (["losses", "--out", "{file}/sub"], "cannot be made"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence_before_anything_is_computed(arguments, message, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = [word.format(file=tmp_path / "file") for word in arguments]
+    if "--out" not in arguments:
+        arguments += ["--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as end:
+        main(["study", *arguments])
+    said = " ".join(capsys.readouterr().err.split())
+    assert end.value.code and message in said and "Traceback" not in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_study_is_checked_before_the_first_begins(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(mini, "captions", lambda split: ["a"] * 1000)
+    with pytest.raises(SystemExit) as end:
+        main(["study", "losses", "upscaling", "--count", "900", "--out", str(tmp_path / "new")])
+    assert end.value.code and "too few for 900 prompts" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_study_takes_a_difference_as_evaluation_does(tmp_path):
+    """The same halves of the prompts: the interval is that of `scalewise evaluate`."""
+    material, torch_rows = running.held_out(40), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(40, material.judge.reference.shape[1], generator=torch_rows) for _ in "ab")
+    a, b = (rows / rows.norm(dim=1, keepdim=True) for rows in (a, b))
+    seen = [running.seen_over(material.judge, material.texts, [rows]) for rows in (a, b)]
+    expected = measure(seen[0], against=seen[1])["frechet"]
+    one, two = (resample(running.statistic_of("frechet", s), 40) for s in seen)
+    assert (one - two).interval().to_list() == pytest.approx(expected.to_list(), abs=1e-12)
 
 
 def test_an_arms_tokens_are_those_of_its_passes():

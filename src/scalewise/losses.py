@@ -39,12 +39,15 @@ def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float | None = 100.0) -> Tenso
     """Unbiased MMD^2 with a Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) over image tokens (ablation A).
 
     Features [N, L, D] -> mean over images of eq. 1, self-pairs left out. sigma None: the median distance
-    between two real tokens of an image, over the batch (Gretton et al., JMLR 2012, section 8).
+    between two real tokens of an image, over the batch (Gretton et al., JMLR 2012, section 8); ValueError if
+    that is 0 or there is one token only.
     """
     real, fake = real.float(), fake.float()
     if sigma is None:
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         sigma = float(torch.cdist(real, real).detach()[:, ~itself].median())
+        if not sigma > 0:
+            raise ValueError(f"Real tokens are {sigma} apart (median); give loss.mmd.sigma a number.")
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp(-torch.cdist(x, y).square() / (2 * sigma**2))

@@ -229,7 +229,7 @@ class TrainRecipe(Frozen):
     iterations: int = Field(3000, ge=1, description="student updates")
     batch: int = Field(16, ge=1, description="samples a process takes at once")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged before each update")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="bf16 = autocast; auto = bf16 where the device multiplies it natively"
     )

@@ -231,10 +231,8 @@ def study(
         list[str] | None, typer.Argument(help="Studies to run; without one, they are listed.")
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable (default: 0 1 2).")] = None,
-    count: Annotated[int | None, typer.Option(min=50, help="Prompts, held out (default: 299).")] = None,
-    iterations: Annotated[
-        int | None, typer.Option(min=1, help="Of every student (default: the recipe's).")
-    ] = None,
+    count: Annotated[int | None, typer.Option(help="Prompts, held out, 50 or more (default: 299).")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of every student (default: the recipe's).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Of training-cost (default: 7).")] = None,
     out: Annotated[Path, typer.Option(help="Folder; a stopped study goes on there.")] = Path("studies"),
 ) -> None:
@@ -250,9 +248,9 @@ def study(
     if not names:
         list_studies()
         return
-    if set(names) == {NAME} and (seeds or count or iterations):
+    if set(names) == {NAME} and any(v is not None for v in (seeds, count, iterations)):
         raise typer.BadParameter(f"{NAME} times iterations: it takes --rounds and --out only.")
     if rounds and NAME not in names:
         raise typer.BadParameter(f"--rounds is of {NAME}; leave it out.")
-    effort = Effort(tuple(seeds or Effort.seeds), count or Effort.count, iterations)
+    effort = Effort(tuple(seeds or Effort.seeds), Effort.count if count is None else count, iterations)
     run_studies(names, effort, rounds=rounds or 7, out=out)

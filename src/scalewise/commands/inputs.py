@@ -18,7 +18,12 @@ def refuse_file(out: Path) -> None:
 def folder_for(out: Path) -> None:
     """Make the folder that results go into, before anything is computed."""
     refuse_file(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"The folder {out} cannot be made ({error.strerror}); give --out one that can."
+        ) from error
 
 
 def prompts_to_judge(file: Path | None, base: str, count: int | None) -> list[str]:

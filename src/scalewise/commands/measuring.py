@@ -21,6 +21,8 @@ from scalewise.speed import Protocol, measure_speed
 from scalewise.studies import Effort
 from scalewise.survey import Wish, survey
 
+FEWEST_PROMPTS = 50  # of a study
+
 
 def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
     """Count what a recipe costs and print it."""
@@ -225,12 +227,20 @@ def list_studies() -> None:
 
 def run_studies(names: list[str], effort: Effort, *, rounds: int, out: Path) -> None:
     """Run studies one after the other; each ends with its verdicts and a page."""
-    from scalewise.studies import STUDIES, cost, run_study, write_page
+    from scalewise.studies import STUDIES, cost, refuse_count, run_study, write_page
 
     known = [*STUDIES, cost.NAME]
     if unknown := [name for name in names if name not in known]:
         raise RecipeError(f"There is no study {unknown[0]!r}; there are {', '.join(known)}.")
-    refuse_file(out)
+    names = list(dict.fromkeys(names))
+    if effort.count < FEWEST_PROMPTS:
+        raise RecipeError(
+            f"{effort.count} prompts tell students too badly apart; give --count {FEWEST_PROMPTS} or more."
+        )
+    for name in names:
+        if name != cost.NAME:
+            refuse_count(STUDIES[name], effort.count)
+    folder_for(out)
     for name in names:
         if name == cost.NAME:
             for text, verdict in cost.run_cost(out, rounds=rounds, progress=console.progress).items():

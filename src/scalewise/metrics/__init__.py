@@ -18,7 +18,7 @@ from scalewise.metrics import (
 from scalewise.metrics.base import Metric, Seen, Statistic, prompts_of
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.extras import Extra
-from scalewise.metrics.intervals import FEWEST, Interval, bootstrap_interval
+from scalewise.metrics.intervals import FEWEST, Interval, Resampled, bootstrap_interval, resample
 
 EXTRAS: dict[str, Extra] = {
     extra.name: extra
@@ -38,14 +38,18 @@ METRICS: dict[str, Metric] = {
 
 __all__ = [
     "EXTRAS",
+    "FEWEST",
     "METRICS",
     "OWN",
     "ClipScorer",
     "Interval",
     "Metric",
+    "Resampled",
     "Seen",
+    "Statistic",
     "bootstrap_interval",
     "measure",
+    "resample",
 ]
 
 

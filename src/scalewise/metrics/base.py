@@ -129,9 +129,9 @@ class Metric:
     digits: int = 3
     """Digits after the point."""
 
-    def show(self, value: float) -> str:
-        """Print a value or difference with as many digits as it deserves."""
-        return f"{100 * value:.1f}%" if self.percent else f"{value:.{self.digits}f}"
+    def show(self, value: float, *, finer: int = 0) -> str:
+        """Print a value or difference with as many digits as it deserves, or some more."""
+        return f"{100 * value:.{1 + finer}f}%" if self.percent else f"{value:.{self.digits + finer}f}"
 
     def to_dict(self) -> dict[str, str | int | bool]:
         """Plain data for reports: what the figure is and how to read it."""

@@ -36,31 +36,65 @@ class Interval:
         return [self.value, self.low, self.high]
 
 
-def bootstrap_interval(
-    statistic: Callable[[Tensor], float], count: int, *, rounds: int = 200, seed: int = 0
-) -> Interval:
-    """Measure `statistic(indices)` on all of range(count), with a 95% interval from random halves.
+@dataclass(frozen=True)
+class Resampled:
+    """A figure of a whole sample and of random halves of it.
 
-    The usual bootstrap draws with replacement. A Frechet distance falls with the number of *different*
-    images, so repeated ones push it up: its percentile interval may not even hold the measured value. Halves
-    drawn without replacement have no repeats, and for a mean their spread around their own average equals
-    the standard error of the whole sample (variance s^2 (1/m - 1/n), which for m = n/2 is s^2/n; other m are
-    rescaled). The spread is reflected about the measured value ("pivotal"), so the bias that comes with half
-    the sample cancels. What stays is the bias of the value itself at this sample size: compare figures of
-    equal counts.
+    Figures over the same halves add up: `a - b` is their difference, paired, and `0.1 * a` a part.
     """
+
+    value: float
+    halves: Tensor
+    """The figure of every half, float64 [R]."""
+    count: int
+    """Independent samples in the whole."""
+
+    def __sub__(self, other: Resampled) -> Resampled:
+        return self + -1.0 * other
+
+    def __add__(self, other: Resampled) -> Resampled:
+        assert self.count == other.count, "figures are of the same halves"
+        return Resampled(self.value + other.value, self.halves + other.halves, self.count)
+
+    def __rmul__(self, factor: float) -> Resampled:
+        return Resampled(factor * self.value, factor * self.halves, self.count)
+
+    def interval(self) -> Interval:
+        """The 95% interval.
+
+        The usual bootstrap draws with replacement. A Frechet distance falls with the number of *different*
+        images, so repeated ones push it up: its percentile interval may not even hold the measured value.
+        Halves drawn without replacement have no repeats, and for a mean their spread around their own average
+        equals the standard error of the whole sample (variance s^2 (1/m - 1/n), which for m = n/2 is s^2/n;
+        other m are rescaled). The spread is reflected about the measured value ("pivotal"), so the bias that
+        comes with half the sample cancels. What stays is the bias of the value itself at this sample size:
+        compare figures of equal counts.
+        """
+        again = self.halves[~self.halves.isnan()]  # a half may hold no image that the figure is about
+        if len(again) < 2:
+            return Interval(self.value, -math.inf, math.inf)
+        half = self.count // 2
+        spread = (again - again.mean()) * math.sqrt(half / (self.count - half))
+        outside = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+        low, high = spread.quantile(outside).tolist()
+        return Interval(self.value, self.value - high, self.value - low)
+
+
+def resample(
+    statistic: Callable[[Tensor], float], count: int, *, rounds: int = 200, seed: int = 0
+) -> Resampled:
+    """Measure `statistic(indices)` on all of range(count) and on random halves, the same for equal seeds."""
     if count < FEWEST:
         raise ValueError(
             f"An interval needs at least {FEWEST} independent samples, not {count}; draw more prompts."
         )
-    value = statistic(torch.arange(count))
-    half = count // 2
-    halves = [permutation(count, "interval", seed, r)[:half] for r in range(rounds)]
+    halves = (permutation(count, "interval", seed, r)[: count // 2] for r in range(rounds))
     again = torch.tensor([statistic(rows) for rows in halves], dtype=torch.float64)
-    again = again[~again.isnan()]  # a half may hold no image that the figure is about
-    if len(again) < 2:
-        return Interval(value, -math.inf, math.inf)
-    spread = (again - again.mean()) * math.sqrt(half / (count - half))
-    outside = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = spread.quantile(outside).tolist()
-    return Interval(value, value - high, value - low)
+    return Resampled(statistic(torch.arange(count)), again, count)
+
+
+def bootstrap_interval(
+    statistic: Callable[[Tensor], float], count: int, *, rounds: int = 200, seed: int = 0
+) -> Interval:
+    """Measure `statistic(indices)` on all of range(count), with a 95% interval from random halves."""
+    return resample(statistic, count, rounds=rounds, seed=seed).interval()

@@ -6,6 +6,17 @@ from scalewise.studies.base import Arm, Claim, Study
 from scalewise.studies.cost import run_cost
 from scalewise.studies.definitions import STUDIES
 from scalewise.studies.page import write_page
-from scalewise.studies.run import Effort, Outcome, run_study
+from scalewise.studies.run import Effort, Outcome, refuse_count, run_study
 
-__all__ = ["STUDIES", "Arm", "Claim", "Effort", "Outcome", "Study", "run_cost", "run_study", "write_page"]
+__all__ = [
+    "STUDIES",
+    "Arm",
+    "Claim",
+    "Effort",
+    "Outcome",
+    "Study",
+    "refuse_count",
+    "run_cost",
+    "run_study",
+    "write_page",
+]

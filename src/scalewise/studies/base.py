@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scalewise.metrics import METRICS, Interval
+from scalewise.metrics import METRICS, Interval, Resampled
 
 Verdict = Literal["reproduced", "not reproduced", "undecided"]
 
@@ -38,7 +38,7 @@ class Start:
 @dataclass(frozen=True)
 class Claim:
     """That one arm is better than another; or as good, if a `yardstick` is given: worse by at most a part
-    (`tolerance`) of the difference between the yardstick's two arms.
+    (`tolerance`) of that by which the yardstick's first arm is better than its second.
 
     A share of the figure itself would say little: a CLIP score of 70 of 77 may be that of a broken model.
     """
@@ -97,15 +97,28 @@ class Finding:
     """By how much the arm is better than the other; below 0 it is worse."""
     by_seed: tuple[float, ...]
     """The same for every seed alone."""
-    allowed: float
-    """How much worse the claim lets the arm be."""
+    stake: Interval | None = None
+    """By how much the yardstick's first arm is better than its second, if there is one."""
+    leeway: Interval | None = None
+    """The gain and what the claim lets the arm lose, together: paired, so that both are uncertain at once."""
+
+    @property
+    def allowed(self) -> float:
+        """How much worse the claim lets the arm be."""
+        return self.claim.tolerance * self.stake.value if self.stake else 0.0
 
     @property
     def verdict(self) -> Verdict:
-        """Reproduced if all of the interval and every seed say so, not reproduced if all say the opposite."""
-        if self.gain.low > -self.allowed and all(gain > -self.allowed for gain in self.by_seed):
+        """Reproduced if all of the interval and every seed say so, not reproduced if all say the opposite.
+
+        Nothing is decided by a yardstick that may be of no length.
+        """
+        if self.stake and self.stake.low <= 0:
+            return "undecided"
+        decisive = self.leeway or self.gain
+        if decisive.low > 0 and all(gain > -self.allowed for gain in self.by_seed):
             return "reproduced"
-        if self.gain.high < -self.allowed and all(gain < -self.allowed for gain in self.by_seed):
+        if decisive.high < 0 and all(gain < -self.allowed for gain in self.by_seed):
             return "not reproduced"
         return "undecided"
 
@@ -114,28 +127,30 @@ class Finding:
         return {
             "claim": self.claim.text, "arm": self.claim.arm, "other": self.claim.other,
             "relation": self.claim.relation, "yardstick": self.claim.yardstick, "metric": self.metric,
-            "gain": self.gain.to_list(),
-            "by_seed": list(self.by_seed), "allowed": self.allowed, "verdict": self.verdict,
+            "gain": self.gain.to_list(), "by_seed": list(self.by_seed),
+            "stake": self.stake.to_list() if self.stake else None, "allowed": self.allowed,
+            "leeway": self.leeway.to_list() if self.leeway else None, "verdict": self.verdict,
         }  # fmt: skip
 
 
 def find(
-    claim: Claim, metric: str, difference: Interval, by_seed: Sequence[float], *, figures: Mapping[str, float]
+    claim: Claim, metric: str, figures: Mapping[str, Resampled], by_seed: Mapping[str, Sequence[float]]
 ) -> Finding:
-    """Judge a claim by the difference arm - other in a metric, and by that of every seed; `figures` are those
-    of all arms.
+    """Judge a claim in a metric by the arms' figures, over the same halves of all prompts and seeds, and by
+    those of every seed alone.
     """
     sign = 1.0 if METRICS[metric].better == "higher" else -1.0
-    bounds = sorted((sign * difference.low, sign * difference.high))
-    allowed = 0.0
-    if claim.yardstick:
-        one, two = claim.yardstick
-        allowed = claim.tolerance * abs(figures[one] - figures[two])
-    gain = Interval(sign * difference.value, *bounds)
-    return Finding(claim, metric, gain, tuple(sign * value for value in by_seed), allowed)
+    gain = sign * (figures[claim.arm] - figures[claim.other])
+    seeds = [sign * (a - b) for a, b in zip(by_seed[claim.arm], by_seed[claim.other], strict=True)]
+    if not claim.yardstick:
+        return Finding(claim, metric, gain.interval(), tuple(seeds))
+    better, worse = claim.yardstick
+    stake = sign * (figures[better] - figures[worse])
+    leeway = gain + claim.tolerance * stake
+    return Finding(claim, metric, gain.interval(), tuple(seeds), stake.interval(), leeway.interval())
 
 
 def overall(findings: Sequence[Finding]) -> Verdict:
-    """One verdict over several figures: what the decided ones agree on."""
-    decided = {f.verdict for f in findings} - {"undecided"}
-    return decided.pop() if len(decided) == 1 else "undecided"
+    """One verdict over several figures: what all of them say."""
+    verdicts = {f.verdict for f in findings}
+    return verdicts.pop() if len(verdicts) == 1 else "undecided"

@@ -50,6 +50,7 @@ LOSSES = Study(
     ),
     (
         Claim("the full loss is better than MMD alone", "full loss", "MMD alone"),
+        Claim("the full loss is better than the loss without MMD", "full loss", "without MMD"),
         Claim("MMD alone is better than the loss without it", "MMD alone", "without MMD"),
         Claim("an RBF kernel is as good", "A: RBF kernel", "full loss", ("full loss", "without MMD"), 0.5),
         Claim("averaging over the batch is worse", "full loss", "B: tokens averaged over the batch"),
@@ -74,7 +75,10 @@ SCHEDULES = Study(
         Claim("growing is better than a constant small scale", "8 10 12 16", "8 8 8 16"),
         Claim("the larger constant scale is better than the smaller", "10 10 10 16", "8 8 8 16"),
     ),
-    SMALL + " Four steps instead of six. The set needs no other scales than the recipe's.",
+    SMALL
+    + " Four steps instead of six. The constants are 5/8 and 1/2 of the full side instead of 1/2 and 1/4: "
+    "the set has latents of 8, 10, 12 and 16 cells. So the smaller one has 79 % of the growing schedule's "
+    "tokens, the larger one 99 %.",
 )
 
 UNTRAINED_SCALES = Study(
@@ -127,7 +131,8 @@ UPSCALING = Study(
     "The mini's teacher goes on, with 28 steps and guidance 4.5, from samples of its own set instead of "
     "real pictures; 8 x 8 to 16 x 16 latents. The Fréchet distance is to as many others of the set. "
     "A: noise on the full-size latent. B: the small latent enlarged, then noised. C: the small latent "
-    "noised, then enlarged.",
+    "noised, then enlarged. In the paper C's FID is 4 to 26 times B's; the mini's scorer knows subject and "
+    "colours before fine lines, and hardly sees what the pictures show: C's are coarse and have a grid.",
 )
 
 STUDIES = {

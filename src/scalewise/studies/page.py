@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scalewise.checkpoint import write_atomically
 from scalewise.metrics import METRICS, Interval
 from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
+from scalewise.studies.sharing import alone
 
 ONE_SEED = (
     " (with one, nobody knows how far the next training would fall from it, and the verdicts do not either)"
+)
+HOW_JUDGED = (
+    "A gain is by how much the first arm is better than the second. A claim is reproduced in a figure if "
+    "the whole interval and every seed alone say so, not reproduced if all of them say the opposite; it is "
+    "decided if all figures say the same. Claims are judged one by one, without allowing for their number."
+)
+YARDSTICK = (
+    " Where an arm may lose something, the interval is that of the gain and of what may be lost together; "
+    "nothing is decided if the two arms that set the measure cannot be told apart."
 )
 TOKENS = "Tokens: what goes through the denoiser for a picture, in all steps, twice under guidance.\n"
 COLOUR = "#2b6cb0"
 
 
 def write_page(outcome: Outcome, folder: Path) -> Path:
-    """Write <study>.md and its plot <study>.png into a folder; return the page."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write <study>.json, .md and .png into a folder, by one process at a time; return the page."""
     name = outcome.study.name
-    plot(outcome, folder / f"{name}.png")
-    path = folder / f"{name}.md"
-    path.write_text(page(outcome))
-    return path
+    with alone(folder, name):
+        result = json.dumps(outcome.to_dict(), indent=1) + "\n"
+        write_atomically(folder / f"{name}.json", lambda path: path.write_text(result, encoding="utf-8"))
+        write_atomically(folder / f"{name}.png", partial(plot, outcome))
+        text = page(outcome)
+        write_atomically(folder / f"{name}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return folder / f"{name}.md"
 
 
 def page(outcome: Outcome) -> str:
@@ -39,15 +54,18 @@ def page(outcome: Outcome) -> str:
         figures_table(outcome),
         f"![figures by arm]({study.name}.png)\n",
         *([TOKENS] if outcome.tokens else []),
-        f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, each of a student and of its noise"
-        f"{ONE_SEED if len(effort.seeds) == 1 else ''}; "
-        f"prompts: {effort.count}. A gain is by how much the first "
-        "arm is better than the second. A claim is reproduced in a figure if the whole "
-        "interval and every seed alone say so, not reproduced if all of them say the opposite; over several "
-        "figures the decided ones have to agree.\n",
+        f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, {seeds_of(outcome)}; prompts: "
+        f"{effort.count}. {HOW_JUDGED}{YARDSTICK if any(c.yardstick for c in study.claims) else ''}\n",
         f"## What differs from the paper\n{study.differs}\n",
     ]
     return "\n".join(parts)
+
+
+def seeds_of(outcome: Outcome) -> str:
+    """What a seed decides."""
+    if outcome.study.continues:
+        return "each of the noise; nothing is trained"
+    return f"each of a student and of its noise{ONE_SEED if len(outcome.effort.seeds) == 1 else ''}"
 
 
 def claims_table(outcome: Outcome) -> str:
@@ -72,10 +90,12 @@ def terms(claim: Claim) -> str:
 
 
 def gain_cell(finding: Finding) -> str:
-    """Such as "0.012 [0.004, 0.020]; seeds 0.010 0.014: reproduced"."""
-    show = METRICS[finding.metric].show
+    """Such as "0.0121 [0.0042, 0.0200]; seeds 0.0101 0.0141: reproduced"."""
+    show = partial(METRICS[finding.metric].show, finer=1)
     gain, seeds = finding.gain, " ".join(show(value) for value in finding.by_seed)
-    allowed = f", allowed -{show(finding.allowed)}" if finding.allowed else ""
+    allowed = ""
+    if finding.stake:
+        allowed = f", allowed {show(-finding.allowed)}" if finding.stake.low > 0 else ", measure undecided"
     return (
         f"{show(gain.value)} [{show(gain.low)}, {show(gain.high)}]; seeds {seeds}{allowed}: {finding.verdict}"
     )

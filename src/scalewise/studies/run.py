@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +23,7 @@ from scalewise.contenders import Contender, Prompts, draw, parse_contender
 from scalewise.data import LatentSet
 from scalewise.errors import first_line
 from scalewise.judging import Judge, judge_of
-from scalewise.metrics import METRICS, Interval, Seen, measure
+from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, Statistic, resample
 from scalewise.models import ModelAdapter
 from scalewise.noise import NoiseProcess
 from scalewise.pictures import sheet, to_bytes
@@ -38,6 +37,7 @@ from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, ov
 from scalewise.studies.sharing import Task, work_off
 
 SHOWN = 24  # pictures on an arm's sheet
+ROUNDS = 2000  # of resampling: verdicts stand at the ends of intervals, which few rounds leave to chance
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,12 @@ class Effort:
     """Of every student; None = the recipe's."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise RecipeError(f"Give one or more different seeds, not {list(self.seeds)}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise RecipeError(f"Give one or more different seeds from 0 on, not {list(self.seeds)}.")
+        if self.count < FEWEST:
+            raise RecipeError(f"{self.count} prompts have no intervals; give {FEWEST} or more.")
+        if self.iterations is not None and self.iterations < 1:
+            raise RecipeError(f"A student has 1 iteration or more, not {self.iterations}.")
 
 
 @dataclass(frozen=True)
@@ -102,33 +106,43 @@ class Material:
 
 def held_out(count: int) -> Material:
     """Captions that nothing was trained on, and real pictures to compare with."""
+    return Material(held_out_texts(count), judge_of(find_recipe("mini")))
+
+
+def held_out_texts(count: int) -> list[str]:
+    """The first held-out captions; raises RecipeError if there are not so many."""
     texts = mini.captions("test")
     if count > len(texts):
         raise RecipeError(f"There are {len(texts)} held-out captions, not {count}; take at most as many.")
-    return Material(texts[:count], judge_of(find_recipe("mini")))
+    return texts[:count]
 
 
 @torch.no_grad()
 def continued(count: int) -> Material:
     """Samples of the shipped set with different captions to go on from, and others to compare with."""
     recipe, stored = find_recipe("mini"), LatentSet.open(mini.DATA)
-    schedule, captions = recipe.schedule.build(), stored.captions(range(len(stored)))
-    first = {captions[i]: i for i in permutation(len(stored), "upscaling").tolist()}
-    rows, others = list(first.values())[:count], list(first.values())[count : 2 * count]
-    if len(others) < count:
-        raise RecipeError(
-            f"The set has {len(first)} different captions, too few for {count} prompts and as many samples "
-            f"to compare with; take at most {len(first) // 2}."
-        )
+    schedule, rows, others = recipe.schedule.build(), *chosen(stored, count)
     judge, model = judge_of(recipe), build.load(recipe, ("vae",))
     assert judge.scorer is not None, "the mini brings its own"
     parts = stored.latents(others, schedule.full).split(16)
     features = torch.cat([judge.scorer.pictures(to_bytes(model.decode(part))) for part in parts])
     return Material(
-        [captions[i] for i in rows],
+        stored.captions(rows),
         Judge(judge.scorer, features, judge.pool),
         {scale: stored.latents(rows, scale) for scale in (schedule.scales[0], schedule.full)},
     )
+
+
+def chosen(stored: LatentSet, count: int) -> tuple[list[int], list[int]]:
+    """Samples with different captions to go on from, and as many others; RecipeError if there are too few."""
+    captions = stored.captions(range(len(stored)))
+    rows = list({captions[i]: i for i in permutation(len(stored), "upscaling").tolist()}.values())
+    if len(rows) < 2 * count:
+        raise RecipeError(
+            f"The set has {len(rows)} different captions, too few for {count} prompts and as many samples "
+            f"to compare with; take at most {len(rows) // 2}."
+        )
+    return rows[:count], rows[count : 2 * count]
 
 
 @torch.no_grad()
@@ -169,33 +183,38 @@ def noised(
     return upscale_latents(x_t, scale)
 
 
+def material_of(study: Study, count: int) -> Material:
+    """What all arms of a study have in common."""
+    return continued(count) if study.continues else held_out(count)
+
+
+def refuse_count(study: Study, count: int) -> None:
+    """Raise RecipeError for more prompts than a study has, before anything is computed."""
+    if study.continues:
+        chosen(LatentSet.open(mini.DATA), count)
+    else:
+        held_out_texts(count)
+
+
 def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) -> Outcome:
-    """Train and draw every arm with every seed, and judge the claims; writes <study>.json."""
-    material = continued(effort.count) if study.continues else held_out(effort.count)
-    judge, texts = material.judge, material.texts
+    """Train and draw every arm with every seed, and judge the claims."""
+    material = material_of(study, effort.count)
     features = features_of_all(study, material, out=out, effort=effort, progress=progress)
-    with progress(f"{study.name}: figures", len(study.arms) + len(study.claims)) as done:
-        seen = {name: seen_over(judge, texts, parts) for name, parts in features.items()}
-        figures = {}
-        for name, all_seeds in seen.items():
-            figures[name] = {m: i for m, i in measure(all_seeds).items() if m in study.metrics}
-            done(len(figures))
-        findings = list[Finding]()
-        for number, claim in enumerate(study.claims, 1):
-            differences = measure(seen[claim.arm], against=seen[claim.other])
-            for metric in study.metrics:
-                by_seed = [
-                    figure_of(metric, seen_over(judge, texts, [a]))
-                    - figure_of(metric, seen_over(judge, texts, [b]))
-                    for a, b in zip(features[claim.arm], features[claim.other], strict=True)
-                ]
-                of_arms = {name: values[metric].value for name, values in figures.items()}
-                findings.append(find(claim, metric, differences[metric], by_seed, figures=of_arms))
-            done(len(figures) + number)
+    seen = partial(seen_over, material.judge, material.texts)
+    figures: dict[str, dict[str, Interval]] = {arm: {} for arm in features}
+    findings = list[Finding]()
+    with progress(f"{study.name}: figures", len(study.metrics) * len(features)) as done:
+        for number, metric in enumerate(study.metrics):
+            sampled, by_seed = dict[str, Resampled](), dict[str, list[float]]()
+            for at, (arm, parts) in enumerate(features.items(), 1):
+                whole = seen(parts)
+                sampled[arm] = resample(statistic_of(metric, whole), whole.prompts, rounds=ROUNDS)
+                by_seed[arm] = [figure_of(metric, seen([part])) for part in parts]
+                figures[arm][metric] = sampled[arm].interval().within(*METRICS[metric].bounds)
+                done(number * len(features) + at)
+            findings += [find(claim, metric, sampled, by_seed) for claim in study.claims]
     tokens = {} if study.continues else {arm.name: tokens_of(arm) for arm in study.arms}
-    outcome = Outcome(study, effort, figures, findings, tokens)
-    (out / f"{study.name}.json").write_text(json.dumps(outcome.to_dict(), indent=1) + "\n")
-    return outcome
+    return Outcome(study, effort, figures, findings, tokens)
 
 
 def features_of_all(
@@ -217,11 +236,16 @@ def seen_over(judge: Judge, texts: Sequence[str], parts: Sequence[Tensor]) -> Se
     return judge.seen(torch.cat(list(parts)), prompts, reference=judge.reference)
 
 
-def figure_of(metric: str, seen: Seen) -> float:
-    """A metric over all prompts."""
+def statistic_of(metric: str, seen: Seen) -> Statistic:
+    """A metric of some of the prompts."""
     statistic = METRICS[metric].statistic(seen)
     assert statistic is not None, f"{metric} can be taken of one picture a prompt"
-    return statistic(torch.arange(seen.prompts))
+    return statistic
+
+
+def figure_of(metric: str, seen: Seen) -> float:
+    """A metric over all prompts."""
+    return statistic_of(metric, seen)(torch.arange(seen.prompts))
 
 
 def recipe_of(arm: Arm, seed: int, iterations: int | None) -> Recipe:
