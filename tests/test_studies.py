@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from scalewise import console, mini
 from scalewise.cli import main
+from scalewise.errors import TrainingInterrupted, TrainingStopped
 from scalewise.metrics import Resampled, measure, resample
 from scalewise.models import load_model
 from scalewise.noise import FlowMatching
@@ -268,3 +269,14 @@ def test_a_damaged_file_of_pictures_is_named_with_the_remedy(tmp_path):
     path.write_bytes(b"\x10\x00")
     with pytest.raises(RecipeError, match=r"0123.safetensors is damaged .*delete it, and the study draws"):
         running.read_features(path)
+
+
+def test_a_stopped_study_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        yield {"iteration": 1}
+        raise TrainingInterrupted("SIGTERM", 1)
+
+    monkeypatch.setattr(running, "distill", stopped)
+    arm, recipe = STUDIES["losses"].arms[0], recipe_of(STUDIES["losses"].arms[0], 0, 2)
+    with pytest.raises(TrainingStopped, match=r"SIGTERM after iteration 1; saved\. The same command goes on"):
+        running.contender_of(arm, recipe, tmp_path, console.progress)

@@ -15,6 +15,7 @@ import torch
 from scalewise import build, comparison, console, mini
 from scalewise.commands.making import follow
 from scalewise.contenders import Contender, Prompts, draw, draw_steps, parse_contender
+from scalewise.errors import going_on_by_itself
 from scalewise.lora import versions
 from scalewise.metrics import METRICS
 from scalewise.models import ModelAdapter
@@ -143,7 +144,8 @@ def train(recipe: Recipe, folder: Path) -> Path:
     if (folder / "student.safetensors").exists():
         return folder
     rows = distill(recipe, folder, console.progress, resume=(folder / "recipe.yaml").exists())
-    follow(rows, recipe.train.iterations)
+    with going_on_by_itself():
+        follow(rows, recipe.train.iterations)
     return folder
 
 

@@ -24,7 +24,7 @@ from scalewise import checkpoint, parallel
 from scalewise.backbone import Backbone
 from scalewise.batches import Batches
 from scalewise.distill import DistillStep, LossError, Numbers
-from scalewise.errors import TrainingStopped
+from scalewise.errors import TrainingInterrupted, TrainingStopped
 from scalewise.heads import DiscriminatorHead
 from scalewise.recipe import OptimizerRecipe, Recipe
 from scalewise.rng import generator
@@ -132,9 +132,7 @@ class Trainer:
                     self.save()
                 yield row
                 if stop:
-                    raise TrainingStopped(
-                        f"Stopped by {stop} after iteration {step}; saved. Go on with --resume."
-                    )
+                    raise TrainingInterrupted(stop, step)
 
     def iterate(self) -> Numbers:
         """The fake model's updates, each on fresh batches, then the student's."""

@@ -21,7 +21,7 @@ from scalewise.build import Progress
 from scalewise.checkpoint import write_atomically
 from scalewise.contenders import Contender, Prompts, draw, parse_contender
 from scalewise.data import LatentSet
-from scalewise.errors import first_line
+from scalewise.errors import first_line, going_on_by_itself
 from scalewise.judging import Judge, judge_of
 from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, Statistic, resample
 from scalewise.models import ModelAdapter
@@ -325,7 +325,7 @@ def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> Con
     folder = out / "students" / key_of(recipe)
     if not (folder / "student.safetensors").exists():
         name = f"{arm.name}, seed {recipe.train.seed}: training"
-        with progress(name, recipe.train.iterations) as done:
+        with going_on_by_itself(), progress(name, recipe.train.iterations) as done:
             for row in distill(recipe, folder, progress, resume=(folder / "recipe.yaml").exists()):
                 done(int(row["iteration"]))
     contender = parse_contender(f"student:{folder}", recipe)
