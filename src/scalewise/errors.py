@@ -13,7 +13,7 @@ class TrainingStopped(RuntimeError):
 class TrainingInterrupted(TrainingStopped):
     """A signal ended the run after an iteration, which has been saved."""
 
-    def __init__(self, signal: str, iteration: int, remedy: str = "Go on with --resume.") -> None:
+    def __init__(self, signal: str, iteration: int, *, remedy: str = "Go on with --resume.") -> None:
         super().__init__(f"Stopped by {signal} after iteration {iteration}; saved. {remedy}")
         self.signal, self.iteration = signal, iteration
 
@@ -25,7 +25,7 @@ def going_on_by_itself() -> Iterator[None]:
         yield
     except TrainingInterrupted as error:
         remedy = "The same command goes on from there."
-        raise TrainingInterrupted(error.signal, error.iteration, remedy) from error
+        raise TrainingInterrupted(error.signal, error.iteration, remedy=remedy) from error
 
 
 def first_line(error: Exception) -> str:
