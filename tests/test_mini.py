@@ -99,7 +99,7 @@ def test_the_student_keeps_most_of_the_teachers_prompt_match_and_beats_the_undis
     for name in ("undistilled", f"student=student:{mini.STUDENT}"):
         contender = parse_contender(name, recipe)
         images = draw(model, contender, prompts, precision="auto")
-        found[contender.name] = judge_result(judge, contender, images, prompts=prompts).row.values
+        found[contender.name] = judge_result(contender, judge.see(images, prompts)).row.values
     assert found["student"]["frechet"].value < found["undistilled"]["frechet"].value
     assert found["student"]["clip_score"].value > found["undistilled"]["clip_score"].value
 

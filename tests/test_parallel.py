@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from scalewise import parallel
+from scalewise.cli import main
+from scalewise.pictures import read_picture
 
 WORLD = 2
 
@@ -37,11 +40,20 @@ def start(rank: int, folder: Path, port: int) -> None:
                 "share": gradients_of_a_share(),
                 "odd": odd_gradients(rank),
                 "any": [parallel.any_of(rank == 1), parallel.any_of(False)],
+                "rows": parallel.gather_rows({"n": torch.tensor(parallel.split(5)).float()[:, None]}),
             },
             folder / f"{rank}.pt",
         )
         parallel.barrier()
-        parallel.shutdown()
+        evaluate(folder / "evaluation")  # leaves the group
+
+
+def evaluate(out: Path) -> None:
+    """What the command does, in as many processes as there are."""
+    arguments = ["undistilled", "teacher:1", "--count", "5", "--each", "2", "--batch", "3", "--no-speed"]
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "mini", *arguments, "--out", str(out)])
+    assert not end.value.code
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +61,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes got; they start once, since that takes seconds."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(start, (folder, free_port()), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return [{**numbers, "folder": folder} for numbers in found]
 
 
 def model_and_data() -> tuple[nn.Module, torch.Tensor]:
@@ -137,3 +150,28 @@ def test_more_processes_than_gpus_is_said_with_the_remedy(monkeypatch):
 def test_what_happens_in_one_process_is_known_to_all(results):
     assert [found["any"] for found in results] == [[True, False]] * WORLD
     assert parallel.any_of(True) and not parallel.any_of(False)
+
+
+def test_rows_of_all_processes_come_in_order_to_the_first_one(results):
+    assert results[0]["rows"]["n"].flatten().tolist() == [0, 1, 2, 3, 4]
+    assert results[1]["rows"] is None
+    alone = parallel.gather_rows({"n": torch.arange(3)})
+    assert alone is not None and alone["n"].tolist() == [0, 1, 2]
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(results, tmp_path, capsys):
+    evaluate(tmp_path)
+    there = results[0]["folder"] / "evaluation"
+    ours, theirs = (json.loads((folder / "figures.json").read_text()) for folder in (tmp_path, there))
+    assert [row["name"] for row in ours] == [row["name"] for row in theirs]
+    assert "spectrum" in ours[0]["values"] and "diversity" in ours[0]["values"]
+    for own, other in zip(ours, theirs, strict=True):
+        for part in ("values", "differences"):
+            for metric, interval in own[part].items():
+                assert other[part][metric] == pytest.approx(interval, rel=1e-3, abs=2e-3), metric
+    for name in ("undistilled", "teacher--1-steps"):
+        a, b = (folder / "pictures" / name for folder in (tmp_path, there))
+        for file in [f"{i}.png" for i in range(10)]:
+            apart = read_picture(a / file).astype(int) - read_picture(b / file)
+            assert abs(apart).max() <= 1  # other neighbours in a batch, other rounding
+        assert (a / "prompts.json").read_text() == (b / "prompts.json").read_text()

@@ -322,3 +322,24 @@ def test_a_loss_that_breaks_in_another_process_stops_this_one_too(recipe, tmp_pa
     monkeypatch.setattr("scalewise.parallel.any_of", lambda flag: True)
     with pytest.raises(TrainingStopped, match="'a term of another process' became nan at iteration 1"):
         train(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("timesteps", [[1000, 500], [1000, 700, 400], [1000, 900, 800, 700, 600, 500]])
+def test_all_updates_of_an_iteration_train_its_step_and_every_step_gets_as_many(recipe, tmp_path, timesteps):
+    """With five fake updates and six steps, say, counting batches instead never came to the last step."""
+    scales = ["4", *["6"] * (len(timesteps) - 2), "8"]
+    changed = recipe.override(
+        [f"schedule.timesteps={timesteps}", f"schedule.scales={scales}", "loss.fake.updates=5"]
+    )
+    trainer = build.build_trainer(changed, build.prepare_data(changed, silent), tmp_path)
+    seen = dict[str, list[int]](fake=[], student=[])
+
+    def note(role: str):
+        return lambda batch, rng, share: seen[role].append(batch.index) or {}
+
+    for trainer.iteration in range(2 * len(timesteps)):
+        for update in range(trainer.updates):
+            trainer._accumulate(note("student" if update == trainer.updates - 1 else "fake"), update)
+    steps = len(timesteps)
+    assert seen["student"] == [*range(steps)] * 2
+    assert seen["fake"] == [step for step in seen["student"] for _ in range(5)]

@@ -18,11 +18,12 @@ from common import load_averaged, load_pictures, to_float, work_folder
 from denoiser import SHIFT, cache
 from denoiser import build as build_denoiser
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from text import Scorer, TeacherText, embed
 from vae import load_balanced
 
 from scalewise.metrics import ClipScorer
+from scalewise.metrics.spectral import power_levels
 
 TARGET = Path(__file__).parents[2] / "src" / "scalewise" / "mini"
 
@@ -51,12 +52,22 @@ def teacher() -> StableDiffusion3Pipeline:
 
 @torch.no_grad()
 def reference(scorer: Scorer) -> dict[str, torch.Tensor]:
-    """Normalised scorer features of the denoiser's real pictures, by split."""
+    """Normalised scorer features of the denoiser's real pictures, and their power levels, by split."""
     out = {}
     for split in ("test", "train"):
         pixels = to_float(load_pictures(split=split, denoiser_only=True).pixels)
         features = torch.cat([embed(scorer, part) for part in pixels.split(64)])
         out[split] = torch.nn.functional.normalize(features, dim=-1).contiguous()
+    return out | spectra()
+
+
+def spectra() -> dict[str, torch.Tensor]:
+    """Power levels of the denoiser's real pictures, by split."""
+    out = {}
+    for split in ("test", "train"):
+        pixels = load_pictures(split=split, denoiser_only=True).pixels
+        parts = [power_levels(pixels[i : i + 64]) for i in range(0, len(pixels), 64)]
+        out[f"{split}_spectrum"] = torch.cat(parts).float()
     return out
 
 
@@ -75,6 +86,9 @@ def main() -> None:
         scorer = load_averaged("scorer", Scorer(load_pictures().captions))
         save_file(reference(scorer), TARGET / "reference.safetensors")
         ClipScorer(scorer.clip, scorer.clip_tokenizer).save(TARGET / "scorer")
+    else:
+        shipped = load_file(TARGET / "reference.safetensors")
+        save_file(shipped | spectra(), TARGET / "reference.safetensors")
     captions = {s: load_pictures(split=s, denoiser_only=True).captions for s in ("train", "test")}
     (TARGET / "captions.json").write_text(json.dumps(captions, indent=0, ensure_ascii=False))
     for file in sorted(TARGET.rglob("*")):

@@ -60,7 +60,7 @@ class Batches:
         return len(self.schedules[0])
 
     def index_at(self, position: int) -> int:
-        """Step of the schedule that batch `position` trains; equal on every process."""
+        """Step of the schedule that iteration `position` trains; equal on every process."""
         if self.step_choice == "round-robin":
             return position % self.steps
         return derive(self.seed, "step", position) % self.steps

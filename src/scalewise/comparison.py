@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from scalewise import bench, build, mini
+from scalewise import bench, build, mini, parallel
 from scalewise.contenders import (
     DRAWN_FOR,
     Contender,
@@ -21,11 +21,11 @@ from scalewise.contenders import (
     parse_contenders,
 )
 from scalewise.evaluate import Result, Row, evaluate, save_rows, subject, table
-from scalewise.judging import Asked, Judge, check_asked, judge_of
+from scalewise.judging import SCORER, SPECTRUM, Asked, Judge, check_asked, judge_of
 from scalewise.metrics import measure
 from scalewise.models import ModelAdapter, family_of
 from scalewise.pictures import save_picture
-from scalewise.recipe import Recipe
+from scalewise.recipe import Recipe, RecipeError
 from scalewise.rng import permutation
 
 
@@ -55,19 +55,24 @@ def real_rows(judge: Judge) -> list[Row]:
     chosen = permutation(len(trained), "real")[: len(held_out)]
     captions = mini.captions("train")
     rows = []
-    for name, about, images, texts, reference in (
-        ("real, held out", "pictures that nothing was trained on", held_out, mini.captions("test"), None),
+    for name, about, looks, texts, judges in (
+        (
+            "real, held out",
+            "pictures that nothing was trained on",
+            {SCORER: held_out},
+            mini.captions("test"),
+            replace(judge, reference=None),  # they are the reference
+        ),
         (
             "real, trained on",
             "a random part of the training pictures",
-            trained[chosen],
+            {SCORER: trained[chosen], SPECTRUM: features["train_spectrum"][chosen]},
             [captions[i] for i in chosen],
-            held_out,
+            judge,
         ),
     ):
         prompts = Prompts(tuple(texts), tuple(range(len(texts))))
-        seen = judge.seen(images, prompts, reference=reference)
-        rows.append(Row(name, "real", about, len(images), measure(seen)))
+        rows.append(Row(name, "real", about, len(texts), measure(judges.seen(looks, prompts))))
     return rows
 
 
@@ -92,23 +97,31 @@ def compare(
     parsed = parse_contenders(contenders, recipe)
     _check_names(parsed)
     prompts, asked = Prompts.of(texts, each=each, seed=seed), asked or Asked()
+    if len(prompts) < parallel.world():
+        raise RecipeError(
+            f"{len(prompts)} pictures are fewer than the {parallel.world()} processes; start fewer, or draw "
+            "more."
+        )
     check_asked(asked, texts, video=family_of(mini.resolve(recipe.model.base, mini.TEACHER)).video)
     judge = judge_of(recipe, asked, pool=texts, progress=progress)
     draws = any(contender.kind != "folder" for contender in parsed)
     model = build.load(recipe, ("denoiser", "vae", "text")) if draws else None
     if model:
         check_fit(model, parsed)
-    (out / "timings.json").unlink(missing_ok=True)  # of an earlier comparison
-    results: list[Result] = []
+    if parallel.is_main():
+        (out / "timings.json").unlink(missing_ok=True)  # of an earlier comparison
+    results, rows = list[Result](), list[Row]()
     for result in evaluate(
         model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,
         drawing=lambda contender: progress(f"drawing: {contender.name}", len(prompts)),
-        keep=lambda contender, images: _save_pictures(images, contender, prompts, out / "pictures"),
+        keep=lambda contender, numbers, images: _save_pictures(
+            images, numbers, contender=contender, prompts=prompts, parent=out / "pictures"
+        ),
     ):  # fmt: skip
         results.append(result)
         rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
         save_rows(rows, out)  # after each, so that a stopped comparison keeps what it has
-    timed = speed and model is not None
+    timed = speed and model is not None and parallel.is_main()
     timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if timed else []
     if timings:
         (out / "timings.json").write_text(json.dumps([t.to_dict() for t in timings], indent=1) + "\n")
@@ -134,20 +147,28 @@ def time_all(
         return bench.bench(subjects, batches=(1, 8), rounds=rounds, clock=clock, done=done)
 
 
-def _save_pictures(images: np.ndarray, contender: Contender, prompts: Prompts, parent: Path) -> None:
-    """Write 0.png, 1.png, ... and what they were drawn for; later numbers of an earlier comparison go."""
+def _save_pictures(
+    images: np.ndarray, numbers: Sequence[int], *, contender: Contender, prompts: Prompts, parent: Path
+) -> None:
+    """Write this process's part of 0.png, 1.png, ...; what all were drawn for stands beside them once they
+    are there, and later numbers of an earlier comparison go.
+    """
     folder = parent / file_name(contender.name)
     if contender.path and contender.path.resolve() == folder.resolve():
         return  # these very pictures are judged again
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DRAWN_FOR).unlink(missing_ok=True)
-    for number, picture in enumerate(images):
+    if parallel.is_main():
+        (folder / DRAWN_FOR).unlink(missing_ok=True)
+        for path in folder.glob("*.png"):
+            if path.stem.isdigit() and int(path.stem) >= len(prompts):
+                path.unlink()
+    parallel.meet()
+    for number, picture in zip(numbers, images, strict=True):
         save_picture(picture, folder / f"{number}.png")
-    for path in folder.glob("*.png"):
-        if path.stem.isdigit() and int(path.stem) >= len(images):
-            path.unlink()
-    told = {"captions": prompts.captions, "seeds": prompts.seeds}
-    (folder / DRAWN_FOR).write_text(json.dumps(told, indent=1) + "\n")
+    parallel.meet()
+    if parallel.is_main():
+        told = {"captions": prompts.captions, "seeds": prompts.seeds}
+        (folder / DRAWN_FOR).write_text(json.dumps(told, indent=1) + "\n")
 
 
 def file_name(name: str) -> str:

@@ -40,12 +40,20 @@ class RateColumn(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
 
 
+def speak(aloud: bool) -> None:
+    """Show progress, warnings and results, or, in all processes of a run but one, only errors."""
+    out.quiet = not aloud
+
+
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse.
 
     Where nobody watches (a log file, say) a line every half minute takes the bar's place.
     """
+    if out.quiet:
+        yield lambda done: None
+        return
     if not err.is_terminal:
         yield _lines(what, total)
         return
@@ -102,6 +110,8 @@ def quiet_libraries() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if out.quiet:
+        return
     if issubclass(category, UserWarning) and not issubclass(category, DeprecationWarning):
         err.print(f"[yellow]Warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 

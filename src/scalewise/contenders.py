@@ -88,6 +88,10 @@ class Prompts:
     def __getitem__(self, part: slice) -> Prompts:
         return Prompts(self.captions[part], self.seeds[part])
 
+    def chosen(self, numbers: Sequence[int]) -> Prompts:
+        """Those of some images."""
+        return Prompts(tuple(self.captions[i] for i in numbers), tuple(self.seeds[i] for i in numbers))
+
     @property
     def unique(self) -> tuple[str, ...]:
         """The different captions, in order of appearance."""
@@ -217,14 +221,17 @@ def draw(
     *,
     batch: int = 16,
     precision: Precision = "float32",
+    numbers: Sequence[int] | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """Draw all prompts: bytes [N, H, W, 3], videos [N, F, H, W, 3].
+    """Draw all prompts, or those of some `numbers`: bytes [N, H, W, 3], videos [N, F, H, W, 3].
 
     Image i depends on its caption and seed, not on the batch.
     """
     if contender.kind == "folder":
-        return read_folder(contender, prompts)
+        return read_folder(contender, prompts, numbers=numbers)
+    if numbers is not None:
+        prompts = prompts.chosen(numbers)
     assert model is not None, "who draws needs a model"
     uncond = model.encode_prompts([contender.negative_prompt])
     parts = []
@@ -248,8 +255,10 @@ def draw_steps(
         return [to_bytes(model.decode(x0)) for _, x0 in sampler(cond, uncond, prompts.seeds)]
 
 
-def read_folder(contender: Contender, prompts: Prompts) -> np.ndarray:
-    """Read a folder's pictures, bytes [N, H, W, 3], or videos [N, F, H, W, 3].
+def read_folder(
+    contender: Contender, prompts: Prompts, *, numbers: Sequence[int] | None = None
+) -> np.ndarray:
+    """Read a folder's pictures, all or some by number: bytes [N, H, W, 3], or videos [N, F, H, W, 3].
 
     0.png, 1.png, ... are taken by number, others by caption. Numbered ones that a comparison kept know what
     they were drawn for, and are refused for other prompts.
@@ -260,7 +269,7 @@ def read_folder(contender: Contender, prompts: Prompts) -> np.ndarray:
         _check_drawn_for(contender.path, prompts)
     paths = paths or _by_caption(contender.path, prompts)
     pictures = []
-    for path in paths:
+    for path in paths if numbers is None else [paths[i] for i in numbers]:
         pictures.append(read_picture(path))
         if pictures[-1].shape != pictures[0].shape:
             sizes = " and ".join(f"{p.shape[-2]}x{p.shape[-3]}" for p in (pictures[0], pictures[-1]))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from scalewise import parallel
 from scalewise.backbone import Precision
 from scalewise.bench import Parts, Subject
 from scalewise.contenders import (
@@ -76,22 +77,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """A contender's figures and its pictures, bytes [N, H, W, 3], or videos [N, F, H, W, 3]."""
+    """A contender's figures, and what they were taken of."""
 
     row: Row
-    images: np.ndarray
     seen: Seen
 
 
-def judge_result(
-    judge: Judge, contender: Contender, images: np.ndarray, *, prompts: Prompts, first: Result | None = None
-) -> Result:
-    """Take all figures of a contender's images, and their differences to those of `first`."""
-    seen = judge.see(images, prompts)
+def judge_result(contender: Contender, seen: Seen, *, first: Result | None = None) -> Result:
+    """Take all figures of what was seen of a contender, and their differences to those of `first`."""
     differences = measure(seen, against=first.seen) if first else {}
-    row = Row(contender.name, contender.kind, contender.about, len(images), measure(seen),
+    row = Row(contender.name, contender.kind, contender.about, len(seen.prompt), measure(seen),
               first.row.name if first else "", differences)  # fmt: skip
-    return Result(row, images, seen)
+    return Result(row, seen)
 
 
 def silent(_contender: Contender) -> AbstractContextManager[Callable[[int], None]]:
@@ -104,23 +101,35 @@ def evaluate(
     batch: int = 16,
     precision: Precision = "float32",
     drawing: Callable[[Contender], AbstractContextManager[Callable[[int], None]]] = silent,
-    keep: Callable[[Contender, np.ndarray], None] = lambda _contender, _images: None,
+    keep: Callable[[Contender, Sequence[int], np.ndarray], None] = lambda _contender, _numbers, _images: None,
 ) -> Iterator[Result]:  # fmt: skip
     """Draw and judge one contender after the other; the first is what the others are compared with.
 
-    Folders need no `model`.
+    Folders need no `model`. Several processes draw and look at a part of the pictures each; the first one
+    alone has results.
 
     `drawing(contender)` is entered while one draws, and what it gives is called with the number done so far;
-    `keep(contender, images)` is told of what was drawn before it is judged.
+    `keep(contender, numbers, images)` is told of what this process drew before it is judged.
     """
-    first: Result | None = None
+    first, mine = None, parallel.split(len(prompts))
+    own = prompts.chosen(mine)
     for contender in contenders:
         with drawing(contender) as done:
-            images = draw(model, contender, prompts, batch=batch, precision=precision, done=done)
-        keep(contender, images)
-        result = judge_result(judge, contender, images, prompts=prompts, first=first)
-        first = first or result
-        yield result
+            images = draw(
+                model, contender, prompts, batch=batch, precision=precision, numbers=mine,
+                done=partial(_report, done, len(prompts)),
+            )  # fmt: skip
+        keep(contender, mine, images)
+        looks = parallel.gather_rows(judge.look(images, own.captions))
+        if looks is not None:
+            result = judge_result(contender, judge.seen(looks, prompts), first=first)
+            first = first or result
+            yield result
+
+
+def _report(done: Callable[[int], None], total: int, count: int) -> None:
+    """Tell what all processes have done: they draw alike."""
+    done(min(total, count * parallel.world()))
 
 
 def subject(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scalewise import build, mini
+from scalewise import build, mini, parallel
 from scalewise.checkpoint import write_atomically
 from scalewise.contenders import Prompts
 from scalewise.data.folder import ImageEntry, load_pixels, scan_images
@@ -27,6 +27,7 @@ from scalewise.pictures import stills, to_bytes
 from scalewise.recipe import Recipe, RecipeError
 
 CHUNK = 32
+SCORER, SPECTRUM = "scorer", "spectrum"
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,27 @@ class Judge:
     """The mini's own scorer and reference: what real pictures reach by them is known."""
 
     def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
-        """What the judges make of bytes [N, H, W, 3], or videos [N, F, H, W, 3], drawn for the prompts.
+        """What the judges make of bytes [N, H, W, 3], or videos [N, F, H, W, 3], drawn for the prompts."""
+        return self.seen(self.look(images, prompts.captions), prompts)
+
+    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the judges make of each picture by itself, by metric; the scorer's features under SCORER.
 
         Of a video the middle frame stands for it, but for metrics of videos.
         """
         looks: dict[str, Tensor] = {}
         for extra, examiner in self.examiners:
-            looks |= examiner.look(images if extra.videos else stills(images), prompts.captions)
-        features = self.scorer.pictures(stills(images)) if self.scorer else None
-        return self.seen(features, prompts, reference=self.reference, looks=looks)
+            looks |= examiner.look(images if extra.videos else stills(images), captions)
+        if self.scorer:
+            looks[SCORER] = self.scorer.pictures(stills(images))
+        return looks
 
-    def seen(
-        self, features: Tensor | None, prompts: Prompts, *, reference: Tensor | None,
-        looks: dict[str, Tensor] | None = None,
-    ) -> Seen:  # fmt: skip
-        """Put features [N, D] of pictures together with their captions and the pool's."""
-        assert features is None or len(features) == len(prompts), "one image for each prompt"
+    def seen(self, looks: Mapping[str, Tensor], prompts: Prompts) -> Seen:
+        """Put together what `look` made of the prompts' pictures, their captions and the pool's."""
+        others = {name: rows for name, rows in looks.items() if name != SCORER}
         captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
         texts = self.scorer.texts(captions) if self.scorer else None
-        return Seen(features, prompts.number, texts, reference, looks or {}, self.real or {})
+        return Seen(looks.get(SCORER), prompts.number, texts, self.reference, others, self.real or {})
 
 
 def judge_of(
@@ -98,9 +101,14 @@ def judge_of(
             "its own."
         )
     chosen = [parse_metric(text, EXTRAS) for text in asked.metrics]
+    known = _known_spectrum() if own and asked.reference is None else {}
+    if own and all(extra.name != SPECTRUM for extra, _ in chosen):
+        chosen.insert(0, parse_metric(SPECTRUM, EXTRAS))
     if twice := next((e.name for e, _ in chosen if [x.name for x, _ in chosen].count(e.name) > 1), None):
         raise RecipeError(f"The metric {twice} is asked for twice; name it once.")
-    if asked.reference is None and (lacking := next((e for e, _ in chosen if e.real), None)):
+    if asked.reference is None and (
+        lacking := next((e for e, _ in chosen if e.real and e.name not in known), None)
+    ):
         raise RecipeError(
             f"The metric {lacking.name} holds pictures against real ones; give a folder of them with "
             "--reference."
@@ -113,21 +121,27 @@ def judge_of(
             "that can be used; give more."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer, reference, captions = None, None, [*pool]
-    if own:
-        scorer, captions = ClipScorer.load(mini.SCORER, device=device), [*mini.captions("test"), *pool]
-        reference = load_file(mini.REFERENCE)["test"].float()
-    elif asked.scorer:
-        scorer = ClipScorer.load(asked.scorer, device=device)
+    source = str(mini.SCORER) if own else asked.scorer
+    scorer = ClipScorer.load(source, device=device) if source else None
+    examiners = tuple((extra, extra.load(source, device)) for extra, source in chosen)
+    if not parallel.is_main():  # takes no figures, which is what real pictures are for
+        return Judge(scorer, examiners=examiners)
+    reference, captions = None, [*(mini.captions("test") if own else ()), *pool]
     if scorer and entries:
         reference = _features(entries, scorer.pictures, "the scorer", progress)
-    examiners = tuple((extra, extra.load(source, device)) for extra, source in chosen)
-    real = {
+    elif own:
+        reference = load_file(mini.REFERENCE)["test"].float()
+    real = known | {
         extra.name: _real(extra, source, examiner, entries, progress)
         for (extra, source), (_, examiner) in zip(chosen, examiners, strict=True)
-        if extra.real
+        if extra.real and extra.name not in known
     }
     return Judge(scorer, reference, captions, examiners, real, is_minis=own and not entries)
+
+
+def _known_spectrum() -> dict[str, Gaussian]:
+    """The power levels of the mini's real pictures, held out."""
+    return {SPECTRUM: Gaussian.fit(load_file(mini.REFERENCE)["test_spectrum"])}
 
 
 def real_pictures(folder: Path, progress: build.Progress) -> list[ImageEntry]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -48,6 +50,7 @@ def init_from_env(device: torch.device | str | None = None) -> torch.device:
 def shutdown() -> None:
     """Leave the group of processes at the end of a run."""
     if _initialized():
+        _patient.cache_clear()
         dist.destroy_process_group()
 
 
@@ -57,9 +60,42 @@ def barrier() -> None:
         dist.barrier()
 
 
+def meet() -> None:
+    """Wait until every process is here, for as long as the work of one alone may take."""
+    if world() > 1:
+        dist.barrier(group=_patient())
+
+
 def split(count: int) -> range:
     """The indices below `count` that are this process's: every world()-th, from rank()."""
     return range(rank(), count, world())
+
+
+def gather_rows(parts: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Tensors by name whose rows every process made for its `split`: whole, in the first process; None in
+    the others. It may keep them waiting for as long as it likes.
+    """
+    own = {name: rows.cpu() for name, rows in parts.items()}
+    if world() == 1:
+        return own
+    received: list[dict[str, Tensor]] | None = [{}] * world() if is_main() else None
+    dist.gather_object(own, received, group=_patient())
+    if received is None:
+        return None
+    return {name: _interleaved([part[name] for part in received]) for name in own}
+
+
+def _interleaved(parts: list[Tensor]) -> Tensor:
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for number, rows in enumerate(parts):
+        whole[number :: len(parts)] = rows
+    return whole
+
+
+@cache
+def _patient() -> dist.ProcessGroup:
+    """All processes over gloo, which work of one of them (figures, references) may keep waiting for hours."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 @torch.no_grad()

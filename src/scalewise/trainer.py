@@ -166,11 +166,15 @@ class Trainer:
         return numbers
 
     def _accumulate(self, compute: Callable[..., Numbers], update: int) -> Numbers:
-        """Average gradients and numbers over `train.accumulate` batches of the same step of the schedule."""
+        """Average gradients and numbers over `train.accumulate` batches of the same step of the schedule.
+
+        All updates of an iteration have that step in common, as in the released trainer: the fake model knows
+        the student's samples of every step alike, and last those that the student is about to be judged by.
+        """
         pieces = self.recipe.train.accumulate
         number = self.iteration * self.updates + update
         sums: Numbers = {}
-        index = self.batches.index_at(self.iteration if update == self.updates - 1 else number)
+        index = self.batches.index_at(self.iteration)
         for piece in range(pieces):
             position = number * pieces + piece
             rng = generator(self.recipe.train.seed, "update", position, self.batches.rank)

@@ -146,6 +146,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
     """Train with a progress bar that shows the losses."""
     refuse_file(out)
     parallel.init_from_env()
+    console.speak(parallel.is_main())
     console.err.print(f"{recipe.name}: {recipe.about}; {recipe.train.iterations} iterations")
     follow(distill(recipe, out, console.progress, resume=resume), recipe.train.iterations)
     parallel.shutdown()

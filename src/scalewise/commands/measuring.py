@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from scalewise import bench, console
+from scalewise import bench, console, parallel
 from scalewise.commands.inputs import folder_for, prompts_to_judge, read_prompts, refuse_file
 from scalewise.judging import Asked
 from scalewise.metrics import EXTRAS, OWN
@@ -103,6 +103,8 @@ def run_evaluate(
     from scalewise import comparison
 
     refuse_file(out)
+    parallel.init_from_env()
+    console.speak(parallel.is_main())
     texts = prompts_to_judge(prompts, recipe.model.base, how.count)
     outcome = comparison.compare(
         recipe,
@@ -116,7 +118,9 @@ def run_evaluate(
         asked=asked,
         out=out,
     )
-    console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
+    if parallel.is_main():
+        console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
+    parallel.shutdown()
 
 
 def list_metrics() -> None:
@@ -125,10 +129,10 @@ def list_metrics() -> None:
     for metric in OWN:
         table.add_row("(the scorer's)", metric.title, "", metric.about)
     for extra in EXTRAS.values():
+        weights = "none" if extra.source is None else extra.source or "to be named"
         for number, metric in enumerate(extra.metrics):
-            first = number == 0
-            weights = (extra.source or "to be named") if first else ""
-            table.add_row(extra.name if first else "", metric.title, weights, metric.about)
+            first = (extra.name, metric.title, weights) if number == 0 else ("", metric.title, "")
+            table.add_row(*first, metric.about)
     console.out.print(table)
 
 

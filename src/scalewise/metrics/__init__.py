@@ -13,6 +13,7 @@ from scalewise.metrics import (
     hpsv3,
     image_reward,
     preference,
+    spectral,
     video,
 )
 from scalewise.metrics.base import Metric, Seen, Statistic, prompts_of
@@ -24,7 +25,7 @@ EXTRAS: dict[str, Extra] = {
     extra.name: extra
     for extra in (
         features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, image_reward.EXTRA, hpsv3.EXTRA,
-        geneval.EXTRA, video.EXTRA,
+        geneval.EXTRA, spectral.EXTRA, video.EXTRA,
     )
 }  # fmt: skip
 """What `--metric` can ask for."""
@@ -54,13 +55,13 @@ __all__ = [
 
 
 def measure(
-    seen: Seen, *, against: Seen | None = None, rounds: int = 200, seed: int = 0
+    seen: Seen, *, against: Seen | None = None, rounds: int | None = None, seed: int = 0
 ) -> dict[str, Interval]:
     """Take every metric that `seen` allows, with its 95% interval over prompts.
 
     With `against`, images of the same prompts by another contender: the *differences* seen - against, over
     the same halves of the prompts. They say far more than two intervals side by side: hard prompts are hard
-    for both.
+    for both. `rounds` of resampling: None = as many as befit the metric.
     """
     found: dict[str, Interval] = {}
     for name, metric in METRICS.items():
@@ -69,7 +70,7 @@ def measure(
         if ours is None or (against and theirs is None):
             continue
         figure = _difference(ours, theirs) if theirs else ours
-        interval = bootstrap_interval(figure, seen.prompts, rounds=rounds, seed=seed)
+        interval = bootstrap_interval(figure, seen.prompts, rounds=rounds or metric.rounds, seed=seed)
         rests_on = [prompts_of(ours, seen)]
         rests_on += [prompts_of(theirs, against)] if theirs and against else []
         if min(rests_on) < FEWEST:  # halves of so few prompts tell nothing of the spread

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scalewise.metrics.intervals import ROUNDS
+
 Statistic = Callable[[Tensor], float]
 """A figure of some of the prompts, given by their numbers [G]."""
 
@@ -128,6 +130,8 @@ class Metric:
     """Shown times 100 with a per cent sign."""
     digits: int = 3
     """Digits after the point."""
+    rounds: int = ROUNDS
+    """Of resampling; fewer where the figure takes long."""
 
     def show(self, value: float, *, finer: int = 0) -> str:
         """Print a value or difference with as many digits as it deserves, or some more."""

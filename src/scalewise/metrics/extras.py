@@ -27,8 +27,9 @@ class Extra:
     """The figures it gives."""
     load: Callable[[str, Device], Examiner]
     """(hub id or local folder or file, device) -> the model."""
-    source: str = ""
-    """The hub id that is loaded unless another source is named; "" when one has to be named."""
+    source: str | None = ""
+    """The hub id that is loaded unless another source is named; "" when one has to be named, None when there
+    is nothing to load."""
     videos: bool = False
     """Looks at whole videos; others are shown a video's middle frame."""
     real: bool = False
@@ -42,11 +43,15 @@ def parse_metric(text: str, known: Mapping[str, Extra]) -> tuple[Extra, str]:
     name, _, source = text.partition("=")
     if name not in known:
         raise ValueError(f"There is no metric {name!r}; there are {', '.join(known)}.")
+    if known[name].source is None:
+        if source:
+            raise ValueError(f"The metric {name} has no weights; write it without {'=' + source!r}.")
+        return known[name], ""
     if not (source or known[name].source):
         raise ValueError(
             f"The metric {name} has no weights of its own; name a hub id or folder, as in {name}=SOURCE."
         )
-    return known[name], source or known[name].source
+    return known[name], source or known[name].source or ""
 
 
 @contextmanager
@@ -86,7 +91,7 @@ def find_file(source: str, name: str) -> Path:
 def stamp(source: str) -> list[tuple[str, int, int]]:
     """What tells a local source, or several joined by commas, from a changed one; a hub id is itself."""
     found = []
-    for part in source.split(","):
+    for part in source.split(",") if source else ():
         path = Path(part)
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         for file in files:

@@ -117,7 +117,7 @@ def _distance(name: str, seen: Seen) -> Statistic | None:
 FD = Extra(
     name="fd", load=VisionFeatures.load, source="facebook/dinov2-base", real=True,
     metrics=(Metric(
-        name="fd", title="FD", better="lower", digits=2, bounds=(0, float("inf")),
+        name="fd", title="FD", better="lower", digits=2, bounds=(0, float("inf")), rounds=200,
         statistic=lambda seen: _distance("fd", seen),
         about="Fréchet distance to real pictures in a vision model's features; only figures of equally many "
               "pictures compare",
@@ -127,7 +127,7 @@ FD = Extra(
 FID = Extra(
     name="fid", load=Inception.load, source="torch-fidelity", real=True,
     metrics=(Metric(
-        name="fid", title="FID", better="lower", digits=2, bounds=(0, float("inf")),
+        name="fid", title="FID", better="lower", digits=2, bounds=(0, float("inf")), rounds=200,
         statistic=lambda seen: _distance("fid", seen),
         about="Fréchet distance to real pictures in Inception's features; only figures of equally many "
               "pictures compare",

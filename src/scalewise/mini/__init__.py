@@ -32,11 +32,13 @@ def resolve(name: str, part: Path) -> str:
 
 
 @cache
-def fingerprint() -> str:
-    """Names the version: everything that decides what is trained on it, drawn by it and judged by it."""
-    parts = [*TEACHER.rglob("*.safetensors"), *DATA.glob("*.arrow"), *SCORER.glob("*.safetensors"), REFERENCE]
+def fingerprint(*parts: Path) -> str:
+    """Names the version of some parts, by default of what decides what is trained on it and drawn by it."""
+    folders = parts or (TEACHER, DATA)
+    files = [f for part in folders for f in (part.rglob("*") if part.is_dir() else [part]) if f.is_file()]
     digest = hashlib.sha256()
-    for path in sorted(parts):
+    for path in sorted(files):
         with path.open("rb") as file:
+            digest.update(str(path.relative_to(FOLDER)).encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -73,6 +73,14 @@ class Study:
     differs: str
     """What differs from the paper's setting."""
     metrics: tuple[str, ...] = ("frechet", "clip_score")
+    """What the claims are judged by."""
+    also: tuple[str, ...] = ("spectrum",)
+    """Figures that are shown beside them."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """All metrics, each once."""
+        return tuple(dict.fromkeys((*self.metrics, *self.also)))
 
     @property
     def continues(self) -> bool:
@@ -83,7 +91,7 @@ class Study:
         names = [arm.name for arm in self.arms]
         assert len(set(names)) == len(names), "arms have different names"
         assert {name for c in self.claims for name in c.named} <= set(names), "claims are about arms"
-        assert set(self.metrics) <= set(METRICS), "metrics are known"
+        assert set(self.figures) <= set(METRICS), "metrics are known"
         assert not self.continues or all(arm.start for arm in self.arms), "arms draw the same prompts"
 
 
@@ -111,14 +119,17 @@ class Finding:
     def verdict(self) -> Verdict:
         """Reproduced if all of the interval and every seed say so, not reproduced if all say the opposite.
 
-        Nothing is decided by a yardstick that may be of no length.
+        Nothing is decided by a yardstick that may be of no length, or by an end that other random halves
+        could move across 0: by up to a twentieth of the interval, three standard errors of a 2.5 % quantile
+        of 2,000 rounds.
         """
         if self.stake and self.stake.low <= 0:
             return "undecided"
         decisive = self.leeway or self.gain
-        if decisive.low > 0 and all(gain > -self.allowed for gain in self.by_seed):
+        chance = (decisive.high - decisive.low) / 20
+        if decisive.low > chance and all(gain > -self.allowed for gain in self.by_seed):
             return "reproduced"
-        if decisive.high < 0 and all(gain < -self.allowed for gain in self.by_seed):
+        if decisive.high < -chance and all(gain < -self.allowed for gain in self.by_seed):
             return "not reproduced"
         return "undecided"
 

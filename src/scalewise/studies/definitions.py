@@ -131,8 +131,10 @@ UPSCALING = Study(
     "The mini's teacher goes on, with 28 steps and guidance 4.5, from samples of its own set instead of "
     "real pictures; 8 x 8 to 16 x 16 latents. The Fréchet distance is to as many others of the set. "
     "A: noise on the full-size latent. B: the small latent enlarged, then noised. C: the small latent "
-    "noised, then enlarged. In the paper C's FID is 4 to 26 times B's; the mini's scorer knows subject and "
-    "colours before fine lines, and hardly sees what the pictures show: C's are coarse and have a grid.",
+    "noised, then enlarged. The paper has FID alone, of Inception's features, which see texture; C's is 4 to "
+    "26 times B's. The mini's scorer knows subject and colours before fine lines, so the spectral distance "
+    "stands beside its Fréchet distance.",
+    metrics=("frechet", "spectrum"),
 )
 
 STUDIES = {

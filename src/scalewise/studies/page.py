@@ -14,11 +14,13 @@ from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
 from scalewise.studies.sharing import alone
 
-ONE_SEED = (
-    " (with one, nobody knows how far the next training would fall from it, and the verdicts do not either)"
+FEW_SEEDS = (
+    " (so few do not tell how far the next training would fall from them, and the verdicts do not know it "
+    "either)"
 )
 HOW_JUDGED = (
-    "A gain is by how much the first arm is better than the second. A claim is reproduced in a figure if "
+    "A figure is the mean over seeds, each with pictures of its own for all prompts. A gain is by how much "
+    "the first arm is better than the second. A claim is reproduced in a figure if "
     "the whole interval and every seed alone say so, not reproduced if all of them say the opposite; it is "
     "decided if all figures say the same. Claims are judged one by one, without allowing for their number."
 )
@@ -65,7 +67,7 @@ def seeds_of(outcome: Outcome) -> str:
     """What a seed decides."""
     if outcome.study.continues:
         return "each of the noise; nothing is trained"
-    return f"each of a student and of its noise{ONE_SEED if len(outcome.effort.seeds) == 1 else ''}"
+    return f"each of a student and of its noise{FEW_SEEDS if len(outcome.effort.seeds) < 3 else ''}"
 
 
 def claims_table(outcome: Outcome) -> str:
@@ -103,7 +105,7 @@ def gain_cell(finding: Finding) -> str:
 
 def figures_table(outcome: Outcome) -> str:
     """Every arm's figures."""
-    metrics = [METRICS[name] for name in outcome.study.metrics]
+    metrics = [METRICS[name] for name in outcome.study.figures]
     arrows = {"lower": "↓", "higher": "↑"}
     titles = [f"{m.title} {arrows[m.better]}" for m in metrics] + ["tokens"] * bool(outcome.tokens)
     lines = ["| arm | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
@@ -121,7 +123,7 @@ def figures_table(outcome: Outcome) -> str:
 def plot(outcome: Outcome, path: Path) -> None:
     """A panel for every figure, the arms below each other with their intervals."""
     arms, panels = list(outcome.figures), {}
-    for name in outcome.study.metrics:
+    for name in outcome.study.figures:
         title = f"{METRICS[name].title}, {METRICS[name].better} is better"
         panels[title] = [outcome.figures[arm][name] for arm in arms]
     plot_panels(arms, panels, path)

@@ -22,8 +22,9 @@ from scalewise.checkpoint import write_atomically
 from scalewise.contenders import Contender, Prompts, draw, parse_contender
 from scalewise.data import LatentSet
 from scalewise.errors import first_line, going_on_by_itself
-from scalewise.judging import Judge, judge_of
-from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, Statistic, resample
+from scalewise.judging import SCORER, SPECTRUM, Judge, judge_of
+from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, resample
+from scalewise.metrics.base import Gaussian
 from scalewise.models import ModelAdapter
 from scalewise.noise import NoiseProcess
 from scalewise.pictures import sheet, to_bytes
@@ -37,7 +38,10 @@ from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, ov
 from scalewise.studies.sharing import Task, work_off
 
 SHOWN = 24  # pictures on an arm's sheet
-ROUNDS = 2000  # of resampling: verdicts stand at the ends of intervals, which few rounds leave to chance
+Looks = dict[str, Tensor]
+"""What judges made of every picture [P, ...], by metric."""
+TRAINING = 2  # raised when the same recipe trains or draws something else: what is kept of before is then
+# made anew (2: all updates of an iteration have one step of the schedule)
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,13 @@ def continued(count: int) -> Material:
     recipe, stored = find_recipe("mini"), LatentSet.open(mini.DATA)
     schedule, rows, others = recipe.schedule.build(), *chosen(stored, count)
     judge, model = judge_of(recipe), build.load(recipe, ("vae",))
-    assert judge.scorer is not None, "the mini brings its own"
     parts = stored.latents(others, schedule.full).split(16)
-    features = torch.cat([judge.scorer.pictures(to_bytes(model.decode(part))) for part in parts])
+    pictures = np.concatenate([to_bytes(model.decode(part)) for part in parts])
+    looks = judge.look(pictures, stored.captions(others))
+    real = {SPECTRUM: Gaussian.fit(looks[SPECTRUM])}
     return Material(
         stored.captions(rows),
-        Judge(judge.scorer, features, judge.pool),
+        replace(judge, reference=looks[SCORER], real=real),
         {scale: stored.latents(rows, scale) for scale in (schedule.scales[0], schedule.full)},
     )
 
@@ -199,29 +204,30 @@ def refuse_count(study: Study, count: int) -> None:
 def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) -> Outcome:
     """Train and draw every arm with every seed, and judge the claims."""
     material = material_of(study, effort.count)
-    features = features_of_all(study, material, out=out, effort=effort, progress=progress)
-    seen = partial(seen_over, material.judge, material.texts)
-    figures: dict[str, dict[str, Interval]] = {arm: {} for arm in features}
+    looks = looks_of_all(study, material, out=out, effort=effort, progress=progress)
+    prompts = Prompts.of(material.texts)
+    figures: dict[str, dict[str, Interval]] = {arm: {} for arm in looks}
     findings = list[Finding]()
-    with progress(f"{study.name}: figures", len(study.metrics) * len(features)) as done:
-        for number, metric in enumerate(study.metrics):
+    with progress(f"{study.name}: figures", len(study.figures) * len(looks)) as done:
+        for number, metric in enumerate(study.figures):
             sampled, by_seed = dict[str, Resampled](), dict[str, list[float]]()
-            for at, (arm, parts) in enumerate(features.items(), 1):
-                whole = seen(parts)
-                sampled[arm] = resample(statistic_of(metric, whole), whole.prompts, rounds=ROUNDS)
-                by_seed[arm] = [figure_of(metric, seen([part])) for part in parts]
+            for at, (arm, parts) in enumerate(looks.items(), 1):
+                each = [figure_of(metric, material.judge.seen(part, prompts)) for part in parts]
+                sampled[arm] = Resampled.mean(each)
+                by_seed[arm] = [figure.value for figure in each]
                 figures[arm][metric] = sampled[arm].interval().within(*METRICS[metric].bounds)
-                done(number * len(features) + at)
-            findings += [find(claim, metric, sampled, by_seed) for claim in study.claims]
+                done(number * len(looks) + at)
+            if metric in study.metrics:
+                findings += [find(claim, metric, sampled, by_seed) for claim in study.claims]
     tokens = {} if study.continues else {arm.name: tokens_of(arm) for arm in study.arms}
     return Outcome(study, effort, figures, findings, tokens)
 
 
-def features_of_all(
+def looks_of_all(
     study: Study, material: Material, *, out: Path, effort: Effort, progress: Progress
-) -> dict[str, list[Tensor]]:
-    """Features of the pictures by arm, one tensor [P, D] a seed; processes with the same `out` share work."""
-    get = partial(features_of, material=material, out=out, effort=effort, progress=progress)
+) -> dict[str, list[Looks]]:
+    """What the judges made of the pictures, by arm and seed; processes with the same `out` share work."""
+    get = partial(looks_of, material=material, out=out, effort=effort, progress=progress)
     every = [(arm, seed) for seed in effort.seeds for arm in study.arms]
     work_off(
         [Task(owner_of(arm, seed, effort.iterations), partial(get, arm, seed)) for arm, seed in every],
@@ -230,22 +236,11 @@ def features_of_all(
     return {arm.name: [get(arm, seed) for seed in effort.seeds] for arm in study.arms}
 
 
-def seen_over(judge: Judge, texts: Sequence[str], parts: Sequence[Tensor]) -> Seen:
-    """Pictures of the same prompts from several seeds as one; they are resampled by prompt."""
-    prompts = Prompts(tuple(texts) * len(parts), tuple(range(len(texts) * len(parts))))
-    return judge.seen(torch.cat(list(parts)), prompts, reference=judge.reference)
-
-
-def statistic_of(metric: str, seen: Seen) -> Statistic:
-    """A metric of some of the prompts."""
+def figure_of(metric: str, seen: Seen) -> Resampled:
+    """A metric of one seed's pictures, over all prompts and over halves of them, the same for all seeds."""
     statistic = METRICS[metric].statistic(seen)
     assert statistic is not None, f"{metric} can be taken of one picture a prompt"
-    return statistic
-
-
-def figure_of(metric: str, seen: Seen) -> float:
-    """A metric over all prompts."""
-    return statistic_of(metric, seen)(torch.arange(seen.prompts))
+    return resample(statistic, seen.prompts)
 
 
 def recipe_of(arm: Arm, seed: int, iterations: int | None) -> Recipe:
@@ -258,7 +253,7 @@ def recipe_of(arm: Arm, seed: int, iterations: int | None) -> Recipe:
 
 def key_of(recipe: Recipe, *more: str) -> str:
     """A short name of everything that decides a student or its pictures; arms of several studies share it."""
-    parts = [mini.fingerprint(), recipe.to_yaml(), *more]
+    parts = [str(TRAINING), mini.fingerprint(), recipe.to_yaml(), *more]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -281,15 +276,16 @@ def tokens_of(arm: Arm) -> int:
     return passes * (contender.schedule.tokens(patch) // len(contender.schedule))
 
 
-def features_of(
+def looks_of(
     arm: Arm, seed: int, material: Material, *, out: Path, effort: Effort, progress: Progress
-) -> Tensor:
-    """Features [P, D] of an arm's pictures of one seed; trained and drawn unless they are there."""
+) -> Looks:
+    """What the judges made of an arm's P pictures of one seed; trained and drawn unless it is there."""
     recipe = recipe_of(arm, seed, effort.iterations)
-    key = key_of(recipe, arm.contender, str(arm.start), *arm.drawn, *material.texts)
+    judges = [mini.fingerprint(mini.SCORER), *(extra.name for extra, _ in material.judge.examiners)]
+    key = key_of(recipe, arm.contender, str(arm.start), *arm.drawn, *material.texts, *judges)
     path = out / "drawn" / f"{key}.safetensors"
     if path.exists():
-        return read_features(path)
+        return read_looks(path)
     contender = None if arm.start else contender_of(arm, recipe, out, progress)
     prompts = Prompts.of(material.texts, seed=seed)
     model = build.load(recipe, ("denoiser", "vae", "text"))
@@ -299,20 +295,19 @@ def features_of(
         else:
             assert arm.start
             images = go_on(model, recipe, arm.start, prompts, latents=material.latents, done=done)
-    assert material.judge.scorer is not None, "the mini brings its own"
-    features = material.judge.scorer.pictures(images)
+    looks = material.judge.look(images, prompts.captions)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
-    tensors, metadata = {"features": features}, {"arm": arm.name, "seed": str(seed)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    return features
+    metadata = {"arm": arm.name, "seed": str(seed)}
+    write_atomically(path, lambda temporary: save_file(looks, temporary, metadata=metadata))
+    return looks
 
 
-def read_features(path: Path) -> Tensor:
-    """Features [P, D] that were kept; raises RecipeError for a damaged file."""
+def read_looks(path: Path) -> Looks:
+    """What was kept of an arm's pictures; raises RecipeError for a damaged file."""
     try:
-        return load_file(path)["features"]
-    except (SafetensorError, OSError, KeyError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
         raise RecipeError(
             f"{path} is damaged ({first_line(error)}); delete it, and the study draws those pictures again."
         ) from error
