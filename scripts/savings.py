@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 
 from scalewise import console
-from scalewise.plan import Forward, iteration_flops, make_plan, scales_to_count
+from scalewise.plan import Forward, Passes, iteration_flops, make_plan, scales_to_count
 from scalewise.recipe import Recipe
 from scalewise.recipes import find_recipe
 
@@ -19,10 +19,12 @@ from scalewise.recipes import find_recipe
 def undone(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> dict[str, float]:
     """Operations without each saving, relative to those with all."""
     now = iteration_flops(recipe, steps, embedded=embedded)
-    to_the_end = [replace(s, feature_flops=s.flops, feature_train_flops=s.train_flops) for s in steps]
-    real_graph = now + sum(s.feature_train_flops - s.feature_flops for s in steps) / len(steps) * bool(
-        recipe.loss.mmd.weight
-    )
+    to_the_end = [
+        replace(s, base=whole(s.base), adapted=whole(s.adapted), feature_train_flops=s.train_flops)
+        for s in steps
+    ]
+    seen = [s.base if recipe.loss.mmd.features == "teacher" else s.adapted for s in steps]
+    real_graph = now + sum(p.gradient - p.features for p in seen) / len(steps) * bool(recipe.loss.mmd.weight)
     # The student's x0 is made once for all terms; each term would need its own forward and backward.
     terms = sum(1 for w in (recipe.loss.mmd.weight, recipe.loss.dmd.weight, recipe.loss.gan.weight) if w)
     each_term = now + (terms - 1) * sum(s.train_flops for s in steps) / len(steps)
@@ -31,6 +33,11 @@ def undone(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> dict[str,
         "a graph for the real features": real_graph / now,
         "a student's forward for every term": each_term / now,
     }
+
+
+def whole(passes: Passes) -> Passes:
+    """Passes whose features are taken by forwards to the end; the way back is as long as before."""
+    return replace(passes, features=passes.whole, gradient=passes.gradient + passes.whole - passes.features)
 
 
 def main(names: list[str]) -> None:

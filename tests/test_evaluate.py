@@ -226,6 +226,25 @@ def test_pictures_of_a_folder_are_matched_by_number_and_else_by_caption(
         draw(SD3.tiny(), parse_contender(f"folder:{tmp_path / 'numbers'}", recipe), prompts)
 
 
+def test_a_picture_that_cannot_be_read_is_named_before_anything_is_drawn(tmp_path: Path) -> None:
+    from scalewise import comparison, console
+    from scalewise.recipes import find_recipe
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (128, 128), "red").save(folder / f"{number}.png")
+    Image.new("RGB", (8, 8)).save(folder / "²³.png")  # digits, but no number
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ContenderError, match=r"Cannot read .*2\.png \(.*; replace it"):
+        comparison.compare(
+            find_recipe("mini"), ["undistilled", f"folder:{folder}"], ["a", "b", "c", "d"], console.progress,
+            out=tmp_path / "out",
+        )  # fmt: skip
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
 def test_all_contenders_are_judged_on_the_same_prompts_and_compared_with_the_first(
     model: SD3, recipe: Recipe, scorer: ClipScorer, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from scalewise.contenders import Prompts
 from scalewise.judging import Asked, Judge, judge_of
 from scalewise.metrics import EXTRAS, METRICS, ClipScorer, measure
 from scalewise.metrics.base import Gaussian, Seen
+from scalewise.metrics.clip import fit, from_bytes, letterbox
 from scalewise.metrics.extras import parse_metric
 from scalewise.metrics.features import Inception, VisionFeatures
 from scalewise.metrics.frechet import distance, distance_to, frechet_distance
@@ -126,7 +128,7 @@ def test_a_source_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> 
 @pytest.mark.parametrize(("extra", "name"), [(PICKSCORE, "pickscore"), (HPSV2, "hpsv2")])
 def test_preference_scores_are_a_hundred_cosines(clip_folder: Path, extra: object, name: str) -> None:
     examiner = extra.load(str(clip_folder), "cpu")  # type: ignore[attr-defined]
-    images, captions = pictures(5), ["a cat", "a dog", "a cat", "the moon", "a cat"]
+    images, captions = pictures(5, (36, 36)), ["a cat", "a dog", "a cat", "the moon", "a cat"]
     model, scorer = CLIPModel.from_pretrained(clip_folder).eval(), ClipScorer.load(clip_folder)
     with torch.no_grad():
         texts = torch.stack([
@@ -253,8 +255,17 @@ def test_fewer_real_pictures_than_features_are_warned_of(
 ) -> None:
     monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
     asked = Asked(metrics=(f"fd={dino_folder}",), reference=reference_folder(tmp_path / "real", 10))
-    with pytest.warns(UserWarning, match="10 real pictures are fewer than the 16 features of fd"):
-        judge_of(find_recipe("sd35-medium"), asked)
+    judge = judge_of(find_recipe("sd35-medium"), asked)
+    with pytest.warns(UserWarning, match="10 real pictures are no more than the 16 features of fd"):
+        judge.warn_of_few(100)
+    with pytest.warns(UserWarning, match="16 drawn pictures are no more than the 16 features of fd"):
+        judge.warn_of_few(16)
+    mini_judge = judge_of(find_recipe("mini"))
+    with pytest.warns(UserWarning, match="128 drawn pictures are no more than the 128 features"):
+        mini_judge.warn_of_few(128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mini_judge.warn_of_few(129)
 
 
 def test_a_reference_serves_the_scorer_too(clip_folder: Path, tmp_path: Path) -> None:
@@ -287,6 +298,39 @@ def test_metrics_are_read_with_and_without_a_source() -> None:
     assert {m.name for e in EXTRAS.values() for m in e.metrics} < set(METRICS)
 
 
+def test_pictures_that_are_not_square_are_kept_whole_by_hpsv2_and_cropped_by_clip(clip_folder: Path) -> None:
+    wide = torch.full((1, 3, 20, 40), 1.0)
+    boxed = letterbox(wide, 32)
+    assert boxed.shape == (1, 3, 32, 32)
+    assert torch.allclose(boxed[..., 8:24, :], torch.ones(1, 3, 16, 32))
+    assert boxed[..., :8, :].max() == boxed[..., 24:, :].max() == -1
+    assert fit(wide, 32).shape == (1, 3, 32, 32)
+    images = pictures(2, (20, 40))
+    scores = [
+        extra.load(str(clip_folder), "cpu").look(images, ["a", "b"])[extra.name]
+        for extra in (HPSV2, PICKSCORE)
+    ]
+    assert not torch.allclose(*scores)
+
+
+def test_dino_sees_the_whole_frame_of_a_video_that_is_not_square(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        ViTModel(ViTConfig(**SMALL, image_size=28, patch_size=14), add_pooling_layer=False).save_pretrained(
+            tmp_path
+        )
+    processor_file(tmp_path, "ViTImageProcessor", 28)
+    model, video = VisionFeatures.load(str(tmp_path), "cpu"), pictures(3, (30, 60))
+    resized = torch.nn.functional.interpolate(from_bytes(video), size=(28, 56), mode="bilinear")
+    with torch.no_grad():
+        asked = {"pixel_values": resized, "interpolate_pos_encoding": True}  # mean and std are 0.5
+        wanted = model.model(**asked).last_hidden_state[:, 0]
+        assert torch.allclose(model.whole(from_bytes(video)), wanted, atol=1e-5)
+        square = pictures(3, (28, 28))
+        same = model.look(square, [""] * 3)["fd"]
+        assert torch.allclose(model.whole(from_bytes(square)), same, atol=1e-5)
+
+
 def test_consistency_of_frames_is_the_mean_cosine_to_the_first_and_the_one_before() -> None:
     angles = torch.tensor([0.0, 0.3, 1.0, 2.5])
     frames = 3 * torch.stack([angles.cos(), angles.sin()], 1)
@@ -309,7 +353,8 @@ def test_videos_are_judged_frame_by_frame_and_pictures_refused(clip_folder: Path
     examiner = VideoExaminer.load(f"{dino_folder},{clip_folder}", "cpu")
     videos = np.stack([pictures(4, seed=i) for i in range(3)])
     found = examiner.look(videos, [""] * 3)
-    frames = VisionFeatures.load(str(dino_folder), "cpu").look(videos[1], [""] * 4)["fd"]
+    with torch.no_grad():
+        frames = VisionFeatures.load(str(dino_folder), "cpu").whole(from_bytes(videos[1]))
     assert float(found["vbench_subject"][1]) == pytest.approx(float(consistency(frames)), abs=1e-5)
     assert float(found["vbench_steadiness"][2]) == pytest.approx(steadiness(videos[2]))
     assert set(found) == {m.name for m in EXTRAS["vbench"].metrics}

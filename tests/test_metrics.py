@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from scalewise.metrics import OWN, ClipScorer, Seen, bootstrap_interval, measure
+from scalewise.metrics import OWN, ClipScorer, Interval, Resampled, Seen, bootstrap_interval, measure
 from scalewise.metrics.clip import clip_score, fit, from_bytes, prompt_match
 from scalewise.metrics.diversity import diversity
 from scalewise.metrics.frechet import frechet_distance
@@ -54,6 +54,19 @@ def known_pair(count: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
 def test_the_frechet_distance_of_two_gaussians_is_the_one_known_in_closed_form() -> None:
     a, b, distance = known_pair(200_000)
     assert frechet_distance(a, b) == pytest.approx(distance, rel=0.01)
+
+
+def test_a_share_of_nothing_or_all_has_the_exact_binomial_interval() -> None:
+    none = Interval(0.0, 0.0, 0.0).of_a_share(12)
+    assert none.to_list() == pytest.approx([0, 0, 0.26465], abs=1e-5)  # 1 - 0.025^(1/12)
+    assert Interval(1.0, 1.0, 1.0).of_a_share(12).to_list() == pytest.approx([1, 1 - 0.26465, 1], abs=1e-5)
+    assert Interval(0.5, 0.3, 0.7).of_a_share(12) == Interval(0.5, 0.3, 0.7)
+
+
+def test_the_mean_of_figures_is_taken_half_by_half() -> None:
+    one, two = Resampled(1.0, torch.tensor([1.0, 2.0]), 4), Resampled(3.0, torch.tensor([5.0, 2.0]), 4)
+    mean = Resampled.mean([one, two])
+    assert mean.value == 2.0 and mean.halves.tolist() == [3.0, 2.0]
 
 
 def test_the_frechet_distance_handles_covariances_that_do_not_commute() -> None:

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalewise import build, console, models
-from scalewise.counting import count
+from scalewise.counting import _Flash, count
 from scalewise.models import ModelError
 from scalewise.models.skeleton import configuration, known, part_sizes, skeleton
-from scalewise.plan import Forward, Memory, Plan, _predict, make_plan
+from scalewise.plan import Forward, Memory, Passes, Plan, _predict, make_plan
 from scalewise.recipes import find_recipe
 from scalewise.roles import Roles
 from scalewise.scales import Scale
@@ -101,7 +101,8 @@ def test_a_plan_counts_what_the_real_model_does(folder, plan):
             model.predict(x_t, torch.tensor([500.0]), cond)
         assert step.flops == counter.get_total_flops()
         assert step.tokens == model.token_count(step.scale)
-        assert 0 < step.feature_flops < step.flops
+        assert 0 < step.base.features < step.base.gradient and step.base.features < step.flops
+        assert step.flops < step.adapted.whole
         assert 1.5 * step.flops < step.train_flops < 3.5 * step.flops
     sizes = part_sizes(folder[0])
     real = {"vae": model.pipeline.vae, "denoiser": model.denoiser}
@@ -169,7 +170,8 @@ def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_u
         make_plan(find_recipe("flux-dev").override(["model.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]))
     for name, steps, speed in (("sd35-medium", 6, 4.8 / 0.19), ("wan21-1.3b", 4, 137 / 1.84)):
         recipe = find_recipe(name)
-        blank = Forward(Scale(1, 1, 1), 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+        passes = Passes(1.0, 1.0, 1.0)
+        blank = Forward(Scale(1, 1, 1), 1, passes, passes, 1.0, 1.0, 1.0, 1.0)
         plan = Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, Memory(1, 1, 1, 1, 1), 1, 1)
         assert plan.paper_speed_up[0] == pytest.approx(speed)
         other = recipe.override([f"schedule.timesteps={[999, *recipe.schedule.timesteps[1:]]}"])
@@ -177,23 +179,26 @@ def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_u
 
 
 @pytest.mark.parametrize("mmd_only", ["false", "true"])
-def test_what_checkpointing_repeats_is_what_a_real_iteration_repeats(mmd_only, tmp_path):
-    """A plan leaves out the adapters' own products, hence rank 1 and a tolerance."""
-    tiny, counted, planned = make_tiny(tmp_path).override(["lora.rank=1"]), [], []
+def test_a_planned_iteration_is_a_real_one_and_checkpointing_repeats_as_much(mmd_only, tmp_path, monkeypatch):
+    """A plan's block has a way back from all its outputs, and is repeated to its last product: a real one
+    has none from the text's tokens behind the tap, and stops a product earlier. That shows with two blocks.
+    """
+    # Attention as plans count it; the CPU's own kernel has no count.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _Flash.apply(q, k, v))
+    tiny, counted, planned = make_tiny(tmp_path), [], []
     for checkpointing in ("false", "true"):
         changes = [f"train.gradient_checkpointing={checkpointing}", f"loss.mmd_only={mmd_only}"]
         recipe = tiny.override(changes)
         data = build.prepare_data(recipe, console.progress)
         trainer = build.build_trainer(recipe, data, tmp_path / checkpointing)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
             for _ in range(trainer.batches.steps):
                 trainer.iterate()
                 trainer.iteration += 1
         counted.append(counter.get_total_flops() / trainer.batches.steps / recipe.train.batch)
         planned.append(make_plan(recipe).iteration)
-    assert planned[1] - planned[0] == pytest.approx(counted[1] - counted[0], rel=0.03)
-    # Of two blocks the first needs no gradient of its input, which a plan counts all the same.
-    assert planned[0] == pytest.approx(counted[0], rel=0.12)
+    assert planned[1] - planned[0] == pytest.approx(counted[1] - counted[0], rel=0.04)
+    assert planned[0] == pytest.approx(counted[0], rel=0.03)
 
 
 def test_a_recipe_without_mmd_has_a_plan(folder):

@@ -111,11 +111,12 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 def test_a_verdict_needs_the_whole_interval_on_the_papers_side() -> None:
     cheaper, _, dearer = CLAIMS
-    assert cheaper.verdict(Spread(0.6, 0.5, 0.9)) == "reproduced"
-    assert cheaper.verdict(Spread(0.9, 0.8, 1.1)) == "undecided"
-    assert cheaper.verdict(Spread(1.2, 1.1, 1.3)) == "not reproduced"
-    assert dearer.verdict(Spread(6.0, 5.0, 7.0)) == "reproduced"
-    assert dearer.verdict(Spread(0.9, 0.8, 0.95)) == "not reproduced"
+    assert cheaper.verdict(Spread(0.6, 0.5, 0.9), 6) == "reproduced"
+    assert cheaper.verdict(Spread(0.9, 0.8, 1.1), 6) == "undecided"
+    assert cheaper.verdict(Spread(1.2, 1.1, 1.3), 6) == "not reproduced"
+    assert dearer.verdict(Spread(6.0, 5.0, 7.0), 6) == "reproduced"
+    assert dearer.verdict(Spread(6.0, 5.0, 7.0), 5) == "undecided"  # a range is no interval
+    assert dearer.verdict(Spread(0.9, 0.8, 0.95), 6) == "not reproduced"
 
 
 def test_the_command_writes_tables_and_numbers(

@@ -24,6 +24,7 @@ Laps = dict[str, dict[str, list[float]]]
 """laps[contender][part][round] in milliseconds per image."""
 
 TOTAL = "total"
+FEWEST_ROUNDS = 6  # that a 95% interval of a median needs
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Order statistics, which assume no distribution; of fewer than 6 values their range, below 95%."""
+        """Order statistics, which assume no distribution; of fewer than FEWEST_ROUNDS values their range."""
         ordered, count = sorted(values), len(values)
         # P(median outside [k-th smallest, k-th largest]) = 2 P(Binomial(n, 1/2) < k): the largest k below 5%.
         outside, cut = 2 * 0.5**count, 0
@@ -171,6 +172,14 @@ def table(timings: Sequence[Timing]) -> str:
         ratios = [format_ratio(timing.speedup.get(part)) for part in (TOTAL, "denoiser")]
         lines.append([timing.name, str(timing.batch), *cells, *ratios])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rounds_told(rounds: int) -> str:
+    """What the figures and their brackets are."""
+    if rounds == 1:
+        return "One round: nothing tells how far another would be from it."
+    brackets = "the 95 % interval of the median" if rounds >= FEWEST_ROUNDS else "the range of so few rounds"
+    return f"Medians of {rounds} rounds, in brackets {brackets}; ratios are taken within rounds."
 
 
 def format_ms(milliseconds: float) -> str:

@@ -18,7 +18,9 @@ from scalewise.contenders import (
     ContenderError,
     Prompts,
     check_fit,
+    number_of,
     parse_contenders,
+    read_folder,
 )
 from scalewise.evaluate import Result, Row, evaluate, save_rows, subject, table
 from scalewise.judging import SCORER, SPECTRUM, Asked, Judge, check_asked, judge_of
@@ -47,8 +49,8 @@ class Outcome:
 def real_rows(judge: Judge) -> list[Row]:
     """What real pictures reach by the same judge: those held out, and as many of the training set.
 
-    The Frechet distance of real to real is the floor for this number of pictures; the prompt match of real
-    ones is the ceiling that the scorer allows.
+    The prompt match of real pictures is what the scorer allows. Their distances are to pictures of other
+    subjects: drawn ones, which have the reference's captions, can be nearer.
     """
     features = {k: v.float() for k, v in load_file(mini.REFERENCE).items()}
     held_out, trained = features["test"], features["train"]
@@ -104,7 +106,12 @@ def compare(
         )
     check_asked(asked, texts, video=family_of(mini.resolve(recipe.model.base, mini.TEACHER)).video)
     judge = judge_of(recipe, asked, pool=texts, progress=progress)
+    judge.warn_of_few(len(prompts))
     draws = any(contender.kind != "folder" for contender in parsed)
+    for contender in parsed if draws else ():  # else they are read at once anyway
+        if contender.kind == "folder":
+            with progress(f"reading {contender.name}", 0):
+                read_folder(contender, prompts, numbers=parallel.split(len(prompts)))
     model = build.load(recipe, ("denoiser", "vae", "text")) if draws else None
     if model:
         check_fit(model, parsed)
@@ -160,7 +167,7 @@ def _save_pictures(
     if parallel.is_main():
         (folder / DRAWN_FOR).unlink(missing_ok=True)
         for path in folder.glob("*.png"):
-            if path.stem.isdigit() and int(path.stem) >= len(prompts):
+            if number_of(path) >= len(prompts):
                 path.unlink()
     parallel.meet()
     for number, picture in zip(numbers, images, strict=True):
@@ -180,6 +187,10 @@ def _check_names(contenders: Sequence[Contender]) -> None:
     """Refuse two whose pictures would go into one folder."""
     places = dict[str, str]()
     for contender in contenders:
+        if not file_name(contender.name):
+            raise ContenderError(
+                f"The label {contender.name!r} names no folder for pictures; use letters or digits."
+            )
         other = places.setdefault(file_name(contender.name), contender.name)
         if other != contender.name:
             raise ContenderError(

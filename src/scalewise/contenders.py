@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scalewise import mini
 from scalewise.backbone import Backbone, Precision
+from scalewise.errors import first_line
 from scalewise.lora import Student, fused, load_student
 from scalewise.models.base import Condition, ModelAdapter
 from scalewise.pictures import read_picture, to_bytes
@@ -268,15 +269,24 @@ def read_folder(
     if paths and (contender.path / DRAWN_FOR).exists():
         _check_drawn_for(contender.path, prompts)
     paths = paths or _by_caption(contender.path, prompts)
-    pictures = []
-    for path in paths if numbers is None else [paths[i] for i in numbers]:
-        pictures.append(read_picture(path))
-        if pictures[-1].shape != pictures[0].shape:
-            sizes = " and ".join(f"{p.shape[-2]}x{p.shape[-3]}" for p in (pictures[0], pictures[-1]))
-            raise ContenderError(
-                f"{contender.path} holds pictures of {sizes} pixels; bring them to one size."
-            )
-    return np.stack(pictures)
+    return np.stack(
+        list(_pictures(contender.path, paths if numbers is None else [paths[i] for i in numbers]))
+    )
+
+
+def _pictures(folder: Path, paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Pictures of one size."""
+    first: np.ndarray | None = None
+    for path in paths:
+        try:
+            picture = read_picture(path)
+        except Exception as error:  # Pillow's plugins raise many kinds
+            raise ContenderError(f"Cannot read {path} ({first_line(error)}); replace it.") from error
+        first = picture if first is None else first
+        if picture.shape != first.shape:
+            sizes = " and ".join(f"{p.shape[-2]}x{p.shape[-3]}" for p in (first, picture))
+            raise ContenderError(f"{folder} holds pictures of {sizes} pixels; bring them to one size.")
+        yield picture
 
 
 def _check_drawn_for(folder: Path, prompts: Prompts) -> None:
@@ -297,8 +307,13 @@ def _check_drawn_for(folder: Path, prompts: Prompts) -> None:
 
 def _by_number(folder: Path, count: int) -> list[Path]:
     """Paths of 0 .. count - 1, or nothing if one is missing."""
-    numbered = {int(path.stem): path for path in sorted(folder.glob("*.png")) if path.stem.isdigit()}
+    numbered = {number: path for path in sorted(folder.glob("*.png")) if (number := number_of(path)) >= 0}
     return [numbered[i] for i in range(count)] if all(i in numbered for i in range(count)) else []
+
+
+def number_of(path: Path) -> int:
+    """17 of 17.png; -1 of other names."""
+    return int(path.stem) if path.stem.isascii() and path.stem.isdigit() else -1
 
 
 def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:

@@ -62,10 +62,15 @@ class _Block:
 
 
 class _StandIn(torch.autograd.Function):
-    """Outputs and gradients of the right shapes, without an operation."""
+    """Outputs and gradients of the right shapes, without an operation.
+
+    `anchor` stands for the block's own weights: with it an output needs a gradient where no input does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, made: Sequence[tuple[torch.Size, torch.dtype, bool]], *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any, made: Sequence[tuple[torch.Size, torch.dtype, bool]], anchor: Tensor, *inputs: Tensor
+    ) -> Any:
         ctx.shapes = [(i.shape, i.dtype) for i in inputs]
         outputs = tuple(torch.empty(shape, dtype=kind, device="meta") for shape, kind, _ in made)
         ctx.mark_non_differentiable(*[o for o, (_, _, needs) in zip(outputs, made, strict=True) if not needs])
@@ -73,7 +78,7 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_gradients: Tensor) -> Any:
-        return (None, *(torch.empty(shape, dtype=kind, device="meta") for shape, kind in ctx.shapes))
+        return (None, None, *(torch.empty(shape, dtype=kind, device="meta") for shape, kind in ctx.shapes))
 
 
 class _Flash(torch.autograd.Function):
@@ -137,7 +142,8 @@ def count(
         held.extend(inputs)
         found.inputs |= {_storage(i): _bytes(i) for i in inputs}
         found.saved |= {_storage(inputs[p]): _bytes(inputs[p]) for p in own.saved_inputs}
-        made = iter(_StandIn.apply(own.outputs, *inputs))
+        anchor = torch.empty(0, device="meta", requires_grad=any(needs for _, _, needs in own.outputs))
+        made = iter(_StandIn.apply(own.outputs, anchor, *inputs))
         return tree_unflatten([next(made) if p is _TENSOR else p for p in own.plain], own.layout)
 
     with _patched(blocks, around), _FlashMode(), FlopCounterMode(display=False) as counter:

@@ -57,6 +57,22 @@ class Judge:
     is_minis: bool = False
     """The mini's own scorer and reference: what real pictures reach by them is known."""
 
+    def warn_of_few(self, drawn: int) -> None:
+        """Warn where a covariance of so many drawn pictures, or of the real ones, is not of full rank."""
+        shapes = {} if self.reference is None else {"the scorer": self.reference.shape}
+        for name in ("fid", "fd"):
+            if real := (self.real or {}).get(name):
+                shapes[name] = torch.Size((real.count, len(real.mean)))
+        for name, (real_count, width) in shapes.items():
+            for count, which in ((real_count, "real"), (drawn, "drawn")):
+                if count <= width:
+                    warnings.warn(
+                        f"{count:,} {which} pictures are no more than the {width:,} features of {name}: its "
+                        "Fréchet distances are biased upwards and compare only with others of equally many "
+                        "pictures.",
+                        stacklevel=2,
+                    )
+
     def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
         """What the judges make of bytes [N, H, W, 3], or videos [N, F, H, W, 3], drawn for the prompts."""
         return self.seen(self.look(images, prompts.captions), prompts)
@@ -180,14 +196,7 @@ def _real(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
     found = load_file(path)
-    count, width = int(found["count"]), len(found["mean"])
-    if count <= width:
-        warnings.warn(
-            f"{count:,} real pictures are fewer than the {width:,} features of {extra.name}: its figures "
-            "are biased upwards and compare only with others of equally many pictures.",
-            stacklevel=2,
-        )
-    return Gaussian(found["mean"], found["covariance"], count)
+    return Gaussian(found["mean"], found["covariance"], int(found["count"]))
 
 
 def _features(

@@ -41,23 +41,38 @@ PAPER_RECIPES = ("sd35-medium", "sd35-medium-4", "sd35-large", "flux-dev", "wan2
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Operations of one sample through the denoiser at a scale, with an adapter or without."""
+
+    whole: float
+    """Forward of the whole network."""
+    features: float
+    """Forward up to the tapped block."""
+    gradient: float
+    """Forward up to the tapped block and back to the latent: a loss of features, which trains no weight."""
+
+
+@dataclass(frozen=True)
 class Forward:
-    """One sample through the denoiser at a scale, counted."""
+    """One sample at a scale, counted."""
 
     scale: Scale
     tokens: int
-    flops: float
-    """Forward of the whole network."""
-    feature_flops: float
-    """Forward up to the tapped block."""
+    base: Passes
+    adapted: Passes
     train_flops: float
-    """Forward and backward of the student."""
+    """Forward and backward of the whole network, to an adapter's weights."""
     feature_train_flops: float
-    """Forward and backward up to the tapped block."""
+    """The same up to the tapped block."""
     activations: float
     """Bytes that autograd keeps in a student's update."""
     checkpointed: float
     """The same with gradient checkpointing."""
+
+    @property
+    def flops(self) -> float:
+        """Forward of the base; a student is fused into it for sampling."""
+        return self.base.whole
 
 
 @dataclass(frozen=True)
@@ -209,17 +224,26 @@ def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) 
 
 
 def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles) -> Forward:
-    """Count one sample at a scale: the teacher's forward, and the student's with its backward pass."""
+    """Count one sample at a scale: all passes of base and adapter that training makes."""
     run, features = partial(_predict, model, scale), partial(_features, model, scale, block)
     counted = partial(count, network=model.denoiser, blocks=model.repeated_blocks())
-    with roles.role("teacher"), torch.no_grad():
-        flops, feature_flops = (counted(ask, backward=False).flops for ask in (run, features))
+
+    def passes() -> Passes:
+        with torch.no_grad():
+            whole, tapped = (counted(ask, backward=False).flops for ask in (run, features))
+        return Passes(whole, tapped, counted(partial(features, gradient=True), backward=True).flops)
+
+    with roles.role("teacher"):
+        base = passes()
     with roles.role("student"):
-        whole, part = (counted(partial(ask, gradient=True), backward=True) for ask in (run, features))
+        whole, part = (counted(ask, backward=True) for ask in (run, features))
+        for parameter in roles.parameters("student").values():
+            parameter.requires_grad_(False)  # until the role is entered anew
+        adapted, held = passes(), counted(partial(features, gradient=True), backward=True)
     # The student's graph waits while a term's on the features of its x0 is there.
     return Forward(
-        scale, model.token_count(scale), flops, feature_flops, whole.flops, part.flops,
-        float(whole.activations + part.activations), float(whole.checkpointed + part.checkpointed),
+        scale, model.token_count(scale), base, adapted, whole.flops, part.flops,
+        float(whole.activations + held.activations), float(whole.checkpointed + held.checkpointed),
     )  # fmt: skip
 
 
@@ -237,17 +261,20 @@ def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> 
     """
     loss, total, again = recipe.loss, 0.0, float(recipe.train.gradient_checkpointing)
     for step in steps:
-        trained = step.train_flops + again * step.flops
-        tapped = step.feature_train_flops + again * step.feature_flops
+        base, adapted = step.base, step.adapted
+        trained = step.train_flops + again * adapted.whole
         student = trained
         if loss.mmd.weight:
-            student += step.feature_flops + tapped
+            seen = base if loss.mmd.features == "teacher" else adapted
+            student += seen.features + seen.gradient + again * seen.features
         if loss.gan.weight:
-            student += tapped
+            student += adapted.gradient + again * adapted.features
         if loss.dmd.weight:
             guided = 1 if embedded or loss.dmd.guidance == 1 else 2
-            student += (guided + 1) * step.flops
-        fake = step.flops + trained + (tapped if loss.needs_head else 0.0)
+            student += guided * base.whole + adapted.whole
+        fake = adapted.whole + trained
+        if loss.needs_head:
+            fake += step.feature_train_flops + again * adapted.features
         total += student + (loss.fake.updates * fake if loss.needs_fake else 0.0)
     return total / len(steps)
 

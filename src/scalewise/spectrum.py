@@ -47,6 +47,16 @@ class Spectrum:
         (x0, x1), (y0, y1) = (v[right - 1 : right + 1].log().tolist() for v in (self.frequency, self.power))
         return max(found, math.exp(y0 + (math.log(limit) - x0) * (y1 - y0) / (x1 - x0)))
 
+    def at_most(self, power: float) -> float:
+        """Return the frequency in [0, 0.5] above which the power is nowhere larger than `power`."""
+        low, high = 0.0, 0.5
+        if float(self.power.max()) <= power:
+            return low
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.above(middle) <= power else (middle, high)
+        return high
+
     def exponent(self) -> float:
         """Return p of the power law P ~ f^-p that fits best (least squares in the logarithms)."""
         x, y = self.frequency.log(), self.power.log()

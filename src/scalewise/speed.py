@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from scalewise import bench, build, mini
+from scalewise.backbone import settle
 from scalewise.bench import Spread, Timing
 from scalewise.build import Progress
 from scalewise.contenders import Contender, check_fit, parse_contenders
@@ -98,6 +99,16 @@ class Speed:
     timings: list[Timing]
     gains: list[Gain]
 
+    @property
+    def told(self) -> str:
+        """On what and how it was measured, in a sentence or two."""
+        setting = self.setting
+        how = "compiled" if setting["compiled"] else "not compiled"
+        return (
+            f"{setting['device']}, {setting['dtype']} computed in {setting['precision']}, {how}, VAE: "
+            f"{setting['vae']}. {bench.rounds_told(self.protocol.rounds)}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as stored in JSON."""
         return {
@@ -111,7 +122,7 @@ class Speed:
         """Write bench.json and bench.md."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bench.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        tables = [bench.table(self.timings), steps_table(self.timings), gains_table(self.gains)]
+        tables = [bench.table(self.timings), steps_table(self.timings), gains_table(self.gains), self.told]
         (folder / "bench.md").write_text("\n\n".join(tables) + "\n")
 
 
@@ -141,13 +152,21 @@ def measure_speed(
                 done=partial(_report, done, before),
             )  # fmt: skip
             timings += bench.summarise(laps, batch, baseline=parsed[0].name)
-            gains += [gain(laps, flops, a.name, b.name, batch) for b, a in itertools.combinations(parsed, 2)]
+            gains += [gain(laps, flops, a, b, batch) for b, a in promising(parsed, flops)]
     setting = {
-        "base": recipe.model.base, "dtype": recipe.model.dtype, "precision": recipe.train.precision,
+        "base": recipe.model.base, "dtype": recipe.model.dtype,
+        "precision": settle(recipe.train.precision, device),
         "compiled": protocol.compiled, "vae": recipe.model.vae or "the base's own", "rounds": protocol.rounds,
         "device": machine(device), "versions": versions(),
     }  # fmt: skip
     return Speed(protocol, setting, timings, gains)
+
+
+def promising(contenders: Sequence[Contender], flops: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Pairs (more operations, fewer) of contenders' names: where there is a gain to reach."""
+    pairs = itertools.combinations([c.name for c in contenders], 2)
+    ordered = [(a, b) if flops[a] > flops[b] else (b, a) for a, b in pairs]
+    return [(more, fewer) for more, fewer in ordered if flops[more] > flops[fewer]]
 
 
 def _report(done: Callable[[int], None], before: int, count: int) -> None:

@@ -39,6 +39,7 @@ from scalewise.spectrum import (
 
 DENSE = 100  # steps of the model's own schedule that timesteps are chosen among
 BATCH = 8  # pictures encoded at once
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,13 @@ class Survey:
         """Return the lowest t at which a scale has the wished margin."""
         return self.spectra.safe_from(scale, self.noise, margin=self.wish.margin)
 
+    def hidden_from(self, axis: str, t: float) -> float:
+        """Return the frequency, in cycles a cell, from which on noise at t exceeds the signal by the wished
+        margin.
+        """
+        alpha, sigma = weights(self.noise, t)
+        return self.axes[axis].at_most(sigma**2 / (self.wish.margin * alpha**2) if alpha else math.inf)
+
     def noisy(self, axis: str, t: float) -> Tensor:
         """Return the expected power [K] along an axis of latents noised to t."""
         alpha, sigma = weights(self.noise, t)
@@ -197,6 +205,12 @@ def survey(recipe: Recipe, wish: Wish, *, count: int, progress: Progress) -> Sur
     model.check_schedule(own)
     timesteps = chosen_timesteps(model, own, wish)
     latents = gather(recipe, model, count=count, progress=progress)
+    if len(latents) < FEW:
+        warnings.warn(
+            f"{len(latents)} latents are too few for a spectrum of the data; measure {FEW} or more (--count, "
+            "--data).",
+            stacklevel=2,
+        )
     spectra = Spectra.of(latents)
     proposed = proposal(spectra, model, timesteps, wish)
     flops = dict[Scale, float]()

@@ -85,7 +85,10 @@ class TrainingCost:
         lines += ["", "| seconds of | ratio |", "| --- | ---: |"]
         for name, ratio in self.ratios.items():
             lines.append(f"| {name} | {ratio.median:.3g} [{ratio.low:.3g}, {ratio.high:.3g}] |")
-        return "\n".join(lines) + "\n"
+        setting = self.setting
+        told = f"Batch {setting['batch']}, {setting['dtype']} computed in {setting['precision']}, "
+        told += f"{setting['device']}. {bench.rounds_told(setting['rounds'])} Peak memory is that of tensors."
+        return "\n".join([*lines, "", told]) + "\n"
 
 
 def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> TrainingCost:
@@ -120,10 +123,12 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
             for name, trainer in trainers.items():
                 trainer.iterate()  # the optimizers' moments are there from now on
                 peaks[name] = peak_bytes(partial(one_pass, trainer), backbone.device)
-            for _ in range(rounds):
-                for name, trainer in trainers.items():
+            names = list(trainers)
+            for number in range(rounds):
+                first = number % len(names)  # as `bench` takes turns
+                for name in [*names[first:], *names[:first]]:
                     started = clock()
-                    one_pass(trainer)
+                    one_pass(trainers[name])
                     laps[name].append((clock() - started) / trainer.batches.steps)
     modes = [
         Mode(name, Spread.of(laps[name]), held_bytes(own), held_bytes(own) + peaks[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from scalewise import mini
@@ -9,15 +10,20 @@ from scalewise.metrics.geneval import geneval_prompts
 from scalewise.recipe import RecipeError
 
 
-def refuse_file(out: Path) -> None:
-    """Refuse a file where a folder is needed, before anything is computed."""
+def check_out(out: Path) -> None:
+    """Refuse what can be no folder for results, before anything is computed; makes nothing yet."""
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out} is a file; give --out a folder, new or there already.")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(f"The folder {out} cannot be made, for {there} is a file; give --out another.")
+    if not os.access(there, os.W_OK):
+        raise RecipeError(f"{there} may not be written to; give --out another folder.")
 
 
 def folder_for(out: Path) -> None:
-    """Make the folder that results go into, before anything is computed."""
-    refuse_file(out)
+    """Make the folder that results go into."""
+    check_out(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,7 +39,10 @@ def prompts_to_judge(file: Path | None, base: str, count: int | None) -> list[st
     """
     if file == Path("geneval") and not file.exists():
         return geneval_prompts(553 if count is None else count)
-    return read_prompts(file, base, "test")[:count]
+    prompts = read_prompts(file, base, "test")
+    if count is not None and count > len(prompts):
+        raise RecipeError(f"There are {len(prompts)} prompts, not {count}; take at most as many.")
+    return prompts[:count]
 
 
 def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
@@ -51,6 +60,10 @@ def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"The prompt file {file} is not UTF-8 text ({error.reason}); save it so."
+        ) from error
+    except OSError as error:
+        raise RecipeError(
+            f"The prompt file {file} cannot be read ({error.strerror}); name another."
         ) from error
     if not prompts:
         raise RecipeError(f"The prompt file {file} holds no prompt; write one a line.")

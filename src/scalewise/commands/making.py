@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from scalewise import build, console, keys, mini, parallel
-from scalewise.commands.inputs import folder_for, read_prompts, refuse_file
+from scalewise.commands.inputs import check_out, folder_for, read_prompts
 from scalewise.contenders import Contender, enter, parse_contender
 from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
@@ -144,7 +144,7 @@ def export_student(
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
     """Train with a progress bar that shows the losses."""
-    refuse_file(out)
+    check_out(out)
     parallel.init_from_env()
     console.speak(parallel.is_main())
     console.err.print(f"{recipe.name}: {recipe.about}; {recipe.train.iterations} iterations")
@@ -194,7 +194,7 @@ def run_generate(
     out: Path,
 ) -> None:
     """Make a synthetic set; goes on where a stopped one ended."""
-    refuse_file(out)
+    check_out(out)
     texts = read_prompts(prompts, recipe.model.base, "train")
     backbone = build.teacher_backbone(recipe)
     build.check(recipe, backbone.model)

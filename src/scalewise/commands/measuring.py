@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from scalewise import bench, console, parallel
-from scalewise.commands.inputs import folder_for, prompts_to_judge, read_prompts, refuse_file
+from scalewise.commands.inputs import check_out, folder_for, prompts_to_judge, read_prompts
 from scalewise.judging import Asked
 from scalewise.metrics import EXTRAS, OWN
 from scalewise.plan import GB, Plan, make_plan, scales_to_count
 from scalewise.recipe import Recipe, RecipeError
-from scalewise.scales import ScaleSchedule
+from scalewise.scales import Scale, ScaleSchedule
 from scalewise.speed import Protocol, measure_speed
 from scalewise.studies import Effort
 from scalewise.survey import Wish, survey
@@ -40,9 +41,10 @@ def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
     paper = [f" (the paper measured {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
     say(f"Expected: {plan.teacher / plan.scale_wise:.1f}x faster than the teacher{paper[0]}, "
         f"{plan.full_scale / plan.scale_wise:.2f}x than full scale{paper[1]}")  # fmt: skip
+    alone = f", MMD alone {plan.iteration / plan.iteration_mmd:.1f} times less"
+    alone = alone if recipe.loss.needs_fake else ""
     say(f"An iteration and sample: {plan.iteration / 1e12:,.3g} TFLOPs; full scale "
-        f"{plan.iteration_full / plan.iteration:.2f}x as much, MMD alone "
-        f"{plan.iteration / plan.iteration_mmd:.1f} times less")  # fmt: skip
+        f"{plan.iteration_full / plan.iteration:.2f}x as much{alone}")  # fmt: skip
     say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "
         f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
     say(f"On disk for 1,000 samples of as many prompts: latents {1000 * plan.sample_bytes / GB:,.3g} GB, "
@@ -102,10 +104,10 @@ def run_evaluate(
     """Draw and score every contender on the same prompts and seeds."""
     from scalewise import comparison
 
-    refuse_file(out)
     parallel.init_from_env()
     console.speak(parallel.is_main())
     texts = prompts_to_judge(prompts, recipe.model.base, how.count)
+    check_out(out)
     outcome = comparison.compare(
         recipe,
         contenders,
@@ -119,7 +121,7 @@ def run_evaluate(
         out=out,
     )
     if parallel.is_main():
-        console.out.print(outcome.markdown, highlight=False, soft_wrap=True)
+        console.out.print(outcome.markdown, highlight=False, soft_wrap=True, markup=False)
     parallel.shutdown()
 
 
@@ -136,6 +138,13 @@ def list_metrics() -> None:
     console.out.print(table)
 
 
+def size_along(axis: str, scale: Scale) -> str:
+    """A scale by what differs along an axis."""
+    if axis == "space":
+        return f"{scale.height}x{scale.width}"
+    return f"{scale.frames} frame{'s' if scale.frames > 1 else ''}"
+
+
 def short(schedule: ScaleSchedule) -> str:
     """A schedule for the eye: timesteps without decimals."""
     return " ".join(f"{step.t:.0f}@{step.scale}" for step in schedule)
@@ -145,13 +154,14 @@ def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count
     """Survey the latents of a recipe's data; print tables, write figure and numbers."""
     from scalewise.report.spectra import draw_survey
 
-    refuse_file(out)
+    check_out(out)
     found = survey(recipe, wish, count=count, progress=console.progress)
     say = partial(console.out.print, soft_wrap=True)
-    falls = ", ".join(f"f^-{s.exponent():.2f} in {axis}" for axis, s in found.axes.items())
+    falls = ", ".join(f"f^{-s.exponent():.2f} in {axis}" for axis, s in found.axes.items())
     say(f"{found.latents} latents of {found.spectra.full}; their power falls about as {falls}")
     for axis, scales in found.options.items():
-        safe = ((s, found.safe_from(s)) for s in scales if s != found.spectra.full)
+        named = partial(size_along, axis)
+        safe = ((named(s), found.safe_from(s)) for s in scales if s != found.spectra.full)
         parts = (f"{s} from t = {t:.0f}" if t is not None else f"{s} never" for s, t in safe)
         say(f"Safe in {axis}, margin {wish.margin:g}: {', '.join(parts)}")
     table = Table("", "schedule", "tokens", "TFLOPs", "margins", box=None, header_style="bold")
@@ -171,6 +181,8 @@ def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count
     proposed = found.schedules[-1].schedule
     timesteps, scales = (", ".join(map(str, v)) for v in (proposed.timesteps, proposed.scales))
     change = f"'schedule.timesteps=[{timesteps}]' 'schedule.scales=[{scales}]'"
+    if recipe.schedule.full_scale:
+        change += " schedule.full_scale=false"
     say(f"To train with the proposal: {change}")
     if proposed.scales != found.schedules[0].schedule.scales:
         say("A synthetic set has the scales that it was made with: first make one with the same overrides "
@@ -178,7 +190,7 @@ def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count
     folder_for(out)
     (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     figure = draw_survey(found, levels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png")
-    say(f"The figure is {figure}; the numbers lie beside it.")
+    say(f"The figure is {escape(str(figure))}; the numbers lie beside it.")
 
 
 def run_bench(
@@ -187,7 +199,7 @@ def run_bench(
     """Time the contenders in turns and print what came out beside what the operations promise."""
     if prompt is None:
         prompt = read_prompts(None, recipe.model.base, "test")[0] if recipe.model.base == "mini" else "a cat"
-    refuse_file(out)
+    check_out(out)
     found = measure_speed(recipe, contenders, protocol, caption=prompt, progress=console.progress)
     found.save(out)
     table = Table("", "batch", "text, ms", "denoiser, ms", "vae, ms", "total, ms", "faster", box=None,
@@ -195,26 +207,24 @@ def run_bench(
     for timing in found.timings:
         parts = [bench.format_ms(timing.parts[p].median) for p in ("text", "denoiser", "vae", bench.TOTAL)]
         faster = bench.format_ratio(timing.speedup.get(bench.TOTAL))
-        table.add_row(timing.name, str(timing.batch), *parts, faster)
+        table.add_row(escape(timing.name), str(timing.batch), *parts, faster)
     console.out.print(table)
+    say = partial(console.out.print, soft_wrap=True, markup=False)
     for g in found.gains:
-        console.out.print(
-            f"batch {g.batch}, denoiser: {g.name} {bench.format_ratio(g.measured)} faster than {g.over}, of "
-            f"{g.expected:.3g}x by operations: {g.reached.median:.0%} reached",
-            soft_wrap=True,
-        )
-    console.out.print(f"Milliseconds per image, medians of {found.protocol.rounds} rounds. All in {out}")
+        say(f"batch {g.batch}, denoiser: {g.name} {bench.format_ratio(g.measured)} faster than {g.over}, of "
+            f"{g.expected:.3g}x by operations: {g.reached.median:.0%} reached")  # fmt: skip
+    say(f"Milliseconds per image; {found.told} All in {out}")
 
 
 def run_training_bench(recipe: Recipe, *, rounds: int, out: Path) -> None:
     """Time and weigh training iterations."""
     from scalewise.training_cost import measure_training
 
-    refuse_file(out)
+    check_out(out)
     cost = measure_training(recipe, rounds=rounds, progress=console.progress)
     cost.save(out)
-    console.out.print(cost.markdown, highlight=False, soft_wrap=True)
-    console.out.print(f"Medians of {rounds} rounds. All in {out}")
+    console.out.print(cost.markdown, highlight=False, soft_wrap=True, markup=False)
+    console.out.print(f"All in {out}", markup=False)
 
 
 def list_studies() -> None:

@@ -71,6 +71,8 @@ def measure(
             continue
         figure = _difference(ours, theirs) if theirs else ours
         interval = bootstrap_interval(figure, seen.prompts, rounds=rounds or metric.rounds, seed=seed)
+        if not theirs and metric.bounds == (0, 1):
+            interval = interval.of_a_share(prompts_of(ours, seen))
         rests_on = [prompts_of(ours, seen)]
         rests_on += [prompts_of(theirs, against)] if theirs and against else []
         if min(rests_on) < FEWEST:  # halves of so few prompts tell nothing of the spread

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 CHUNK = 64
+Bring = Callable[[Tensor, int], Tensor]
+"""(pixels [N, 3, H, W] in [-1, 1], side) -> pixels of a square with that side."""
 _PREPROCESSING = "preprocessor_config.json"
 
 
@@ -27,9 +29,13 @@ class ClipScorer:
     """A `transformers.CLIPModel` that embeds images and captions as rows of length 1."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, *, mean: Sequence[float] = (0.5,) * 3,
-                 std: Sequence[float] = (0.5,) * 3) -> None:  # fmt: skip
-        """`mean` and `std` normalise pixels in [0, 1]; 0.5 and 0.5 leave [-1, 1] as it is."""
+                 std: Sequence[float] = (0.5,) * 3, bring: Bring | None = None) -> None:  # fmt: skip
+        """`mean` and `std` normalise pixels in [0, 1]; 0.5 and 0.5 leave [-1, 1] as it is.
+
+        `bring` makes pictures square (default: `fit`).
+        """
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.bring = bring or fit
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = int(model.config.vision_config.image_size)
         positions = int(model.config.text_config.max_position_embeddings)
@@ -37,8 +43,9 @@ class ClipScorer:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, device: torch.device | str = "cpu", processor: str | Path | None = None
-    ) -> ClipScorer:
+        cls, source: str | Path, *, device: torch.device | str = "cpu", processor: str | Path | None = None,
+        bring: Bring | None = None,
+    ) -> ClipScorer:  # fmt: skip
         """Read a CLIPModel with tokenizer and preprocessor_config.json, from a folder or the hub, in float32.
 
         `processor`: where tokenizer and preprocessor_config.json are, if not beside the model.
@@ -61,7 +68,7 @@ class ClipScorer:
             )
             tokenizer = CLIPTokenizer.from_pretrained(processor or source)
         _check(str(source), set(found["missing_keys"]), words=len(tokenizer), model=model)
-        return cls(model.to(device), tokenizer, mean=mean, std=std)
+        return cls(model.to(device), tokenizer, mean=mean, std=std, bring=bring)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder that `load` reads and that transformers' own classes read, too."""
@@ -86,8 +93,8 @@ class ClipScorer:
     def images(self, pixels: Tensor) -> Tensor:
         """Embed images [N, 3, H, W] in [-1, 1]: rows of length 1, float32 [N, D] on the CPU.
 
-        They are brought to the model's size (shorter side, then the centre) by antialiased bicubic resizing,
-        and go through in chunks of the same size whatever N is.
+        They are brought to the model's size (by default its centre, by antialiased bicubic resizing), and go
+        through in chunks of the same size whatever N is.
         """
         parts = [self._embed(chunk.to(self.device).float()) for chunk in pixels.split(CHUNK)]
         return torch.cat(parts).cpu()
@@ -99,7 +106,7 @@ class ClipScorer:
 
     def _embed(self, pixels: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        fitted = (fit(pixels, self.size) + 1) / 2
+        fitted = (self.bring(pixels, self.size) + 1) / 2
         pooled = self.model.vision_model((fitted - mean) / std).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
@@ -138,12 +145,28 @@ def from_bytes(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def fit(pixels: Tensor, size: int) -> Tensor:
-    """Resize [N, 3, H, W] in [-1, 1] so that the shorter side is `size`, and take the central square."""
+def shorter_side(pixels: Tensor, size: int, *, mode: str = "bicubic", antialias: bool = True) -> Tensor:
+    """Resize [N, 3, H, W] so that the shorter side is `size`; the longer one is rounded down."""
     height, width = pixels.shape[-2:]
-    if min(height, width) != size:
-        scaled = [max(size, round(side * size / min(height, width))) for side in (height, width)]
+    if min(height, width) == size:
+        return pixels
+    scaled = [side * size // min(height, width) for side in (height, width)]
+    return F.interpolate(pixels, size=scaled, mode=mode, antialias=antialias, align_corners=False)
+
+
+def letterbox(pixels: Tensor, size: int) -> Tensor:
+    """Resize [N, 3, H, W] in [-1, 1] so that the longer side is `size`, in the middle of a black square."""
+    height, width = pixels.shape[-2:]
+    scaled = [max(1, round(side * size / max(height, width))) for side in (height, width)]
+    if scaled != [height, width]:
         pixels = F.interpolate(pixels, size=scaled, mode="bicubic", antialias=True, align_corners=False)
+    high, wide = (size - side for side in scaled)
+    return F.pad(pixels.clamp(-1, 1), (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=-1.0)
+
+
+def fit(pixels: Tensor, size: int, *, antialias: bool = True) -> Tensor:
+    """Resize [N, 3, H, W] in [-1, 1] so that the shorter side is `size`, and take the central square."""
+    pixels = shorter_side(pixels, size, antialias=antialias)
     top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
     return pixels[..., top : top + size, left : left + size].clamp(-1, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scalewise.metrics.base import Metric, Seen, Statistic
+from scalewise.metrics.clip import shorter_side
 from scalewise.metrics.extras import Device, Extra, in_chunks, joined, loading, needing
 from scalewise.metrics.frechet import distance_to
 
@@ -58,11 +60,25 @@ class VisionFeatures:
             parts.append(self._pooled(pixels.to(next(self.model.parameters()).device)))
         return {"fd": joined(parts)}
 
-    def _pooled(self, pixels: Tensor) -> Tensor:
+    def whole(self, pixels: Tensor) -> Tensor:
+        """Features [N, D] of pixels [N, 3, H, W] in [-1, 1], the shorter side brought to the model's and
+        nothing cut off, by bilinear resizing as it comes: DINO as VBench asks it.
+        """
+        device = next(self.model.parameters()).device
+        fitted = shorter_side(pixels, int(self.model.config.image_size), mode="bilinear", antialias=False)
+        mean, std = (
+            torch.tensor(v).view(1, 3, 1, 1) for v in (self.processor.image_mean, self.processor.image_std)
+        )
+        fitted = ((fitted + 1) / 2 - mean) / std
+        asked = "interpolate_pos_encoding"  # by ViT; DINOv2 does so by itself
+        options = {asked: True} if asked in signature(self.model.forward).parameters else {}
+        return self._pooled(fitted.to(device), **options).float().cpu()
+
+    def _pooled(self, pixels: Tensor, **options: bool) -> Tensor:
         if hasattr(self.model, "get_image_features"):
-            found = self.model.get_image_features(pixel_values=pixels)
+            found = self.model.get_image_features(pixel_values=pixels, **options)
             return found if isinstance(found, Tensor) else found.pooler_output
-        found = self.model(pixel_values=pixels)
+        found = self.model(pixel_values=pixels, **options)
         pooled = None if self.class_token else getattr(found, "pooler_output", None)
         return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
 

@@ -28,6 +28,17 @@ class Interval:
         """The interval cut to what the figure can be, for example [0, 1] for a share."""
         return Interval(self.value, min(max(self.low, low), high), min(max(self.high, low), high))
 
+    def of_a_share(self, count: int) -> Interval:
+        """The interval, or the exact binomial one (Clopper and Pearson 1934) of a share that is 0 or 1 in all
+        of `count` samples, of whose spread halves know nothing.
+        """
+        open_end = 1 - ((1 - LEVEL) / 2) ** (1 / count)
+        if self.value == 0 and self.high <= 0:
+            return Interval(0.0, 0.0, open_end)
+        if self.value == 1 and self.low >= 1:
+            return Interval(1.0, 1 - open_end, 1.0)
+        return self
+
     def excludes(self, number: float) -> bool:
         """Tell whether `number` lies outside."""
         return not self.low <= number <= self.high

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from scalewise.metrics.base import Metric
-from scalewise.metrics.clip import ClipScorer
+from scalewise.metrics.clip import ClipScorer, letterbox
 from scalewise.metrics.extras import Device, Extra
 
 # PickScore's authors publish the model alone and name this one's tokenizer and image processor.
@@ -37,7 +37,8 @@ def _pickscore(source: str, device: Device) -> CosineExaminer:
 
 
 def _hpsv2(source: str, device: Device) -> CosineExaminer:
-    return CosineExaminer("hpsv2", ClipScorer.load(source, device=device))
+    # Unlike CLIP's own, its authors' preprocessing keeps all of a picture that is not square.
+    return CosineExaminer("hpsv2", ClipScorer.load(source, device=device, bring=letterbox))
 
 
 # Its logit scale is 100 exactly (arXiv 2305.01569), so that the score is 100 times the cosine.

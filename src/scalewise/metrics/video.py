@@ -6,6 +6,7 @@ Subject consistency: DINO features of frames; background consistency: CLIP's; te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalewise.metrics.base import Metric
-from scalewise.metrics.clip import ClipScorer
+from scalewise.metrics.clip import ClipScorer, fit, from_bytes
 from scalewise.metrics.extras import Device, Extra
-from scalewise.metrics.features import VisionFeatures
+from scalewise.metrics.features import CHUNK, VisionFeatures
 
 
 def consistency(features: Tensor) -> Tensor:
@@ -49,7 +50,15 @@ class VideoExaminer:
                 f"The metric vbench takes two models, not {source!r}: write vbench=DINO,CLIP with a hub id "
                 "or folder for each."
             )
-        return cls(VisionFeatures.load(parts[0], device), ClipScorer.load(parts[1], device=device))
+        bring = partial(fit, antialias=False)  # as VBench resizes
+        return cls(
+            VisionFeatures.load(parts[0], device), ClipScorer.load(parts[1], device=device, bring=bring)
+        )
+
+    @torch.no_grad()
+    def _subject(self, video: np.ndarray) -> Tensor:
+        chunks = (video[start : start + CHUNK] for start in range(0, len(video), CHUNK))
+        return torch.cat([self.subject.whole(from_bytes(chunk)) for chunk in chunks])
 
     def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
         """One value per video of bytes [N, F, H, W, 3]; see `Examiner`."""
@@ -59,7 +68,7 @@ class VideoExaminer:
             )
         subject, background, steady = [], [], []
         for video in images:
-            subject.append(consistency(self.subject.look(video, [""] * len(video))["fd"]))
+            subject.append(consistency(self._subject(video)))
             background.append(consistency(self.background.pictures(video)))
             steady.append(steadiness(video))
         return {

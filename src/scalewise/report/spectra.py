@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,29 +15,35 @@ if TYPE_CHECKING:
 CLEAN, NOISE, NOISY = "#7b3fb5", "#2b6cb0", "#dd6b20"
 SAFE, UNSAFE = "#2f9e44", "#e03131"
 PANEL = 3.1  # inches
+MOST_COLUMNS = 5
 
 
 def draw_survey(survey: Survey, levels: Sequence[float], path: Path) -> Path:
     """Write a PNG with a row for each axis and a panel for each noise level in [0, 1000]; return its path.
 
     Vertical lines stand where the schedules' scales end: what lies right of one, that scale cannot hold.
-    Green: what the noise hides, so that the smallest safe scale may leave it out. Red: what it does not.
+    Green: where the noise exceeds the signal by the margin, so that a scale may leave it out. Red: where it
+    does not, so that a scale has to hold it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, columns = len(survey.axes), len(levels)
-    figure = Figure(figsize=(PANEL * columns + 0.6, PANEL * rows + 0.7), layout="constrained", dpi=110)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey="row")
-    for row, axis in enumerate(survey.axes):
-        for column, t in enumerate(levels):
-            _panel(grid[row][column], survey, axis, t)
+    columns = min(len(levels), MOST_COLUMNS)
+    lines = [(a, levels[i : i + columns]) for a in survey.axes for i in range(0, len(levels), columns)]
+    figure = Figure(figsize=(PANEL * columns + 0.6, PANEL * len(lines) + 1.2), layout="constrained", dpi=110)
+    grid = figure.subplots(len(lines), columns, squeeze=False, sharey="row")
+    for row, (axis, some) in zip(grid, lines, strict=True):
         unit = "side" if axis == "space" else "clip"
-        grid[row][0].set_ylabel(f"power, {axis}")
-        for panel in grid[row]:
+        row[0].set_ylabel(f"power, {axis}")
+        for panel, t in zip_longest(row, some):
+            if t is None:
+                panel.set_visible(False)
+                continue
+            _panel(panel, survey, axis, t)
             panel.set_xlabel(f"frequency, cycles a {unit}")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    beside = max(1, 2 * columns - 1)  # so that the names fit into the width
+    figure.legend(handles, labels, loc="outside upper center", ncols=beside, frameon=False, fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
     return path
 
@@ -57,9 +64,9 @@ def _panel(panel: Any, survey: Survey, axis: str, t: float) -> None:
     panel.axhline(sigma**2, color=NOISE, linestyle="--", linewidth=1, label="its part at t")
     panel.loglog(x, survey.noisy(axis, t), color=NOISY, label="noisy latents")
     safe = survey.smallest_safe(axis, t)
-    edge = survey.spectra.limits(safe)[number] * cells
+    edge = survey.hidden_from(axis, t) * cells
     left, right = 1.0, cells / 2
-    panel.axvspan(edge, right, color=SAFE, alpha=0.15, linewidth=0, label="hidden by the noise")
+    panel.axvspan(max(edge, left), right, color=SAFE, alpha=0.15, linewidth=0, label="hidden by the noise")
     panel.axvspan(left, max(edge, left), color=UNSAFE, alpha=0.10, linewidth=0, label="needed")
     used = {scale for judged in survey.schedules for scale in judged.schedule.scales}
     shown = {survey.spectra.limits(scale)[number]: scale for scale in sorted(used)}

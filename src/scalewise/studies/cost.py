@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scalewise.bench import Spread
+from scalewise.bench import FEWEST_ROUNDS, Spread
 from scalewise.build import Progress
 from scalewise.checkpoint import write_atomically
 from scalewise.metrics import Interval
@@ -31,8 +31,12 @@ class CostClaim:
     paper: float
     """The ratio of the table's figures for SD3.5 Medium."""
 
-    def verdict(self, ratio: Spread) -> Verdict:
-        """Reproduced if the interval of one / other lies on the paper's side of 1."""
+    def verdict(self, ratio: Spread, rounds: int) -> Verdict:
+        """Reproduced if the interval of one / other lies on the paper's side of 1; fewer than six rounds have
+        no interval, and decide nothing.
+        """
+        if rounds < FEWEST_ROUNDS:
+            return "undecided"
         less = self.paper < 1
         if ratio.high < 1 or ratio.low > 1:
             return "reproduced" if (ratio.high < 1) == less else "not reproduced"
@@ -58,7 +62,7 @@ DIFFERS = (
 def run_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict]:
     """Measure and write training-cost.json, .md and .png; returns the verdicts by claim."""
     cost = measure_training(find_recipe("mini"), rounds=rounds, progress=progress)
-    verdicts = {claim.text: claim.verdict(cost.ratios[claim.ratio]) for claim in CLAIMS}
+    verdicts = {claim.text: claim.verdict(cost.ratios[claim.ratio], rounds) for claim in CLAIMS}
     found: dict[str, Any] = {"study": NAME, "source": SOURCE, **cost.to_dict(), "verdicts": verdicts}
     with alone(out, NAME):
         result = json.dumps(found, indent=1) + "\n"
@@ -90,10 +94,9 @@ def page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
         "\n".join(lines) + "\n",
         cost.markdown,
         f"![seconds and memory by mode]({NAME}.png)\n",
-        f"Medians of {rounds} rounds, in each of which every mode runs once over all steps, on "
-        f"{cost.setting['device']}; in brackets the 95 % interval of the median, or the range of fewer than "
-        "six rounds. Ratios are taken within rounds. A claim is reproduced if the whole interval lies on "
-        "the paper's side of 1.\n",
+        "In a round every mode runs once over all steps, in turns. A claim is reproduced if the whole "
+        f"interval lies on the paper's side of 1; fewer than {FEWEST_ROUNDS} rounds have no interval and "
+        "decide nothing.\n",
         f"## What differs from the paper\n{DIFFERS}\n",
     ]
     return "\n".join(parts)

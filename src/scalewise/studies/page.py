@@ -25,8 +25,8 @@ HOW_JUDGED = (
     "decided if all figures say the same. Claims are judged one by one, without allowing for their number."
 )
 YARDSTICK = (
-    " Where an arm may lose something, the interval is that of the gain and of what may be lost together; "
-    "nothing is decided if the two arms that set the measure cannot be told apart."
+    " Where an arm may lose something, the interval that decides is that of the gain above what is allowed, "
+    "both uncertain; nothing is decided if the two arms that set the measure cannot be told apart."
 )
 TOKENS = "Tokens: what goes through the denoiser for a picture, in all steps, twice under guidance.\n"
 COLOUR = "#2b6cb0"
@@ -58,9 +58,17 @@ def page(outcome: Outcome) -> str:
         *([TOKENS] if outcome.tokens else []),
         f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, {seeds_of(outcome)}; prompts: "
         f"{effort.count}. {HOW_JUDGED}{YARDSTICK if any(c.yardstick for c in study.claims) else ''}\n",
-        f"## What differs from the paper\n{study.differs}\n",
+        f"## What differs from the paper\n{study.differs}{fewer(outcome)}\n",
     ]
     return "\n".join(parts)
+
+
+def fewer(outcome: Outcome) -> str:
+    """What is to say of students that were not trained as the recipe says."""
+    iterations = outcome.effort.iterations
+    if iterations is None or outcome.study.continues:
+        return ""
+    return f" Students of this page were trained for {iterations} iterations, not as many as the recipe has."
 
 
 def seeds_of(outcome: Outcome) -> str:
@@ -96,8 +104,11 @@ def gain_cell(finding: Finding) -> str:
     show = partial(METRICS[finding.metric].show, finer=1)
     gain, seeds = finding.gain, " ".join(show(value) for value in finding.by_seed)
     allowed = ""
-    if finding.stake:
-        allowed = f", allowed {show(-finding.allowed)}" if finding.stake.low > 0 else ", measure undecided"
+    if finding.stake and finding.leeway:
+        left, allowed = finding.leeway, ", measure undecided"
+        if finding.stake.low > 0:
+            allowed = f", allowed {show(-finding.allowed)}; above it by {show(left.value)} "
+            allowed += f"[{show(left.low)}, {show(left.high)}]"
     return (
         f"{show(gain.value)} [{show(gain.low)}, {show(gain.high)}]; seeds {seeds}{allowed}: {finding.verdict}"
     )

@@ -23,6 +23,7 @@ from scalewise.contenders import Contender, Prompts, draw, parse_contender
 from scalewise.data import LatentSet
 from scalewise.errors import first_line, going_on_by_itself
 from scalewise.judging import SCORER, SPECTRUM, Judge, judge_of
+from scalewise.lora import StudentError
 from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, resample
 from scalewise.metrics.base import Gaussian
 from scalewise.models import ModelAdapter
@@ -323,5 +324,10 @@ def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> Con
         with going_on_by_itself(), progress(name, recipe.train.iterations) as done:
             for row in distill(recipe, folder, progress, resume=(folder / "recipe.yaml").exists()):
                 done(int(row["iteration"]))
-    contender = parse_contender(f"student:{folder}", recipe)
+    try:
+        contender = parse_contender(f"student:{folder}", recipe)
+    except StudentError as error:
+        raise RecipeError(
+            f"{first_line(error).rstrip('.')} Here: delete {folder}, and the study trains that student again."
+        ) from error
     return replace(contender, schedule=recipe.override(list(arm.drawn)).schedule.build())
