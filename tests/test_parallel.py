@@ -14,6 +14,7 @@ from torch import nn
 
 from scalewise import parallel
 from scalewise.cli import main
+from scalewise.data import LatentSet
 from scalewise.pictures import read_picture
 
 WORLD = 2
@@ -25,7 +26,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(rank: int, folder: Path, port: int) -> None:
+def start(rank: int, folder: Path, port: int, port_later: int) -> None:
     """Run in each process: what torchrun sets, then the work, whose results are saved."""
     with pytest.MonkeyPatch.context() as patch:
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
@@ -46,13 +47,23 @@ def start(rank: int, folder: Path, port: int) -> None:
         )
         parallel.barrier()
         evaluate(folder / "evaluation")  # leaves the group
+        patch.setenv("MASTER_PORT", str(port_later))
+        generate(folder / "set")
 
 
 def evaluate(out: Path) -> None:
-    """What the command does, in as many processes as there are."""
-    arguments = ["undistilled", "teacher:1", "--count", "5", "--each", "2", "--batch", "3", "--no-speed"]
+    run("evaluate", "mini", "undistilled", "teacher:1", "--count", "5", "--each", "2", "--batch", "3",
+        "--no-speed", "--out", str(out))  # fmt: skip
+
+
+def generate(out: Path) -> None:
+    run("generate", "mini", "teacher.steps=2", "--count", "5", "--batch", "2", "--out", str(out))
+
+
+def run(*arguments: str) -> None:
+    """What a command does, in as many processes as there are."""
     with pytest.raises(SystemExit) as end:
-        main(["evaluate", "mini", *arguments, "--out", str(out)])
+        main(list(arguments))
     assert not end.value.code
 
 
@@ -60,7 +71,7 @@ def evaluate(out: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes got; they start once, since that takes seconds."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(start, (folder, free_port()), nprocs=WORLD)
+    mp.spawn(start, (folder, free_port(), free_port()), nprocs=WORLD)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     return [{**numbers, "folder": folder} for numbers in found]
 
@@ -175,3 +186,16 @@ def test_an_evaluation_by_two_processes_is_that_of_one(results, tmp_path, capsys
             apart = read_picture(a / file).astype(int) - read_picture(b / file)
             assert abs(apart).max() <= 1  # other neighbours in a batch, other rounding
         assert (a / "prompts.json").read_text() == (b / "prompts.json").read_text()
+
+
+def test_a_set_made_by_two_processes_is_that_of_one(results, tmp_path):
+    """Five samples in batches of two: the second process has two, then none."""
+    generate(tmp_path / "set")
+    ours, theirs = LatentSet.open(tmp_path / "set"), LatentSet.open(results[0]["folder"] / "set")
+    rows = range(5)
+    assert len(ours) == len(theirs) == 5
+    assert ours.captions(rows) == theirs.captions(rows) and ours.seeds(rows) == theirs.seeds(rows)
+    for scale in ours.scales:
+        torch.testing.assert_close(
+            ours.latents(rows, scale), theirs.latents(rows, scale), rtol=1e-2, atol=1e-2
+        )

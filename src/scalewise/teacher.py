@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scalewise import parallel
 from scalewise.backbone import Backbone
 from scalewise.data import LatentSetWriter
 from scalewise.models.base import ModelAdapter
@@ -62,7 +63,7 @@ def generate(
 
     A stopped call goes on after its last shard; settings that would change the samples are compared. What is
     drawn is written when a shard is full, every SAFE_SECONDS, and when the call is stopped. A corrupt shard
-    that was deleted is drawn again.
+    that was deleted is drawn again. Several processes draw a batch each at a time; the first one writes.
     """
     model, full = backbone.model, recipe.schedule.build().full
     scales = all_scales(recipe, also, patch=model.patch)
@@ -72,31 +73,38 @@ def generate(
     yield count - len(todo)
     saved = time.monotonic()
     try:
-        for start in range(0, len(todo), batch):
-            indices = todo[start : start + batch]
+        for start in range(0, len(todo), batch * parallel.world()):
+            indices = todo[start : start + batch * parallel.world()]
             captions = [prompts[i % len(prompts)] for i in indices]
             seeds = [sample_seed(seed, i) for i in indices]
-            steps = teacher_steps(
-                backbone,
-                full,
-                model.encode_prompts(captions),
-                seeds,
-                steps=recipe.teacher.steps,
-                guidance=recipe.teacher.guidance,
-                uncond=uncond,
-            )
-            with torch.no_grad():
-                writer.add(indices, captions, seeds, latents_of_all_scales(model, last(steps), scales))
-            if time.monotonic() - saved > SAFE_SECONDS:
-                writer.flush()
-                saved = time.monotonic()
+            mine = parallel.split(len(indices))
+            drawn = {s: torch.empty(s.shape(0, model.channels, video=model.video)) for s in scales}
+            if mine:  # the last ones may be fewer than the processes
+                steps = teacher_steps(
+                    backbone,
+                    full,
+                    model.encode_prompts([captions[i] for i in mine]),
+                    [seeds[i] for i in mine],
+                    steps=recipe.teacher.steps,
+                    guidance=recipe.teacher.guidance,
+                    uncond=uncond,
+                )
+                with torch.no_grad():
+                    drawn = latents_of_all_scales(model, last(steps), scales)
+            latents = parallel.gather_rows({str(s): rows.float() for s, rows in drawn.items()})
+            if latents is not None:
+                writer.add(indices, captions, seeds, {s: latents[str(s)] for s in scales})
+                if time.monotonic() - saved > SAFE_SECONDS:
+                    writer.flush()
+                    saved = time.monotonic()
             yield count - len(todo) + start + len(indices)
     except (KeyboardInterrupt, GeneratorExit, RuntimeError):
         # Stopped here or in the caller's loop, or the device's memory is full: what is drawn is kept, also
-        # in a shard that is not full.
+        # in a shard that is not full. (Processes but the first have nothing to write.)
         writer.flush()
         raise
-    writer.finish()
+    if parallel.is_main():
+        writer.finish()
 
 
 def all_scales(recipe: Recipe, also: Sequence[Scale], *, patch: int) -> list[Scale]:

@@ -195,6 +195,8 @@ def run_generate(
 ) -> None:
     """Make a synthetic set; goes on where a stopped one ended."""
     check_out(out)
+    parallel.init_from_env()
+    console.speak(parallel.is_main())
     texts = read_prompts(prompts, recipe.model.base, "train")
     backbone = build.teacher_backbone(recipe)
     build.check(recipe, backbone.model)
@@ -203,4 +205,5 @@ def run_generate(
         for number in drawing:
             done(number)
     kept = all_scales(recipe, also, patch=backbone.model.patch)
-    console.out.print(f"{count} samples at {len(kept)} scales in {out}")
+    console.out.print(f"{count} samples at {len(kept)} scales in {out}", markup=False)
+    parallel.shutdown()
