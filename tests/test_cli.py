@@ -447,6 +447,11 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     (["--metric", "geneval=nowhere", "--prompts", "geneval"], "nowhere"),
     (["--scorer", "nowhere"], "Cannot load a CLIP model from 'nowhere'"),
     (["--metric", "pickscore", "--reference", "nowhere"], "There is no folder nowhere"),
+    (["--metric", "spectrum=weights", "--reference", "."], "spectrum has no weights; write it without"),
+    (["--count", "5"], "There are 4 prompts, not 5; take at most as many"),
+    (["--prompts", "."], "The prompt file . cannot be read (Is a directory); name another"),
+    (["--metric", "spectrum", "--reference", ".", "///=undistilled"], "names no folder for pictures"),
+    (["--out", "pyproject.toml/deeper"], "pyproject.toml is a file; give --out another"),
 ])  # fmt: skip
 def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
     run, recipe_file: str, options: list[str], message: str, tmp_path: Path

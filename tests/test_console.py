@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 
 import pytest
+from rich.console import Console
 
 from scalewise import console
 
@@ -36,3 +38,32 @@ def test_a_full_disk_is_explained_with_its_place(capsys) -> None:
 
 def test_stopping_by_hand_has_its_own_code() -> None:
     assert console.explain(KeyboardInterrupt()) == 130
+
+
+def test_names_in_square_brackets_are_shown_as_they_are(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich would take them for markup: "[v2]" vanishes, "[/b]" ends a comparison after all its work."""
+    clock = iter(range(0, 10_000, 60))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("drawing: [v2] mine[/b]", 1) as done:
+        done(1)
+    assert "drawing: [v2] mine[/b]: 1/1" in capsys.readouterr().err
+    monkeypatch.setattr(
+        console, "err", Console(file=(shown := io.StringIO()), force_terminal=True, width=120)
+    )
+    with console.progress("drawing: [v2] mine[/b]", 1) as done:
+        done(1)
+    assert "[v2] mine[/b]" in shown.getvalue()
+
+
+def test_all_processes_but_one_show_errors_only(capsys) -> None:
+    console.speak(False)
+    try:
+        with console.progress("drawing", 1) as done:
+            done(1)
+        console._show_warning("careful", UserWarning)
+        console.out.print("a result")
+        assert capsys.readouterr() == ("", "")
+        console.explain(ValueError("broken"))
+        assert "broken" in capsys.readouterr().err
+    finally:
+        console.speak(True)

@@ -13,7 +13,15 @@ from scalewise.contenders import parse_contenders
 from scalewise.models import SD3
 from scalewise.recipe import RecipeError
 from scalewise.recipes import find_recipe
-from scalewise.speed import PROTOCOLS, Gain, chosen_protocol, expected_flops, gain, measure_speed
+from scalewise.speed import (
+    PROTOCOLS,
+    Gain,
+    chosen_protocol,
+    expected_flops,
+    gain,
+    measure_speed,
+    promising,
+)
 
 
 def test_pieces_add_up_to_their_part():
@@ -41,6 +49,16 @@ def test_a_gain_is_taken_within_rounds_and_set_beside_the_operations():
     assert found.expected == 6.25
     assert found.reached.to_list() == pytest.approx([0.8, 0.64, 0.8])
     assert found == Gain("quick", "slow", 8, Spread(5.0, 4.0, 5.0), 6.25)
+
+
+def test_a_gain_is_of_the_one_with_fewer_operations_whoever_is_named_first():
+    recipe = find_recipe("mini")
+    contenders = parse_contenders(["undistilled:full", "undistilled", "teacher:2", "b=undistilled"], recipe)
+    flops = {"undistilled, full scale": 4.0, "undistilled": 2.0, "teacher, 2 steps": 3.0, "b": 2.0}
+    assert promising(contenders, flops) == [
+        ("undistilled, full scale", "undistilled"), ("undistilled, full scale", "teacher, 2 steps"),
+        ("undistilled, full scale", "b"), ("teacher, 2 steps", "undistilled"), ("teacher, 2 steps", "b"),
+    ]  # fmt: skip
 
 
 def test_the_operations_expected_are_those_of_the_schedules():

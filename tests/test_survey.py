@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from scalewise.models.skeleton import skeleton
 from scalewise.noise import FlowMatching
 from scalewise.recipes import find_recipe
 from scalewise.scales import Scale
-from scalewise.spectrum import radial_spectrum
+from scalewise.spectrum import Spectrum, radial_spectrum
 from scalewise.survey import Wish, chosen_timesteps, gather, parse_levels, survey
 from scalewise.teacher import generate
 
@@ -58,6 +59,32 @@ def test_what_it_proposes_can_be_trained(tmp_path, capsys):
     schedule = find_recipe("mini-mmd").override(line.split("'")[1::2]).schedule.build()
     assert len(schedule) == 3 and schedule.full == Scale(1, 16, 16)
     skeleton(mini.TEACHER).check_schedule(schedule)
+
+
+def test_a_full_scale_recipes_proposal_is_not_trained_at_full_scale(tmp_path, capsys):
+    assert run("mini-full-scale", "--count", "64", "--out", tmp_path) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if "To train" in x)
+    changes = [*line.split("'")[1::2], line.rsplit(" ", 1)[1]]
+    schedule = find_recipe("mini-full-scale").override(changes).schedule.build()
+    proposal = json.loads((tmp_path / "spectrum.json").read_text())["schedules"][1]
+    assert [str(s) for s in schedule.scales] == proposal["scales"] and schedule.scales[0] != schedule.full
+
+
+def test_few_latents_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="1 latents are too few for a spectrum of the data; measure 64"):
+        survey(find_recipe("mini"), Wish(), count=1, progress=console.progress)
+
+
+def test_noise_hides_from_where_it_exceeds_the_signal_on():
+    """P = f^-2 and flow matching: (1 - s)^2 / f^2 = s^2 / margin at f = sqrt(margin) (1 - s) / s."""
+    frequency = torch.linspace(1 / 64, 0.5, 32, dtype=torch.float64)
+    spectrum = Spectrum(frequency, frequency**-2)
+    for t in (800.0, 900.0):
+        signal, noise = 1 - t / 1000, t / 1000
+        for margin in (1.0, 3.0):
+            at = spectrum.at_most(noise**2 / (margin * signal**2))
+            assert at == pytest.approx(margin**0.5 * signal / noise, rel=1e-3)
+    assert spectrum.at_most(math.inf) == 0 and spectrum.at_most(1e-9) == 0.5
 
 
 def test_a_budget_is_kept_by_the_command(tmp_path, capsys):

@@ -67,7 +67,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=False) as bar:
-        task = bar.add_task(what, total=total or None)
+        task = bar.add_task(escape(what), total=total or None)
         yield lambda done: bar.update(task, completed=done)
 
 
@@ -85,7 +85,8 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
         said = now
         rate = (number - first) / max(now - started, 1e-9)
         left = f", about {(total - number) / rate:.0f} s left" if total and rate > 0 and not finished else ""
-        err.print(f"{what}: {number}/{total or '?'} after {now - started:.0f} s{left}", highlight=False)
+        line = f"{what}: {number}/{total or '?'} after {now - started:.0f} s{left}"
+        err.print(line, highlight=False, markup=False)
 
     return done
 

@@ -259,9 +259,9 @@ def run_studies(names: list[str], effort: Effort, *, rounds: int, out: Path) -> 
         if name == cost.NAME:
             for text, verdict in cost.run_cost(out, rounds=rounds, progress=console.progress).items():
                 console.out.print(f"{name}: {text}: [bold]{verdict}[/]", soft_wrap=True)
-            console.out.print(f"The page is {out / name}.md", soft_wrap=True)
+            console.out.print(f"The page is {out / name}.md", soft_wrap=True, markup=False)
             continue
         outcome = run_study(STUDIES[name], out, effort, progress=console.progress)
         for claim in outcome.study.claims:
             console.out.print(f"{name}: {claim.text}: [bold]{outcome.verdict(claim.text)}[/]", soft_wrap=True)
-        console.out.print(f"The page is {write_page(outcome, out)}", soft_wrap=True)
+        console.out.print(f"The page is {write_page(outcome, out)}", soft_wrap=True, markup=False)

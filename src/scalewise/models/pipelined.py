@@ -89,26 +89,24 @@ class PipelineAdapter(ModelAdapter):
     ) -> Self:
         names = cls.parts()
         chosen: dict[str, Any] = {n: None for part in ALL_PARTS if part not in parts for n in names[part]}
-        try:
+        with loading(f"the model {base}"):
             config = AutoencoderKL.load_config(str(base), subfolder=cls.denoiser_name)
             where = {"pretrained_model_name_or_path": str(vae)} if vae else {
                 "pretrained_model_name_or_path": str(base), "subfolder": "vae"}  # fmt: skip
-            vae_config = with_defaults(AutoencoderKL.load_config(**where))
+            with loading(f"the autoencoder {vae}" if vae else f"the model {base}"):
+                vae_config = with_defaults(AutoencoderKL.load_config(**where))
             kind = cls.vae_dtype(vae_config, dtype)
             if vae:
                 check_vae(vae_config, AutoencoderKL.load_config(str(base), subfolder="vae"), str(vae))
             if "vae" in parts and (vae or kind != dtype):
                 vae_class = vae_class_of(vae_config)
-                chosen["vae"] = vae_class.from_pretrained(**where, torch_dtype=kind, use_safetensors=True)
+                with loading(f"the autoencoder of {vae or base}"):
+                    chosen["vae"] = vae_class.from_pretrained(**where, torch_dtype=kind, use_safetensors=True)
             if "text" in parts:
                 chosen |= text_encoders(cls.pipeline_class, cls.text_names, str(base), dtype=dtype)
             pipeline = cls.pipeline_class.from_pretrained(
                 str(base), dtype=dtype, use_safetensors=True, **chosen
             )
-        except ModelError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"Cannot load the model {base}: {first_line(error)}") from error
         check_complete(pipeline, str(base))
         check_tokenizers(pipeline, cls.text_names, str(base))
         return cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
@@ -248,6 +246,17 @@ class PipelineAdapter(ModelAdapter):
 
     def _modules(self) -> list[nn.Module]:
         return [c for c in self.pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn what goes wrong while a part is found and read into a ModelError that names it."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"Cannot load {what}: {first_line(error)}") from error
 
 
 def text_encoders(
