@@ -26,7 +26,7 @@ import scalewise
 from scalewise import build, comparison, console, mini, models
 from scalewise.backbone import Backbone
 from scalewise.cli import main
-from scalewise.contenders import Prompts, parse_contender, read_folder
+from scalewise.contenders import Prompts, draw, parse_contender, read_folder
 from scalewise.distill import Batch, DistillStep
 from scalewise.judging import Asked
 from scalewise.lora import Student, write_student
@@ -175,15 +175,17 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
         recipe, ["undistilled", "full=undistilled:full"], texts, console.progress, out=tmp_path / "out",
         asked=Asked(scorer=str(mini.SCORER)), speed=False,
     )  # fmt: skip
-    first, scorer = outcome.results[0], ClipScorer.load(mini.SCORER)
-    assert first.images.shape[:2] == (4, 9)
-    cosine = (scorer.pictures(first.images[:, 4]) * scorer.texts(texts)).sum(-1)
-    assert first.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
-    assert np.array_equal(
-        read_picture(tmp_path / "out" / "pictures" / "full" / "3.png"), outcome.results[1].images[3]
-    )
-    again = parse_contender(f"folder:{tmp_path / 'out' / 'pictures' / 'full'}", recipe)
-    assert np.array_equal(read_folder(again, Prompts.of(texts)), outcome.results[1].images)
+    recipe_model, prompts = build.load(recipe, ("denoiser", "vae", "text")), Prompts.of(texts)
+    for result, text in zip(outcome.results, ["undistilled", "full=undistilled:full"], strict=True):
+        contender = parse_contender(text, recipe)
+        videos, scorer = draw(recipe_model, contender, prompts), ClipScorer.load(mini.SCORER)
+        assert videos.shape[:2] == (4, 9)
+        cosine = (scorer.pictures(videos[:, 4]) * scorer.texts(texts)).sum(-1)
+        assert result.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
+        kept = tmp_path / "out" / "pictures" / contender.name
+        assert np.array_equal(read_picture(kept / "3.png"), videos[3])
+        again = parse_contender(f"folder:{kept}", recipe)
+        assert np.array_equal(read_folder(again, prompts), videos)
 
 
 def test_pictures_are_encoded_anew_for_another_vae(tmp_path, monkeypatch):

@@ -292,9 +292,12 @@ def test_image_rewards_pickle_is_refused_and_the_conversion_that_is_named_works(
     assert (python, option) == ("python", "-c")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
+    converted = load_file(tmp_path / "ImageReward.safetensors")
+    assert all(torch.equal(converted[name], value) for name, value in blip_weights().items())
     images = pictures(2, 40, 40)
     found = image_reward.EXTRA.load(str(tmp_path), "cpu").look(images, CAPTIONS[:2])["image_reward"]
-    assert torch.equal(found, reward.look(images, CAPTIONS[:2])["image_reward"])
+    # Where weights lie in memory changes the last bits on some processors.
+    assert torch.allclose(found, reward.look(images, CAPTIONS[:2])["image_reward"], rtol=1e-5, atol=1e-6)
 
 
 def test_image_rewards_weights_that_are_not_there_or_broken_are_named(tmp_path: Path) -> None:
