@@ -24,9 +24,10 @@ from separate import (
 
 import scalewise
 from scalewise import build, comparison, console, mini, models
+from scalewise import contenders as drawing
 from scalewise.backbone import Backbone
 from scalewise.cli import main
-from scalewise.contenders import Prompts, draw, parse_contender, read_folder
+from scalewise.contenders import Prompts, parse_contender, read_folder
 from scalewise.distill import Batch, DistillStep
 from scalewise.judging import Asked
 from scalewise.lora import Student, write_student
@@ -178,7 +179,7 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
     recipe_model, prompts = build.load(recipe, ("denoiser", "vae", "text")), Prompts.of(texts)
     for result, text in zip(outcome.results, ["undistilled", "full=undistilled:full"], strict=True):
         contender = parse_contender(text, recipe)
-        videos, scorer = draw(recipe_model, contender, prompts), ClipScorer.load(mini.SCORER)
+        videos, scorer = drawing.draw(recipe_model, contender, prompts), ClipScorer.load(mini.SCORER)
         assert videos.shape[:2] == (4, 9)
         cosine = (scorer.pictures(videos[:, 4]) * scorer.texts(texts)).sum(-1)
         assert result.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
