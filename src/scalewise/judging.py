@@ -60,7 +60,7 @@ class Judge:
     def warn_of_few(self, drawn: int) -> None:
         """Warn where a covariance of so many drawn pictures, or of the real ones, is not of full rank."""
         shapes = {} if self.reference is None else {"the scorer": self.reference.shape}
-        for name in ("fid", "fd"):
+        for name in (extra.name for extra, _ in self.examiners if extra.frechet):
             if real := (self.real or {}).get(name):
                 shapes[name] = torch.Size((real.count, len(real.mean)))
         for name, (real_count, width) in shapes.items():

@@ -41,8 +41,8 @@ def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
     paper = [f" (the paper measured {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
     say(f"Expected: {plan.teacher / plan.scale_wise:.1f}x faster than the teacher{paper[0]}, "
         f"{plan.full_scale / plan.scale_wise:.2f}x than full scale{paper[1]}")  # fmt: skip
-    alone = f", MMD alone {plan.iteration / plan.iteration_mmd:.1f} times less"
-    alone = alone if recipe.loss.needs_fake else ""
+    less = f", MMD alone {plan.iteration / plan.iteration_mmd:.1f} times less"
+    alone = less if recipe.loss.needs_fake else ""
     say(f"An iteration and sample: {plan.iteration / 1e12:,.3g} TFLOPs; full scale "
         f"{plan.iteration_full / plan.iteration:.2f}x as much{alone}")  # fmt: skip
     say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "

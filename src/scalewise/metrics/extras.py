@@ -34,6 +34,8 @@ class Extra:
     """Looks at whole videos; others are shown a video's middle frame."""
     real: bool = False
     """Holds the pictures against real ones: needs a reference."""
+    frechet: bool = False
+    """Fits a covariance to its features, which takes more pictures than features."""
     check: Callable[[Sequence[str]], None] | None = None
     """Refuses captions that it cannot judge, before anything is drawn for them."""
 

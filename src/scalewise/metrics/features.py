@@ -131,7 +131,7 @@ def _distance(name: str, seen: Seen) -> Statistic | None:
 
 
 FD = Extra(
-    name="fd", load=VisionFeatures.load, source="facebook/dinov2-base", real=True,
+    name="fd", load=VisionFeatures.load, source="facebook/dinov2-base", real=True, frechet=True,
     metrics=(Metric(
         name="fd", title="FD", better="lower", digits=2, bounds=(0, float("inf")), rounds=200,
         statistic=lambda seen: _distance("fd", seen),
@@ -141,7 +141,7 @@ FD = Extra(
 )  # fmt: skip
 
 FID = Extra(
-    name="fid", load=Inception.load, source="torch-fidelity", real=True,
+    name="fid", load=Inception.load, source="torch-fidelity", real=True, frechet=True,
     metrics=(Metric(
         name="fid", title="FID", better="lower", digits=2, bounds=(0, float("inf")), rounds=200,
         statistic=lambda seen: _distance("fid", seen),
