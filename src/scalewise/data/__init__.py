@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scalewise.data.cache import PromptCache, encode_folder, open_sets
 from scalewise.data.folder import ImageEntry, Skipped, assign_buckets, bucket_sizes, load_pixels, scan_images
-from scalewise.data.latents import LatentSet, LatentSetWriter
+from scalewise.data.latents import LatentSet, LatentSetWriter, sets_fingerprint
 from scalewise.data.shards import DataError, Progress
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "load_pixels",
     "open_sets",
     "scan_images",
+    "sets_fingerprint",
 ]
