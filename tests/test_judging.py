@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -24,7 +20,7 @@ from scalewise.metrics import EXTRAS, METRICS, ClipScorer, measure
 from scalewise.metrics.base import Gaussian, Seen
 from scalewise.metrics.clip import fit, from_bytes, letterbox
 from scalewise.metrics.extras import parse_metric
-from scalewise.metrics.features import Inception, VisionFeatures
+from scalewise.metrics.features import VisionFeatures
 from scalewise.metrics.frechet import distance, distance_to, frechet_distance
 from scalewise.metrics.preference import HPSV2, PICKSCORE
 from scalewise.metrics.video import VideoExaminer, consistency, steadiness
@@ -78,7 +74,7 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def apart(look: VisionFeatures | Inception, images: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
+def apart(look: VisionFeatures, images: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     """Features of all images at once, and one by one."""
     alone = [look.look(images[i : i + 1], [""])[name] for i in range(len(images))]
     return look.look(images, [""] * len(images))[name], torch.cat(alone)
@@ -146,45 +142,6 @@ def test_preference_scores_are_a_hundred_cosines(clip_folder: Path, extra: objec
     assert measure(Seen(None, torch.arange(5), None, looks={name: found}))[name].value == pytest.approx(
         float(wanted.mean()), abs=1e-3
     )
-
-
-@pytest.fixture
-def fidelity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let torch-fidelity be imported without torchvision, which its Inception does not use."""
-    for name in ("", ".transforms", ".transforms.functional", ".models", ".datasets"):
-        module = MagicMock()
-        module.__spec__ = SimpleNamespace(name=f"torchvision{name}")
-        monkeypatch.setitem(sys.modules, f"torchvision{name}", module)
-    yield
-    for name in [n for n in sys.modules if n.startswith("torch_fidelity")]:
-        monkeypatch.delitem(sys.modules, name)
-
-
-def test_fid_takes_inception_from_a_safetensors_file(fidelity: None, tmp_path: Path) -> None:
-    from torch_fidelity import feature_extractor_inceptionv3 as library
-
-    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patched:
-        torch.manual_seed(3)
-        patched.setattr(library, "load_state_dict_from_url", lambda *_, **__: {})
-        patched.setattr(torch.nn.Module, "load_state_dict", lambda self, state: None)
-        network = library.FeatureExtractorInceptionV3("random", ["2048"])
-    path = tmp_path / "inception.safetensors"
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
-    found, images = Inception.load(str(path), "cpu"), pictures(2)
-    with torch.no_grad():
-        wanted = network(torch.from_numpy(images).permute(0, 3, 1, 2))[0]
-    together, alone = apart(found, images, "fid")
-    assert together.shape == (2, 2048)
-    assert torch.allclose(together, wanted, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(together, alone, rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match=r"no safetensors file; convert other weights once"):
-        Inception.load("weights.pth", "cpu")
-
-
-def test_fid_without_its_package_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r"pip install 'scalewise-diffusion\[fid\]'"):
-        Inception.load("torch-fidelity", "cpu")
 
 
 @pytest.mark.parametrize("count", [5, 40])

@@ -178,7 +178,7 @@ def _real(
 ) -> Gaussian:
     """Statistics of real pictures, kept: thousands of them need not be read at every evaluation."""
     stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
-    key = hashlib.sha256(repr((extra.name, stamp(source), stamps)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((extra.name, extra.protocol, stamp(source), stamps)).encode()).hexdigest()[:16]
     path = build.cache_folder() / "statistics" / f"{extra.name}-{key}.safetensors"
     if not path.exists():
         features = _features(

@@ -36,6 +36,8 @@ class Extra:
     """Holds the pictures against real ones: needs a reference."""
     frechet: bool = False
     """Fits a covariance to its features, which takes more pictures than features."""
+    protocol: str = ""
+    """How images are prepared, where that once changed: kept statistics of another protocol are not used."""
     check: Callable[[Sequence[str]], None] | None = None
     """Refuses captions that it cannot judge, before anything is drawn for them."""
 
@@ -70,14 +72,17 @@ def loading(what: str, source: str) -> Iterator[None]:
 
 
 @contextmanager
-def needing(extra: str, metric: str) -> Iterator[None]:
-    """Turn a missing package into one sentence that names the line which installs it."""
+def needing(package: str, metric: str) -> Iterator[None]:
+    """Turn a missing package into one sentence that names the line which installs it, and it alone.
+
+    Without --no-deps, pip may replace the installed torch by the one that the package's dependencies want.
+    """
     try:
         yield
     except ImportError as error:
         raise ValueError(
             f"The metric {metric} needs a package that is not installed ({first_line(error)}): "
-            f"pip install 'scalewise-diffusion[{extra}]'"
+            f"pip install --no-deps {package}"
         ) from error
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +24,8 @@ from scalewise.metrics.extras import Device, Extra, in_chunks, joined, loading, 
 from scalewise.metrics.frechet import distance_to
 
 CHUNK = 32
+FID_SIZE = 256
+"""Pixels of the square that Inception is shown; its network enlarges them to 299."""
 
 
 class VisionFeatures:
@@ -95,8 +101,8 @@ class Inception:
 
         The library unpickles what it fetches; here only its tensors are let through.
         """
-        with needing("fid", "fid"):
-            from torch_fidelity import feature_extractor_inceptionv3 as library
+        with needing("torch-fidelity", "fid"):
+            library = _inception_module()
         if source != "torch-fidelity" and not source.endswith(".safetensors"):
             raise ValueError(
                 f"{source!r} is no safetensors file; convert other weights once: safetensors.torch.save_file("
@@ -116,12 +122,50 @@ class Inception:
 
     @torch.no_grad()
     def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Features [N, 2048] of images; see `Examiner`. The network resizes as the original did."""
+        """Features [N, 2048] of images; see `Examiner` and `fid_square`."""
         parts = []
         for chunk, _ in in_chunks(images, captions, CHUNK):
-            pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).to(self.device)
+            squares = np.stack([fid_square(image) for image in chunk])
+            pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device)
             parts.append(self.network(pixels)[0])
         return {"fid": joined(parts)}
+
+
+def fid_square(image: np.ndarray) -> np.ndarray:
+    """Prepare an image for FID: bytes [H, W, 3] to [256, 256, 3], by the protocol of the paper's authors.
+
+    The shorter side is brought to 256 by Pillow's LANCZOS filter and the center is cropped
+    (`fid_score_in_memory.py` of github.com/yandex-research/swd, torchvision's rounding). Without that,
+    Inception's own resizing, which takes 4 pixels of each neighborhood whatever the size, aliases what is
+    finer than 299 pixels show.
+    """
+    shorter = min(image.shape[:2])
+    height, width = (FID_SIZE * side // shorter for side in image.shape[:2])
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+    top, left = (round((side - FID_SIZE) / 2) for side in (height, width))
+    return np.asarray(resized.crop((left, top, left + FID_SIZE, top + FID_SIZE)))
+
+
+def _inception_module() -> ModuleType:
+    """Import torch-fidelity's Inception alone; raises ImportError without the package.
+
+    The package's `__init__` imports torchvision for its other networks. Inception needs none of it, so the
+    file is imported below a stand-in for the package.
+    """
+    package, name = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"No module named {package!r}")
+    stand_in = ModuleType(package)
+    stand_in.__path__ = list(spec.submodule_search_locations)
+    sys.modules[package] = stand_in
+    try:
+        return importlib.import_module(name)
+    finally:  # so that whoever imports the package gets it whole
+        for imported in [m for m in sys.modules if m.partition(".")[0] == package]:
+            del sys.modules[imported]
 
 
 def _distance(name: str, seen: Seen) -> Statistic | None:
@@ -142,6 +186,7 @@ FD = Extra(
 
 FID = Extra(
     name="fid", load=Inception.load, source="torch-fidelity", real=True, frechet=True,
+    protocol="LANCZOS to 256, center",
     metrics=(Metric(
         name="fid", title="FID", better="lower", digits=2, bounds=(0, float("inf")), rounds=200,
         statistic=lambda seen: _distance("fid", seen),
