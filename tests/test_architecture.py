@@ -20,7 +20,8 @@ FILES = {
 # A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as
 # long as no circle arises. A package stands for all of its files, which are free among themselves.
 RANKS = [
-    "errors scales noise losses rng parallel checkpoint console pictures mini keys counting contents",
+    "errors scales noise losses rng parallel checkpoint console pictures mini keys counting "
+    "contents overrides",
     "recipe spectrum taps roles heads models",
     "backbone data lora recipes",
     "sampling distill",

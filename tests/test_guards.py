@@ -256,6 +256,10 @@ def test_a_schedule_that_cannot_be_read_is_said_so(text: str) -> None:
             ["bench", "mini", "--training", "--set", "model.dtype=float16"],
             "model.dtype=float16 is for sampling",
         ),
+        (["bench", "mini", "model.dtype=float16", "--training"], "model.dtype=float16 is for sampling"),
+        (["evaluate", "mini", "model.base=x"], "Name what to compare"),
+        (["evaluate", "mini", "teacher", "train.iteration=5"], "did you mean 'train.iterations'"),
+        (["bench", "mini", "teacher", "loss.gan=5"], "'loss.gan' is a group"),
         (["spectrum", "mini", "--data", "pics #1"], "pics #1"),
     ],
 )

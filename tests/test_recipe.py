@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from scalewise.cli.arguments import split_overrides
 from scalewise.recipe import Levels, LossRecipe, MmdRecipe, Recipe, RecipeError, field_names, nearest
 from scalewise.recipes import RECIPES, find_recipe
 from scalewise.scales import ScaleSchedule
@@ -20,7 +21,7 @@ def recipe() -> Recipe:
 def test_a_recipe_survives_yaml(recipe, tmp_path):
     changed = recipe.override(
         [
-            "about='Grün: \"quoted\" # and so on'",
+            'about=Grün: "quoted" # and so on',
             "optimizer.lr=3e-4",
             "train.ema=0.98",
             "lora.targets=[to_q, net.2]",
@@ -60,6 +61,45 @@ def test_dotted_overrides_set_just_their_field(recipe):
     assert after["train"] | {"iterations": 3000} == before["train"]
     assert after["loss"]["gan"] == before["loss"]["gan"]
     assert recipe.train.iterations == 3000  # the recipe itself is a value
+
+
+@pytest.mark.parametrize("text", [
+    "/data/shoot #2", "2024-01-01", "123", "no", "null", "1.10", "a: b", "*x", "@x", "%50", "[a]", "'a'",
+    " a ",
+])  # fmt: skip
+def test_a_key_that_holds_text_takes_it_as_typed_and_keeps_it_in_a_file(recipe, tmp_path, text):
+    keys = ("data.path", "teacher.negative_prompt", "name", "about", "model.base")
+    changed = recipe.override([f"{key}={text}" for key in keys])
+    held = (changed.data.path, changed.teacher.negative_prompt, changed.name, changed.about)
+    assert (*held, changed.model.base) == (text,) * 5
+    (tmp_path / "recipe.yaml").write_text(changed.to_yaml(), encoding="utf-8")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == changed
+
+
+def test_nothing_behind_the_sign_is_an_empty_text_and_no_path(recipe):
+    assert recipe.override(["teacher.negative_prompt="]).teacher.negative_prompt == ""
+    with pytest.raises(RecipeError, match=r"data\.path = '': String should have at least 1 character"):
+        recipe.override(["data.path="])
+
+
+@pytest.mark.parametrize(("text", "vae"), [("null", None), ("", None), ("./null", "./null"), ("no", "no")])
+def test_a_text_key_that_may_be_empty_is_so_by_null_or_nothing(recipe, text, vae):
+    assert recipe.override(["model.vae=taesd3", f"model.vae={text}"]).model.vae == vae
+
+
+def test_every_element_of_a_list_of_texts_is_text(recipe):
+    changed = recipe.override(["train.sample_prompts=[no, 1.10, 2024-01-01, null]", "lora.targets=[123]"])
+    assert changed.train.sample_prompts == ("no", "1.10", "2024-01-01", "null")
+    assert changed.lora.targets == ("123",)
+    assert changed.override(["lora.targets=null"]).lora.targets is None
+
+
+def test_numbers_are_decimal_and_truths_are_words(recipe):
+    changed = recipe.override(["train.batch=010", "optimizer.lr=3e-4", "schedule.full_scale=yes"])
+    assert (changed.train.batch, changed.optimizer.lr, changed.schedule.full_scale) == (10, 3e-4, True)
+    for wrong in ("train.batch=1:30", "train.batch=yes", "optimizer.lr=inf", "optimizer.lr=nan"):
+        with pytest.raises(RecipeError, match=wrong.partition("=")[0]):
+            recipe.override([wrong])
 
 
 def test_the_last_of_two_overrides_of_one_field_holds(recipe):
@@ -193,3 +233,12 @@ def test_mmd_alone_is_one_override_and_leaves_the_rest():
         assert not alone.loss.needs_fake and not alone.loss.needs_head
         assert alone.loss.mmd.features == "teacher" and alone.loss.mmd.weight == recipe.loss.mmd.weight
         assert Recipe.from_mapping(alone.model_dump(mode="json")) == alone
+
+
+def test_words_behind_a_recipe_are_overrides_or_samplers():
+    words = ["teacher:4", "model.base=a=b", "mine=student:runs/a", "v1.0=teacher", "name=teacher", "a.b=c"]
+    samplers, overrides = split_overrides(words, None)
+    assert samplers == ["teacher:4", "mine=student:runs/a", "v1.0=teacher", "name=teacher"]
+    assert overrides == ["model.base=a=b", "a.b=c"]
+    with pytest.warns(UserWarning, match="--set is deprecated; write key=value by itself"):
+        assert split_overrides(["teacher"], ["train.batch=2"]) == (["teacher"], ["train.batch=2"])

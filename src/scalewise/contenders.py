@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from scalewise.sampling import last, student_steps, teacher_steps
 from scalewise.scales import ScaleSchedule
 
 Kind = Literal["teacher", "undistilled", "student", "folder"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Sampler = Callable[[Condition, Condition, Sequence[int]], Iterator[tuple[int, Tensor]]]
 """(captions' condition, unconditional one, seeds) -> (step, x0) of every step."""
 
@@ -112,12 +113,17 @@ def parse_contender(text: str, recipe: Recipe) -> Contender:
         label, form = match[1].strip(), match[2]
     word, _, rest = form.partition(":")
     readers = {"teacher": _teacher, "undistilled": _undistilled, "student": _student, "folder": _folder}
-    if word not in readers:
+    if not is_contender(form):
         raise ContenderError(
             f"{text!r} is no contender; write {FORMS}, optionally with a label before it (name=...)."
         )
     contender = readers[word](rest, recipe)
     return replace(contender, name=label) if label else contender
+
+
+def is_contender(form: str) -> bool:
+    """Whether text without a label names a kind of contender; what stands behind the colon is not read."""
+    return form.partition(":")[0] in KINDS
 
 
 def parse_contenders(texts: Sequence[str], recipe: Recipe) -> list[Contender]:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from scalewise.errors import first_line
 from scalewise.losses import Penalty
+from scalewise.overrides import field_type, read_value
 from scalewise.scales import ScaleSchedule, shifted_sigmas
 
 
@@ -24,7 +25,7 @@ class RecipeError(ValueError):
 class Frozen(BaseModel):
     """Base of all recipe parts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Levels(Frozen):
@@ -57,7 +58,7 @@ class Levels(Frozen):
 class ModelRecipe(Frozen):
     """The teacher to distil."""
 
-    base: str = Field("mini", description="'mini', a folder in diffusers' layout, or a hub id")
+    base: str = Field("mini", min_length=1, description="'mini', a folder in diffusers' layout, or a hub id")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none",
@@ -71,7 +72,8 @@ class ModelRecipe(Frozen):
         None, ge=1, description="T5 tokens; None = the family's usual number"
     )
     vae: str | None = Field(
-        None, description="another autoencoder of the same latents, such as a tiny one; None = the base's"
+        None,
+        description="another autoencoder of the same latents, such as a tiny one; null = the base's",
     )
     embedded_guidance: float | None = Field(
         None, ge=1, description="what a model with guidance as an input (FLUX) is told; None = the family's"
@@ -202,7 +204,9 @@ class LossRecipe(Frozen):
 class DataRecipe(Frozen):
     """Latents and captions to train on."""
 
-    path: str = Field("mini", description="'mini', a set made by `scalewise generate`, or a folder of images")
+    path: str = Field(
+        "mini", min_length=1, description="'mini', a set made by `scalewise generate`, or a folder of images"
+    )
     downscale: Literal["pixel", "latent"] = Field("pixel", description="latent: the ablation of section 4.1")
     shape: Literal["crop", "buckets"] = Field(
         "crop", description="how images that are not of the full size are cut"
@@ -283,7 +287,10 @@ class Recipe(Frozen):
             raise RecipeError(f"Cannot read the recipe file {path}: {error}") from None
 
     def override(self, assignments: Sequence[str]) -> Recipe:
-        """Apply dotted overrides such as "train.iterations=200" or "loss.dmd.weight=0"; values are YAML."""
+        """Apply dotted overrides such as "train.iterations=200" or "loss.dmd.weight=0".
+
+        A key that takes a string gets the text as typed; others read numbers and YAML lists.
+        """
         found = dict[str, Any]()
         for assignment in assignments:
             dotted, sign, text = assignment.partition("=")
@@ -291,8 +298,9 @@ class Recipe(Frozen):
                 raise RecipeError(
                     f"Override {assignment!r} needs the form key=value, as in train.iterations=200."
                 )
+            dotted = dotted.strip()
             try:
-                found[dotted.strip()] = yaml.safe_load(text)
+                found[dotted] = read_value(text, field_type(Recipe, dotted))
             except yaml.YAMLError as error:
                 raise RecipeError(
                     f"Override {assignment!r} has a value that cannot be read ({first_line(error)}); a list "
@@ -301,7 +309,7 @@ class Recipe(Frozen):
         return self.with_values(found)
 
     def with_values(self, given: Mapping[str, Any]) -> Recipe:
-        """Replace fields by dotted name; values are taken as they are, such as a path that is no YAML."""
+        """Replace fields by dotted name; values are taken as they are."""
         values = self.model_dump(mode="json")
         for dotted, value in given.items():
             _assign(values, dotted, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,8 +16,33 @@ Overrides = Annotated[
 ]
 
 
+OldOverrides = Annotated[
+    list[str] | None, typer.Option("--set", hidden=True, help="Deprecated: write key=value by itself.")
+]
+
+
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
     """The recipe that a command was given."""
     from scalewise.recipes import find_recipe
 
     return find_recipe(name).override(overrides or [])
+
+
+def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str], list[str]]:
+    """Divide the words behind a recipe into samplers to compare and overrides, those given with --set last.
+
+    A word is an override if its part before "=" is a key of recipes, or looks like one (it has a dot) and no
+    sampler stands behind the "=": labels of samplers have the same form, as in "first=student:runs/a".
+    """
+    from scalewise.contenders import is_contender
+    from scalewise.recipe import field_names
+
+    if old:
+        warnings.warn("--set is deprecated; write key=value by itself, as for `distill`.", stacklevel=2)
+    known = {name for name in field_names() if "." in name}
+    overrides = []
+    for word in words:
+        key, sign, value = word.partition("=")
+        if sign and (key.strip() in known or ("." in key and ":" not in key and not is_contender(value))):
+            overrides.append(word)
+    return [word for word in words if word not in overrides], [*overrides, *(old or ())]

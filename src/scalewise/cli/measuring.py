@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scalewise import console
-from scalewise.cli.arguments import Overrides, RecipeName, recipe_of
+from scalewise.cli.arguments import OldOverrides, Overrides, RecipeName, recipe_of, split_overrides
 
 
 def recipes(
@@ -113,7 +113,7 @@ def evaluate(
         list[str],
         typer.Argument(
             help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; "
-            "name=... labels one."
+            "name=... labels one. Overrides such as model.base=my-model may stand among them."
         ),
     ],
     prompts: Annotated[
@@ -129,10 +129,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     speed: Annotated[bool, typer.Option(help="Measure milliseconds per image too.")] = True,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Dotted override of the recipe, such as model.base=my-model; repeatable."),
-    ] = None,
+    override: OldOverrides = None,
     scorer: Annotated[
         str | None,
         typer.Option(help="CLIP model that judges: folder or hub id (default for the mini: its own)."),
@@ -158,9 +155,12 @@ def evaluate(
     from scalewise.commands.measuring import Evaluation, run_evaluate
     from scalewise.judging import Asked
 
+    contenders, overrides = split_overrides(contenders, override)
+    if not contenders:
+        raise typer.BadParameter("Name what to compare, such as teacher and student:runs/mini.")
     asked = Asked(scorer, tuple(metric or ()), reference)
     how = Evaluation(count=count, each=each, batch=batch, seed=seed, speed=speed)
-    run_evaluate(recipe_of(recipe, override), contenders, prompts, how, asked=asked, out=out)
+    run_evaluate(recipe_of(recipe, overrides), contenders, prompts, how, asked=asked, out=out)
 
 
 def metrics() -> None:
@@ -178,13 +178,14 @@ def bench(
         typer.Argument(
             help="As for evaluate, the first being what others are compared with (default: teacher, as many "
             "steps at full scale, and scale-wise; a student's operations are those of the undistilled model)."
+            " Overrides such as model.dtype=bfloat16 may stand among them."
         ),
     ] = None,
     protocol: Annotated[
         str,
         typer.Option(
             help="honest: batches 1 and 8, the recipe's types, not compiled; paper: batch 8, half precision, "
-            "compiled, 100 rounds (the paper also has a tiny autoencoder: --set model.vae=FOLDER)."
+            "compiled, 100 rounds (the paper also has a tiny autoencoder: model.vae=FOLDER)."
         ),
     ] = "honest",
     batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeatable.")] = None,
@@ -192,9 +193,7 @@ def bench(
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile the denoiser's blocks.")
     ] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="Dotted override of the recipe; repeatable.")
-    ] = None,
+    override: OldOverrides = None,
     prompt: Annotated[str | None, typer.Option(help="What is drawn.")] = None,
     training: Annotated[
         bool,
@@ -215,15 +214,16 @@ def bench(
     from scalewise.commands.measuring import run_bench, run_training_bench
     from scalewise.speed import chosen_protocol
 
+    chosen_contenders, overrides = split_overrides(contenders or [], override)
     if training:
-        if contenders or batch or prompt or compiled is not None or protocol != "honest":
+        if chosen_contenders or batch or prompt or compiled is not None or protocol != "honest":
             raise typer.BadParameter(
-                "--training takes the recipe, --rounds, --set and --out only; leave the others out."
+                "--training takes the recipe, overrides, --rounds and --out only; leave the others out."
             )
-        run_training_bench(recipe_of(recipe, override), rounds=rounds or 7, out=out)
+        run_training_bench(recipe_of(recipe, overrides), rounds=rounds or 7, out=out)
         return
     chosen = chosen_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
-    run_bench(recipe_of(recipe, override), contenders or [], chosen, prompt, out)
+    run_bench(recipe_of(recipe, overrides), chosen_contenders, chosen, prompt, out)
 
 
 def study(

@@ -1,0 +1,62 @@
+"""Override values read by the type of their key: text stays as typed, only lists and numbers are parsed."""
+
+from __future__ import annotations
+
+import contextlib
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False,
+           "0": False}  # fmt: skip
+
+
+def field_type(model: type[BaseModel], dotted: str) -> Any:
+    """Return the annotation of a dotted key, or None if there is no such key."""
+    kind: Any = model
+    for part in dotted.split("."):
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        if part not in fields:
+            return None
+        kind = fields[part].annotation
+    return kind
+
+
+def read_value(text: str, kind: Any) -> Any:
+    """Read the text behind `key=` for a key of type `kind`.
+
+    A key that takes a string gets the text as typed: no quotes are removed, and `#`, `123` or `no` mean
+    themselves. A key that may also be empty (`str | None`) takes `null` or nothing for that. All other keys
+    read numbers, `true` and `false`, `null`, and YAML lists; in a list of strings every element is a string.
+
+    Raises yaml.YAMLError for a list that cannot be read.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if NoneType in kinds and text.strip() in ("null", ""):
+        return None
+    if any(_is_text(k) for k in kinds):
+        return text
+    if bool in kinds:
+        return _TRUTHS.get(text.strip().lower(), text)
+    # BaseLoader leaves every scalar a string: YAML's own rules would read 010 as 8, and 1:30 as 90.
+    value = yaml.BaseLoader(text).get_single_data()
+    if any(_is_text(element) for k in kinds for element in get_args(k)):
+        return value
+    return [_plain(v) for v in value] if isinstance(value, list) else _plain(value)
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(v, str) for v in get_args(kind)))
+
+
+def _plain(value: Any) -> Any:
+    """Read a number; everything else is left for validation to refuse."""
+    if isinstance(value, str):
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(value)
+    return value
