@@ -46,4 +46,4 @@ def losses(folder: Path) -> list[dict[str, float]]:
 if __name__ == "__main__":
     console.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        TARGET.write_text(json.dumps(losses(Path(folder)), indent=1) + "\n")
+        TARGET.write_text(json.dumps(losses(Path(folder)), indent=1) + "\n", encoding="utf-8")

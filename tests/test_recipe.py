@@ -164,7 +164,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"Cannot read the recipe file .*missing\.yaml"):
+    with pytest.raises(RecipeError, match=r"Cannot read the recipe file: .*missing\.yaml"):
         Recipe.from_yaml(tmp_path / "missing.yaml")
 
 

@@ -48,7 +48,9 @@ class Pictures:
 def load_pictures(*, split: str | None = None, denoiser_only: bool = False) -> Pictures:
     """Load the emoji set; `denoiser_only` restricts it to the styles and subjects the denoiser learns."""
     folder = work_folder() / "data"
-    pictures = Pictures(np.load(folder / "emoji128.npy"), json.loads((folder / "captions.json").read_text()))
+    pictures = Pictures(
+        np.load(folder / "emoji128.npy"), json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    )
     if split:
         pictures = pictures.select(lambda r: r["split"] == split)
     if denoiser_only:
@@ -186,7 +188,7 @@ class Stage:
                     "seconds": round(self.seconds + time.time() - started, 1),
                     "steps_per_second": round(seen / (time.time() - since), 3),
                 }
-                with open(self.folder / "log.jsonl", "a") as file:
+                with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(row, flush=True)
                 since, seen, totals = time.time(), 0, {}

@@ -127,15 +127,15 @@ def main(parts: list[str]) -> None:
     """Measure the parts; what was measured before stays."""
     console.quiet_libraries()
     path, model = work_folder() / "measured.json", load_model(mini.TEACHER)
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part in parts:
         found[part] = PARTS[part](model)
-        path.write_text(json.dumps(found, indent=1))
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def write_card() -> None:
     """Fill the card's template with what was measured."""
-    found = json.loads((work_folder() / "measured.json").read_text())
+    found = json.loads((work_folder() / "measured.json").read_text(encoding="utf-8"))
 
     def figure(values: dict[str, list[float]], key: str, factor: float = 1.0, digits: int = 3) -> str:
         value, low, high = (factor * v for v in values[key])
@@ -147,11 +147,11 @@ def write_card() -> None:
         distance = figure(values, "frechet") if "frechet" in values else "-"
         match = figure(values, "prompt_match", 100, 1)
         lines.append(f"| {name} | {distance} | {match} | {figure(values, 'clip_score', digits=1)} |")
-    text = TEMPLATE.read_text().replace("{{figures}}", "\n".join(lines))
+    text = TEMPLATE.read_text(encoding="utf-8").replace("{{figures}}", "\n".join(lines))
     text = text.replace("{{psnr}}", ", ".join(f"{v} dB at {k} px" for k, v in found["psnr"].items()))
     for key, value in found["text"].items():
         text = text.replace("{{" + key + "}}", f"{100 * value:.1f} %")
-    CARD.write_text(text)
+    CARD.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,10 @@ def main() -> None:
     pipeline.save_pretrained(TARGET / "teacher", safe_serialization=True)
     for config in TARGET.glob("teacher/text_encoder*/config.json"):
         # transformers loads in the precision that the file names, diffusers in float32: they have to agree.
-        values = {k: v for k, v in json.loads(config.read_text()).items() if k != "torch_dtype"}
-        config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
+        values = {
+            k: v for k, v in json.loads(config.read_text(encoding="utf-8")).items() if k != "torch_dtype"
+        }
+        config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
     if (work_folder() / "scorer" / "state.safetensors").exists():
         shutil.rmtree(TARGET / "scorer", ignore_errors=True)  # without a state the shipped one stays
         scorer = load_averaged("scorer", Scorer(load_pictures().captions))
@@ -90,7 +92,9 @@ def main() -> None:
         shipped = load_file(TARGET / "reference.safetensors")
         save_file(shipped | spectra(), TARGET / "reference.safetensors")
     captions = {s: load_pictures(split=s, denoiser_only=True).captions for s in ("train", "test")}
-    (TARGET / "captions.json").write_text(json.dumps(captions, indent=0, ensure_ascii=False))
+    (TARGET / "captions.json").write_text(
+        json.dumps(captions, indent=0, ensure_ascii=False), encoding="utf-8"
+    )
     for file in sorted(TARGET.rglob("*")):
         if file.is_file() and file.stat().st_size > 100_000:
             print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(TARGET)}")

@@ -362,7 +362,7 @@ def measure() -> dict[str, float]:
             for tower in range(len(model.thumbnails)):
                 key = f"{name}_{tower + 1}_rank1_of_50_{split}"
                 found[key] = round(rank_one_of_fifty(model, pictures.select(lambda _: True), tower=tower), 4)
-    (work_folder() / "text_measured.json").write_text(json.dumps(found, indent=1))
+    (work_folder() / "text_measured.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 
 

@@ -141,7 +141,7 @@ def measure() -> dict[str, float]:
         x = raw if side == 128 else F.interpolate(raw, size=(side, side), mode="area")
         values = [psnr(model.decode(model.encode(c).latent_dist.mean).sample, c) for c in x.split(32)]
         found[f"psnr_{side}"] = round(float(torch.cat(values).mean()), 2)
-    (work_folder() / "vae" / "measured.json").write_text(json.dumps(found))
+    (work_folder() / "vae" / "measured.json").write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

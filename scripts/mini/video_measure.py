@@ -140,9 +140,11 @@ def main(contenders: list[str], recipe_file: str, *, count: int, out: Path) -> N
         motion[name] = share.to_list()
         filmstrip(drawn[:12], out / f"{''.join(c if c.isalnum() else '-' for c in name)}.png")
     save_rows(rows, out)
-    (out / "motion.json").write_text(json.dumps(motion, indent=1) + "\n")
+    (out / "motion.json").write_text(json.dumps(motion, indent=1) + "\n", encoding="utf-8")
     timings = time_all(model, recipe, parsed, wanted[0].caption, console.progress)
-    (out / "timings.json").write_text(json.dumps([t.to_dict() for t in timings], indent=1) + "\n")
+    (out / "timings.json").write_text(
+        json.dumps([t.to_dict() for t in timings], indent=1) + "\n", encoding="utf-8"
+    )
     print(figures_table(rows))
     for name, (value, low, high) in motion.items():
         print(f"motion match, {name}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")

@@ -34,7 +34,7 @@ def main() -> None:
     pipeline.save_pretrained(work_folder() / "video_teacher", safe_serialization=True)
     for split in ("train", "test"):
         lines = [clip.caption for clip in sorted(clips.of(split), key=lambda clip: clip.number)]
-        (work_folder() / f"video_{split}.txt").write_text("\n".join(lines) + "\n")
+        (work_folder() / f"video_{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def measure() -> dict[str, float]:
         out = torch.cat([model.decode(model.encode(part).latent_dist.mean).sample for part in x.split(8)])
         error = psnr(out.transpose(2, 1).flatten(0, 1), x.transpose(2, 1).flatten(0, 1))
         found[f"psnr_{frames}x{side}"] = round(float(error.mean()), 2)
-    (work_folder() / "video_vae" / "measured.json").write_text(json.dumps(found))
+    (work_folder() / "video_vae" / "measured.json").write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

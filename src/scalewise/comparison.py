@@ -131,7 +131,9 @@ def compare(
     timed = speed and model is not None and parallel.is_main()
     timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if timed else []
     if timings:
-        (out / "timings.json").write_text(json.dumps([t.to_dict() for t in timings], indent=1) + "\n")
+        (out / "timings.json").write_text(
+            json.dumps([t.to_dict() for t in timings], indent=1) + "\n", encoding="utf-8"
+        )
     return Outcome(results, rows, timings)
 
 
@@ -175,7 +177,7 @@ def _save_pictures(
     parallel.meet()
     if parallel.is_main():
         told = {"captions": prompts.captions, "seeds": prompts.seeds}
-        (folder / DRAWN_FOR).write_text(json.dumps(told, indent=1) + "\n")
+        (folder / DRAWN_FOR).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def file_name(name: str) -> str:

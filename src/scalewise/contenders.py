@@ -297,7 +297,7 @@ def _pictures(folder: Path, paths: Sequence[Path]) -> Iterator[np.ndarray]:
 
 def _check_drawn_for(folder: Path, prompts: Prompts) -> None:
     try:
-        told = list(json.loads((folder / DRAWN_FOR).read_text())["captions"])
+        told = list(json.loads((folder / DRAWN_FOR).read_text(encoding="utf-8"))["captions"])
     except (ValueError, KeyError, TypeError) as error:
         raise ContenderError(
             f"{folder / DRAWN_FOR} is not what a comparison writes there, captions and seeds; rename it to "

@@ -86,14 +86,14 @@ def make_plan(recipe: Recipe, out: Path, minutes: float) -> Plan:
     """Measure this machine for some seconds and fit the demo into the time, once per demo folder."""
     file = out / "plan.json"
     if file.exists():
-        plan = Plan(**json.loads(file.read_text()))
+        plan = Plan(**json.loads(file.read_text(encoding="utf-8")))
         console.err.print(f"Going on with the demo in {out}: {plan.iterations} iterations.")
         return plan
     console.err.print("Measuring this machine for a few seconds ...")
     iteration, teacher_image = probe(recipe)
     plan = fit_plan(recipe.train.iterations, iteration, teacher_image, minutes=minutes)
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(plan)))
+    file.write_text(json.dumps(asdict(plan)), encoding="utf-8")
     console.err.print(
         f"This will take about {plan.minutes:.0f} minutes: {plan.iterations} iterations of training, "
         f"{plan.prompts} captions drawn by the teacher and by few-step models, timing, a report."
@@ -175,7 +175,7 @@ def collect(
         prompts=shown,
         columns=columns,
         journeys=journeys(model, contenders[1], prompts=prompts, labels=labels, recipe=recipe),
-        log=[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()],
+        log=[json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()],
         schedule=labels,
         figures=[row.to_dict() for row in outcome.rows],
         metrics=[metric.to_dict() for metric in METRICS.values()],

@@ -201,10 +201,14 @@ def _cell(row: Row, metric: str, show: Callable[[float], str]) -> str:
 def save_rows(rows: Sequence[Row], folder: Path) -> None:
     """Write figures.json and figures.md into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "figures.json").write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
-    (folder / "figures.md").write_text(table(rows))
+    (folder / "figures.json").write_text(
+        json.dumps([row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8"
+    )
+    (folder / "figures.md").write_text(table(rows), encoding="utf-8")
 
 
 def load_rows(folder: Path) -> list[Row]:
     """Read what `save_rows` wrote."""
-    return [Row.from_dict(values) for values in json.loads((folder / "figures.json").read_text())]
+    return [
+        Row.from_dict(values) for values in json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    ]

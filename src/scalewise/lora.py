@@ -120,7 +120,7 @@ def write_student(
     if form == "peft":  # a folder with the settings beside the weights is what PEFT reads
         path.mkdir(parents=True, exist_ok=True)
         config = {"peft_type": "LORA", "base_model_name_or_path": student.base, **settings}
-        (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         path = path / "adapter_model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -256,7 +256,7 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
 def _settings(file: Path, head: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's settings of a file: in its metadata, as diffusers writes them, or in the JSON beside it."""
     beside = file.with_name("adapter_config.json")
-    text = head.get(_DIFFUSERS_KEY) or (beside.read_text() if beside.exists() else "{}")
+    text = head.get(_DIFFUSERS_KEY) or (beside.read_text(encoding="utf-8") if beside.exists() else "{}")
     try:
         found = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
     except (ValueError, AttributeError) as error:

@@ -16,6 +16,7 @@ from scalewise.errors import first_line
 from scalewise.losses import Penalty
 from scalewise.overrides import field_type, read_value
 from scalewise.scales import ScaleSchedule, shifted_sigmas
+from scalewise.text_files import TextFileError, read_utf8
 
 
 class RecipeError(ValueError):
@@ -282,8 +283,10 @@ class Recipe(Frozen):
     def from_yaml(cls, path: Path) -> Recipe:
         """Read a recipe file."""
         try:
-            return cls.from_mapping(yaml.safe_load(path.read_text()), origin=str(path))
-        except (OSError, yaml.YAMLError) as error:
+            return cls.from_mapping(yaml.safe_load(read_utf8(path)), origin=str(path))
+        except TextFileError as error:
+            raise RecipeError(f"Cannot read the recipe file: {error}") from None
+        except yaml.YAMLError as error:
             raise RecipeError(f"Cannot read the recipe file {path}: {error}") from None
 
     def override(self, assignments: Sequence[str]) -> Recipe:

@@ -37,19 +37,21 @@ class RunFolder:
         """Write recipe and versions: once everything is built, and a resumed checkpoint has fitted."""
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         recipe = self.recipe.to_yaml()
-        checkpoint.write_atomically(self.path / "recipe.yaml", lambda path: path.write_text(recipe))
+        checkpoint.write_atomically(
+            self.path / "recipe.yaml", lambda path: path.write_text(recipe, encoding="utf-8")
+        )
         machine = {
             "python": platform.python_version(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "device": str(build.device()),
         }
-        (self.path / "versions.json").write_text(json.dumps(versions() | machine, indent=1))
+        (self.path / "versions.json").write_text(json.dumps(versions() | machine, indent=1), encoding="utf-8")
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the log; a last one that was cut off in the middle of writing does not count."""
         log = self.path / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         rows = []
         for number, line in enumerate(lines, 1):
             try:
@@ -62,7 +64,9 @@ class RunFolder:
     def cut_log(self, iteration: int) -> None:
         """Drop rows after the checkpoint that a run goes on from: they will be written again."""
         text = "".join(json.dumps(row) + "\n" for row in self.rows() if row["iteration"] <= iteration)
-        checkpoint.write_atomically(self.path / "log.jsonl", lambda path: path.write_text(text))
+        checkpoint.write_atomically(
+            self.path / "log.jsonl", lambda path: path.write_text(text, encoding="utf-8")
+        )
 
 
 class Log:
@@ -71,7 +75,7 @@ class Log:
     def __init__(self, folder: RunFolder, *, after: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = open(folder.path / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
+        self._file = open(folder.path / "log.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=after + 1)
 
     def write(self, row: Numbers) -> None:

@@ -121,9 +121,9 @@ class Speed:
     def save(self, folder: Path) -> None:
         """Write bench.json and bench.md."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        (folder / "bench.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         tables = [bench.table(self.timings), steps_table(self.timings), gains_table(self.gains), self.told]
-        (folder / "bench.md").write_text("\n\n".join(tables) + "\n")
+        (folder / "bench.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
 
 
 def measure_speed(

@@ -70,8 +70,8 @@ class TrainingCost:
     def save(self, folder: Path) -> None:
         """Write training.json and training.md."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "training.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        (folder / "training.md").write_text(self.markdown)
+        (folder / "training.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (folder / "training.md").write_text(self.markdown, encoding="utf-8")
 
     @property
     def markdown(self) -> str:

@@ -32,7 +32,10 @@ def generate(
     recipe: RecipeName,
     overrides: Overrides = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line (default for the mini: its captions).")
+        Path | None,
+        typer.Option(
+            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv (default for the mini: its captions)."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples in all; prompts repeat with new seeds.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,

@@ -119,7 +119,7 @@ def evaluate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt a line, or geneval for its prompts (default for the mini: captions "
+            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv; or geneval for its prompts (default for the mini: captions "
             "held out)."
         ),
     ] = None,

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from scalewise import mini
+from scalewise.data.prompts import read_prompt_file
 from scalewise.metrics.geneval import geneval_prompts
 from scalewise.recipe import RecipeError
 
@@ -55,16 +56,7 @@ def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
         return mini.captions(split)
     if not file.exists():
         raise RecipeError(f"There is no prompt file {file}.")
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"The prompt file {file} is not UTF-8 text ({error.reason}); save it so."
-        ) from error
-    except OSError as error:
-        raise RecipeError(
-            f"The prompt file {file} cannot be read ({error.strerror}); name another."
-        ) from error
+    prompts = read_prompt_file(file)
     if not prompts:
         raise RecipeError(f"The prompt file {file} holds no prompt; write one a line.")
     return prompts

@@ -188,7 +188,7 @@ def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count
         say("A synthetic set has the scales that it was made with: first make one with the same overrides "
             "(`scalewise generate`).")  # fmt: skip
     folder_for(out)
-    (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     figure = draw_survey(found, levels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png")
     say(f"The figure is {escape(str(figure))}; the numbers lie beside it.")
 

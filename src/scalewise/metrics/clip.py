@@ -59,7 +59,9 @@ class ClipScorer:
                     "Give a folder of a CLIPModel with tokenizer and image processor."
                 )
         with loading("a CLIP model", str(source)):
-            settings = json.loads(find_file(str(processor or source), _PREPROCESSING).read_text())
+            settings = json.loads(
+                find_file(str(processor or source), _PREPROCESSING).read_text(encoding="utf-8")
+            )
             mean, std = settings["image_mean"], settings["image_std"]
             if (kind := AutoConfig.from_pretrained(source).model_type) != "clip":
                 raise ValueError(f"it is a model of the type {kind!r}")
@@ -82,7 +84,7 @@ class ClipScorer:
             "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
         }  # fmt: skip
-        (folder / _PREPROCESSING).write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / _PREPROCESSING).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @property
     def device(self) -> torch.device:

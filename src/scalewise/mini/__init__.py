@@ -23,7 +23,7 @@ CAPTIONS = FOLDER / "captions.json"
 
 def captions(split: str) -> list[str]:
     """Captions of the pictures that the mini was trained on ("train") or never saw ("test")."""
-    return list(json.loads(CAPTIONS.read_text())[split])
+    return list(json.loads(CAPTIONS.read_text(encoding="utf-8"))[split])
 
 
 def resolve(name: str, part: Path) -> str:

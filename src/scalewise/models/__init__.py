@@ -44,7 +44,7 @@ def family_of(base: str | Path) -> type[ModelAdapter]:
             )
         index = _from_hub(str(base))
     try:
-        name = json.loads(index.read_text()).get("_class_name", "")
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{index} does not describe a model ({error}); fetch the model again.") from error
     return family_named(name, str(base))

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent / "known"
 @functools.cache
 def known() -> dict[str, dict[str, Any]]:
     """Configurations by hub id: the pipeline's class and options, denoiser, VAE, text encoders, scheduler."""
-    found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     return {entry["base"]: entry for entry in found}
 
 
@@ -116,7 +116,7 @@ def count(module: nn.Module) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {path} ({error}); fetch the model again.") from error
     return dict(found)
