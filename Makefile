@@ -1,6 +1,5 @@
 # make demo   set up, then train and sample the embedded teacher's student; the pictures land in $(OUT)
 # make test   set up, then lint, types and the tests: about fifteen minutes on two cores
-# make slow   the tests that take minutes
 # make lint   ruff and mypy only
 # make venv   set up only
 # make clean  remove what the above made, except demo runs
@@ -18,7 +17,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: demo test slow lint venv clean
+.PHONY: demo test lint venv clean
 
 demo: venv
 	$(BIN)/scalewise demo --out $(OUT)
@@ -26,9 +25,6 @@ demo: venv
 # Files of tests are spread over the cores, one thread each.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
-
-slow: venv
-	$(BIN)/pytest -m slow
 
 lint: venv
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -184,3 +185,21 @@ def test_no_work_is_left_as_a_note():
         if re.search(r"\b(TODO|FIXME|XXX|HACK)\b|raise NotImplementedError", line)
     ]
     assert notes == []
+
+
+def test_mypy_is_strict_about_every_module_of_the_package() -> None:
+    settings = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert settings["strict"]
+    own = [o["module"] for o in settings["overrides"] if "scalewise" in str(o["module"])]
+    assert own == []
+    silenced = [f for f in FILES if re.search(r"^# *mypy:", (ROOT / f).read_text(encoding="utf-8"), re.M)]
+    assert silenced == []
+
+
+def test_a_marker_exists_only_where_a_test_carries_it() -> None:
+    settings = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "pytest"
+    ]
+    tests = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py"))
+    for marker in settings["ini_options"].get("markers", []):
+        assert f"mark.{marker.partition(':')[0]}" in tests

@@ -18,7 +18,7 @@ from scalewise.backbone import Backbone
 from scalewise.batches import Batches
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.folder import list_files
-from scalewise.models import ALL_PARTS, ModelAdapter, Part, load_model
+from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, load_model
 from scalewise.models.quantized import quantize
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale
@@ -40,7 +40,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> ModelAdapter:
+def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> PipelineAdapter:
     """Load parts of the recipe's teacher onto this process's device; for `training` with its fewer bits."""
     base, wanted = mini.resolve(recipe.model.base, mini.TEACHER), tuple(parts)
     model = load_model(

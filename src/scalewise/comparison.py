@@ -128,8 +128,9 @@ def compare(
         results.append(result)
         rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
         save_rows(rows, out)  # after each, so that a stopped comparison keeps what it has
-    timed = speed and model is not None and parallel.is_main()
-    timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds) if timed else []
+    timings = []
+    if speed and model is not None and parallel.is_main():
+        timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds)
     if timings:
         (out / "timings.json").write_text(
             json.dumps([t.to_dict() for t in timings], indent=1) + "\n", encoding="utf-8"

@@ -179,8 +179,8 @@ def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count
         for sentence in judged.advice:
             say(f"[yellow]{judged.name}:[/] {sentence}")
     proposed = found.schedules[-1].schedule
-    timesteps, scales = (", ".join(map(str, v)) for v in (proposed.timesteps, proposed.scales))
-    change = f"'schedule.timesteps=[{timesteps}]' 'schedule.scales=[{scales}]'"
+    listed = [", ".join(map(str, v)) for v in (proposed.timesteps, proposed.scales)]
+    change = f"'schedule.timesteps=[{listed[0]}]' 'schedule.scales=[{listed[1]}]'"
     if recipe.schedule.full_scale:
         change += " schedule.full_scale=false"
     say(f"To train with the proposal: {change}")

@@ -33,7 +33,8 @@ class VisionFeatures:
 
     def __init__(self, model: nn.Module, processor: Any, *, class_token: bool = False) -> None:
         """`class_token`: take the first token, not the model's own pooling."""
-        self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.model: Any = model.eval().requires_grad_(False)
+        self.processor = processor
         self.class_token = class_token
 
     @classmethod

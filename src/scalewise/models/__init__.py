@@ -11,11 +11,12 @@ import torch
 from scalewise.errors import first_line
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
 from scalewise.models.flux import Flux
+from scalewise.models.pipelined import PipelineAdapter
 from scalewise.models.sd3 import SD3
 from scalewise.models.sdxl import SDXL
 from scalewise.models.wan import Wan
 
-FAMILIES: dict[str, type[ModelAdapter]] = {family.family: family for family in (SD3, Flux, SDXL, Wan)}
+FAMILIES: dict[str, type[PipelineAdapter]] = {family.family: family for family in (SD3, Flux, SDXL, Wan)}
 
 __all__ = [
     "ALL_PARTS",
@@ -27,6 +28,7 @@ __all__ = [
     "ModelAdapter",
     "ModelError",
     "Part",
+    "PipelineAdapter",
     "Wan",
     "family_named",
     "family_of",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 
-def family_of(base: str | Path) -> type[ModelAdapter]:
+def family_of(base: str | Path) -> type[PipelineAdapter]:
     """Find the family of a model folder or hub id by the pipeline class that its model_index.json names."""
     index = Path(base) / "model_index.json"
     if not index.exists():
@@ -50,7 +52,7 @@ def family_of(base: str | Path) -> type[ModelAdapter]:
     return family_named(name, str(base))
 
 
-def family_named(pipeline_class: str, base: str) -> type[ModelAdapter]:
+def family_named(pipeline_class: str, base: str) -> type[PipelineAdapter]:
     """The family of a pipeline class."""
     for family in FAMILIES.values():
         if pipeline_class in family.pipeline_classes:
@@ -69,7 +71,7 @@ def load_model(
     parts: Sequence[Part] = ALL_PARTS,
     max_sequence_length: int | None = None,
     vae: str | Path | None = None,
-) -> ModelAdapter:
+) -> PipelineAdapter:
     """Load the parts of a model that are asked for, whatever its family."""
     return family_of(base).load(
         base, dtype=dtype, parts=parts, max_sequence_length=max_sequence_length, vae=vae

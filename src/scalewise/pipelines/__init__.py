@@ -10,8 +10,7 @@ import torch
 from scalewise import mini
 from scalewise.errors import first_line
 from scalewise.lora import StudentError, load_student
-from scalewise.models import SD3, SDXL, Flux, Wan, family_of
-from scalewise.models.base import ModelAdapter
+from scalewise.models import SD3, SDXL, Flux, PipelineAdapter, Wan, family_of
 from scalewise.pipelines.scale_wise import (
     ADAPTER,
     ScaleWiseFluxPipeline,
@@ -24,7 +23,7 @@ from scalewise.pipelines.scale_wise import (
 from scalewise.pipelines.schedule import read_schedule
 from scalewise.scales import ScaleSchedule
 
-PIPELINES: dict[type[ModelAdapter], type[ScaleWisePipeline]] = {
+PIPELINES: dict[type[PipelineAdapter], type[ScaleWisePipeline]] = {
     SD3: ScaleWiseSD3Pipeline,
     Flux: ScaleWiseFluxPipeline,
     SDXL: ScaleWiseSDXLPipeline,
@@ -69,9 +68,9 @@ def load(
     told = found.recipe.get("model", {}) if found else {}
     options = {"max_sequence_length": told.get("max_sequence_length")} | options
     model: Any = family.load(folder, dtype=dtype, **options)
-    pipeline = PIPELINES[family](**model.pipeline.components)
+    pipeline: Any = PIPELINES[family](**model.pipeline.components)
     pipeline.register_to_config(**stock_options(model.pipeline, pipeline))
-    if found is None:
+    if found is None and given is not None:
         pipeline.set_schedule(given)
     pipeline.max_sequence_length = model.max_sequence_length
     pipeline.embedded_guidance = told.get("embedded_guidance")
