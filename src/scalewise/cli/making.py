@@ -34,7 +34,8 @@ def generate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv (default for the mini: its captions)."
+            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv "
+            "(default for the mini: its captions)."
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples in all; prompts repeat with new seeds.")] = 1000,
@@ -81,13 +82,14 @@ def distill(
     `scalewise distill mini --out runs/mini --resume`
     """
     console.quiet_libraries()
+    from scalewise.commands.inputs import run_folder
     from scalewise.commands.making import print_dry_run, run_distill
 
     chosen = recipe_of(recipe, overrides)
     if dry_run:
         print_dry_run(chosen)
         return
-    folder = out or Path("runs") / chosen.name
+    folder = out or run_folder(chosen)
     run_distill(chosen, folder, resume=resume)
     console.out.print(
         f"The student is {folder / 'student.safetensors'}; the log and sample grids lie beside it."

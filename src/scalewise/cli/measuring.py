@@ -119,8 +119,8 @@ def evaluate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv; or geneval for its prompts (default for the mini: captions "
-            "held out)."
+            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv; or geneval for its prompts "
+            "(default for the mini: captions held out)."
         ),
     ] = None,
     count: Annotated[

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from scalewise import mini
+from scalewise.data.latents import INDEX_FILE
 from scalewise.data.prompts import read_prompt_file
 from scalewise.metrics.geneval import geneval_prompts
-from scalewise.recipe import RecipeError
+from scalewise.recipe import Recipe, RecipeError
 
 
 def check_out(out: Path) -> None:
@@ -31,6 +33,28 @@ def folder_for(out: Path) -> None:
         raise RecipeError(
             f"The folder {out} cannot be made ({error.strerror}); give --out one that can."
         ) from error
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The folder of a run without --out: runs/ and the recipe's name, which must not lead out of it."""
+    name = recipe.name
+    if name.strip() in ("", ".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+        raise RecipeError(
+            f"The recipe's name {name!r} cannot name a folder in runs/; change it (name=...) or give --out."
+        )
+    return Path("runs") / name
+
+
+def check_set_folder(out: Path) -> None:
+    """Refuse a folder that holds anything but a synthetic set, before one is made in it."""
+    check_out(out)
+    own = re.compile(rf"{re.escape(INDEX_FILE)}|shard-\d+\.arrow|\..*")
+    others = sorted(p.name for p in out.iterdir() if not own.fullmatch(p.name)) if out.is_dir() else []
+    if others:
+        raise RecipeError(
+            f"{out} holds {others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}, which "
+            "is not of a set; give --out a folder of its own."
+        )
 
 
 def prompts_to_judge(file: Path | None, base: str, count: int | None) -> list[str]:

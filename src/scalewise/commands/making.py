@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 from scalewise import build, console, keys, mini, parallel
-from scalewise.commands.inputs import check_out, folder_for, read_prompts
+from scalewise.commands.inputs import check_out, check_set_folder, folder_for, read_prompts
 from scalewise.contenders import Contender, enter, parse_contender
+from scalewise.data.latents import SetHeader
 from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS
@@ -25,7 +27,7 @@ from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.runs import distill
 from scalewise.scales import Scale
-from scalewise.teacher import all_scales, generate
+from scalewise.teacher import generate
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def run_generate(
     out: Path,
 ) -> None:
     """Make a synthetic set; goes on where a stopped one ended."""
-    check_out(out)
+    check_set_folder(out)
     parallel.init_from_env()
     console.speak(parallel.is_main())
     texts = read_prompts(prompts, recipe.model.base, "train")
@@ -204,6 +206,18 @@ def run_generate(
         drawing = generate(backbone, recipe, texts, out, count=count, batch=batch, seed=seed, also=also)
         for number in drawing:
             done(number)
-    kept = all_scales(recipe, also, patch=backbone.model.patch)
-    console.out.print(f"{count} samples at {len(kept)} scales in {out}", markup=False)
+    if parallel.is_main():
+        _report_set(out, count=count)
     parallel.shutdown()
+
+
+def _report_set(out: Path, *, count: int) -> None:
+    """Print what a finished set holds, and that it is more than was asked for if it is."""
+    header = SetHeader.read(out)
+    say = partial(console.out.print, markup=False, soft_wrap=True)
+    say(f"{header.rows} samples at {len(header.scales)} scales in {out}")
+    if header.rows > count:
+        say(
+            f"That is more than --count {count}: they were there before, none was drawn or removed, and "
+            f"training reads all {header.rows}. For a smaller set give another --out."
+        )

@@ -1,0 +1,74 @@
+"""Where commands write: never outside the folder that was meant, never among files of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_run import make_tiny
+
+from scalewise.cli import main
+from scalewise.commands.inputs import check_set_folder, run_folder
+from scalewise.data import LatentSet
+from scalewise.recipe import Recipe, RecipeError
+from scalewise.recipes import find_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def generate(recipe: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Run `scalewise generate` with two prompts: (exit code, what it printed on one line)."""
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (tmp_path / "p.txt").write_text("a dog\na cat\n", encoding="utf-8")
+
+    def call(out: Path, count: int) -> tuple[int, str]:
+        given = ["generate", tmp_path / "tiny.yaml", "--prompts", tmp_path / "p.txt", "--count", count]
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in (*given, "--out", out)])
+        printed = capfd.readouterr()
+        return int(ended.value.code or 0), " ".join((printed.out + printed.err).split())
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", ".", "", " ", "a/b", "/x", "..\\x", "a\nb", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"cannot name a folder in runs/; change it \(name=...\) or give --out"
+    ):
+        run_folder(find_recipe("mini").override([f"name={name}"]))
+    if "\0" not in name:
+        with pytest.raises(SystemExit) as ended:
+            main(["distill", "mini", f"name={name}"])
+        assert ended.value.code == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["mini", "my run #2", "..a", "über", "1.10"])
+def test_any_other_name_is_a_folder_in_runs(name):
+    assert run_folder(find_recipe("mini").override([f"name={name}"])) == Path("runs") / name
+
+
+def test_a_set_is_not_made_among_files_of_others(generate, tmp_path):
+    for number, name in enumerate(("cat.png", "train", "shard-00000.txt")):
+        out = tmp_path / str(number)
+        (out / name).mkdir(parents=True)
+        code, text = generate(out, 2)
+        assert code == 1 and f"{out} holds {name}, which is not of a set; give --out" in text
+        assert [p.name for p in out.iterdir()] == [name]
+    (tmp_path / "0" / "dog.png").touch()
+    with pytest.raises(RecipeError, match=r"holds cat\.png and 1 more"):
+        check_set_folder(tmp_path / "0")
+
+
+def test_a_smaller_count_on_a_larger_set_says_that_all_stays(generate, tmp_path):
+    assert generate(tmp_path / "set", 6)[1].endswith(f"6 samples at 3 scales in {tmp_path / 'set'}")
+    (tmp_path / "set" / ".DS_Store").touch()
+    code, text = generate(tmp_path / "set", 4)
+    assert code == 0 and f"6 samples at 3 scales in {tmp_path / 'set'} That is more than --count 4:" in text
+    assert "training reads all 6. For a smaller set give another --out" in text
+    assert len(LatentSet.open(tmp_path / "set")) == 6
