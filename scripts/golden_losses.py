@@ -1,4 +1,5 @@
-"""Make tests/golden/mini_losses.json: the losses of twenty iterations of the mini recipe, to full precision.
+"""Make tests/golden/mini_losses.json: the losses of twenty iterations of the mini recipe and of twelve in the
+paper's form, to full precision.
 
     OMP_NUM_THREADS=1 python scripts/golden_losses.py
 
@@ -22,20 +23,23 @@ TARGET = Path(__file__).parents[1] / "tests" / "golden" / "mini_losses.json"
 KEYS = ("mmd", "dmd", "gan", "fake/denoising", "fake/discriminator", "x0/mean", "x0/std")
 
 
-def recipe() -> Recipe:
-    """The mini recipe with small batches and one fake update, in float32."""
-    return find_recipe("mini").override(
-        ["train.iterations=20", "train.batch=2", "train.precision=float32", "loss.fake.updates=1",
-         "train.checkpoint_every=1000", "train.sample_prompts=[]"]
+ITERATIONS = {"mini": 20, "mini-paper": 12}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe of the mini with small batches and one fake update, in float32."""
+    return find_recipe(name).override(
+        [f"train.iterations={ITERATIONS[name]}", "train.batch=2", "train.precision=float32",
+         "loss.fake.updates=1", "train.checkpoint_every=1000", "train.sample_prompts=[]"]
     )  # fmt: skip
 
 
-def losses(folder: Path) -> list[dict[str, float]]:
-    """The losses of every iteration, on one thread."""
+def losses(name: str, folder: Path) -> list[dict[str, float]]:
+    """The losses of every iteration of a recipe, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        chosen = recipe()
+        chosen = recipe(name)
         data = build.prepare_data(chosen, lambda *_: nullcontext(lambda _: None))
         rows = build.build_trainer(chosen, data, folder).fit()
         return [{key: row[key] for key in KEYS} for row in rows]
@@ -46,4 +50,5 @@ def losses(folder: Path) -> list[dict[str, float]]:
 if __name__ == "__main__":
     console.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        TARGET.write_text(json.dumps(losses(Path(folder)), indent=1) + "\n", encoding="utf-8")
+        found = {name: losses(name, Path(folder) / name) for name in ITERATIONS}
+        TARGET.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from scalewise.distill import Batch, DistillStep, draw_levels
 from scalewise.heads import DiscriminatorHead
 from scalewise.models import SDXL, Flux, ModelAdapter
 from scalewise.recipe import LossRecipe
-from scalewise.rng import generator
+from scalewise.rng import SampleNoise
 
 BLOCK = 2
 OFF = {"weight": 0.0}
@@ -41,6 +41,10 @@ LOSSES = {
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def streams(key: int, count: int = 4) -> SampleNoise:
+    return SampleNoise([1000 * key + i for i in range(count)])
 
 
 def gradients(step: DistillStep, role: str) -> dict[str, torch.Tensor | None]:
@@ -101,10 +105,10 @@ def mmd_written_out(mmd, real, fake) -> torch.Tensor:
     if mmd.kernel == "rbf":
         return losses.mmd_rbf(real, fake, sigma=mmd.sigma)
     if mmd.whole_batch:
-        return ((fake.mean((0, 1)) - real.mean((0, 1))) ** 2).sum()
+        return ((fake.mean((0, 1)) - real.mean((0, 1))) ** 2).mean()
     distance = fake.mean(1) - real.mean(1)
     return (
-        (distance**2).sum() if mmd.penalty == "squared" else ((distance**2 + mmd.c**2).sqrt() - mmd.c).mean()
+        (distance**2).mean() if mmd.penalty == "squared" else ((distance**2 + mmd.c**2).sqrt() - mmd.c).mean()
     )
 
 
@@ -112,23 +116,21 @@ def joint_student_loss(loss: LossRecipe, batch: Batch, rng, student, fake, teach
     """The whole loss of a student update in one graph through three models, as a textbook would write it."""
     n, cond = len(batch.source), batch.cond
     t = torch.full((n,), batch.t)
-    x0 = x0_of(
-        student, noised(student, batch.source, torch.randn(batch.source.shape, generator=rng), t), t, cond
-    )
+    x0 = x0_of(student, noised(student, batch.source, rng(batch.source.shape[1:]), t), t, cond)
     total = torch.zeros(())
     if loss.mmd.weight:
         if loss.mmd.clean:
             level, eps = torch.zeros(n), torch.zeros_like(x0)
         else:
-            own = generator(rng.initial_seed(), "mmd")
-            level, eps = draw_levels(loss.mmd.levels, n, own), torch.randn(x0.shape, generator=own)
+            own = rng.fork("mmd")
+            level, eps = draw_levels(loss.mmd.levels, own), own(x0.shape[1:])
         judge = teacher if loss.mmd.features == "teacher" else fake
         real_features = features_of(judge, noised(judge, batch.target, eps, level), level, cond)
         fake_features = features_of(judge, noised(judge, x0, eps, level), level, cond)
         total = total + loss.mmd.weight * mmd_written_out(loss.mmd, real_features, fake_features)
     if loss.dmd.weight or loss.gan.weight:
-        own = generator(rng.initial_seed(), "dmd_gan")
-        level, eps = draw_levels(loss.dmd.levels, n, own), torch.randn(x0.shape, generator=own)
+        own = rng.fork("dmd_gan")
+        level, eps = draw_levels(loss.dmd.levels, own), own(x0.shape[1:])
         x_t = noised(student, x0, eps, level)
     if loss.gan.weight:
         total = total + loss.gan.weight * F.softplus(-head(features_of(fake, x_t, level, cond))).mean()
@@ -163,9 +165,9 @@ def fake_gradients(step: DistillStep, batch: Batch, rng) -> tuple[dict, list[tor
     student, fake = separate_model(step, "student"), separate_model(step, "fake")
     t = torch.full((n,), batch.t)
     with torch.no_grad():
-        eps = torch.randn(batch.source.shape, generator=rng)
+        eps = rng(batch.source.shape[1:])
         x0 = x0_of(student, noised(student, batch.source, eps, t), t, batch.cond)
-    level, eps = draw_levels(loss.fake.levels, n, rng), torch.randn(x0.shape, generator=rng)
+    level, eps = draw_levels(loss.fake.levels, rng), rng(x0.shape[1:])
     total = F.mse_loss(x0_of(fake, noised(fake, x0, eps, level), level, batch.cond), x0)
     head_gradients: list[torch.Tensor] = []
     if step.head:

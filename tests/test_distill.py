@@ -18,13 +18,14 @@ from separate import (
     noised,
     own_gradients,
     separate_model,
+    streams,
 )
 
-from scalewise import distill, losses
+from scalewise import losses
 from scalewise.distill import Batch, DistillStep, LossError, draw_levels
 from scalewise.heads import DiscriminatorHead
 from scalewise.recipe import Levels, LossRecipe
-from scalewise.rng import generator
+from scalewise.rng import SampleNoise
 
 
 @pytest.fixture
@@ -54,16 +55,16 @@ def test_the_students_gradients_equal_those_of_three_separate_models(make_step, 
     step = make_step(loss)
     student, teacher = separate_model(step, "student"), separate_model(step, None)
     fake = separate_model(step, "fake") if loss.needs_fake else None
-    joint_student_loss(loss, batch, generator(3), student, fake, teacher, step.head).backward()
-    step.student_step(batch, generator(3))
+    joint_student_loss(loss, batch, streams(3), student, fake, teacher, step.head).backward()
+    step.student_step(batch, streams(3))
     assert largest_error(gradients(step, "student"), own_gradients(student)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["paper", "dmd alone"])
 def test_the_fake_models_gradients_equal_those_of_separate_models(make_step, batch, name):
     step = make_step(LOSSES[name])
-    fake, head_gradients = fake_gradients(step, batch, generator(4))
-    step.fake_step(batch, generator(4))
+    fake, head_gradients = fake_gradients(step, batch, streams(4))
+    step.fake_step(batch, streams(4))
     assert largest_error(gradients(step, "fake"), fake) < 1e-5
     for parameter, gradient in zip(step.head.parameters() if step.head else (), head_gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
@@ -73,7 +74,7 @@ def test_the_fake_models_gradients_equal_those_of_separate_models(make_step, bat
 def test_gradient_checkpointing_changes_no_gradient(make_step, batch, name):
     for compute, role in (("student_step", "student"), ("fake_step", "fake")):
         plain, saving = make_step(LOSSES[name]), make_step(LOSSES[name], checkpointing=True)
-        numbers = [getattr(step, compute)(batch, generator(3)) for step in (plain, saving)]
+        numbers = [getattr(step, compute)(batch, streams(3)) for step in (plain, saving)]
         assert numbers[0] == numbers[1]
         assert largest_error(gradients(saving, role), gradients(plain, role)) < 1e-6
 
@@ -90,7 +91,7 @@ def test_a_student_update_leaves_the_fake_models_and_the_heads_gradients_alone(m
     step = make_step(LOSSES[name])
     others = [*step.backbone.parameters("fake").values(), *step.head.parameters()]
     marks = mark_gradients(others)
-    step.student_step(batch, generator(3))
+    step.student_step(batch, streams(3))
     assert all(torch.equal(p.grad, mark) for p, mark in zip(others, marks, strict=True))
 
 
@@ -98,39 +99,39 @@ def test_a_fake_update_leaves_the_students_gradients_alone(make_step, batch):
     step = make_step(LOSSES["paper"])
     student = list(step.backbone.parameters("student").values())
     marks = mark_gradients(student)
-    step.fake_step(batch, generator(3))
+    step.fake_step(batch, streams(3))
     assert all(torch.equal(p.grad, mark) for p, mark in zip(student, marks, strict=True))
     assert all(p.grad is not None for p in step.head.parameters())
 
 
 def test_a_step_leaves_the_base_without_gradients_and_as_the_teacher(make_step, batch):
     step = make_step(LOSSES["released"])
-    step.student_step(batch, generator(3))
-    step.fake_step(batch, generator(3))
+    step.student_step(batch, streams(3))
+    step.fake_step(batch, streams(3))
     own = {id(p) for role in ("student", "fake") for p in step.backbone.parameters(role).values()}
     assert all(p.grad is None for p in step.backbone.model.denoiser.parameters() if id(p) not in own)
     assert step.backbone.roles.current == "teacher"
 
 
-# Each term draws from a generator of its own, so that switching one off leaves the others' noise alone.
+# Each term draws from streams of its own, so that switching one off leaves the others' noise alone.
 TERM_OF = {"mmd_gradient": "mmd", "dmd_gradient": "dmd_gan", "gan_gradient": "dmd_gan"}
 
 
 def by_hand(step: DistillStep, batch: Batch, term) -> tuple[dict[str, torch.Tensor | None], float]:
     """Gradients of one term alone: the student's x0, the term's gradient in it and that one's norm, back
     through the student."""
-    rng, t = generator(3), torch.full((4,), batch.t)
-    x_t = step.process.add_noise(batch.source, torch.randn(batch.source.shape, generator=rng), t)
+    rng, t = streams(3), torch.full((4,), batch.t)
+    x_t = step.process.add_noise(batch.source, rng(batch.source.shape[1:]), t)
     x0 = step.backbone.predict_x0(x_t, t, batch.cond, role="student")
     leaf = x0.detach().requires_grad_()
-    gradient = term(step, batch, leaf, generator(rng.initial_seed(), TERM_OF[term.__name__]))
+    gradient = term(step, batch, leaf, rng.fork(TERM_OF[term.__name__]))
     step.backbone.roles.module.zero_grad()
     x0.backward(gradient)
     return gradients(step, "student"), float(gradient.norm())
 
 
 def mmd_gradient(step, batch, leaf, rng):
-    t, eps = draw_levels(step.loss.mmd.levels, 4, rng), torch.randn(leaf.shape, generator=rng)
+    t, eps = draw_levels(step.loss.mmd.levels, rng), rng(leaf.shape[1:])
     real, fake = (
         step.backbone.features(step.process.add_noise(x, eps, t), t, batch.cond, role="teacher", block=BLOCK)
         for x in (batch.target, leaf)
@@ -139,7 +140,7 @@ def mmd_gradient(step, batch, leaf, rng):
 
 
 def dmd_gradient(step, batch, leaf, rng):
-    t, eps = draw_levels(step.loss.dmd.levels, 4, rng), torch.randn(leaf.shape, generator=rng)
+    t, eps = draw_levels(step.loss.dmd.levels, rng), rng(leaf.shape[1:])
     with torch.no_grad():
         x_t = step.process.add_noise(leaf, eps, t)
         real = step.backbone.predict_x0(x_t, t, batch.cond, guidance=4.5, uncond=batch.uncond)
@@ -148,7 +149,7 @@ def dmd_gradient(step, batch, leaf, rng):
 
 
 def gan_gradient(step, batch, leaf, rng):
-    t, eps = draw_levels(step.loss.dmd.levels, 4, rng), torch.randn(leaf.shape, generator=rng)
+    t, eps = draw_levels(step.loss.dmd.levels, rng), rng(leaf.shape[1:])
     x_t = step.process.add_noise(leaf, eps, t)
     seen = step.backbone.features(x_t, t, batch.cond, role="fake", block=BLOCK)
     return torch.autograd.grad(0.4 * losses.gan_generator(step.head(seen)), leaf)[0]
@@ -164,7 +165,7 @@ def gan_gradient(step, batch, leaf, rng):
 )
 def test_a_term_of_weight_0_is_absent_bit_by_bit(make_step, batch, name, term, reported):
     step = make_step(LOSSES[name])
-    numbers = step.student_step(batch, generator(3))
+    numbers = step.student_step(batch, streams(3))
     assert numbers.keys() & {"mmd", "dmd", "gan"} == {reported}
     found = gradients(step, "student")
     expected, norm = by_hand(make_step(LOSSES[name]), batch, term)
@@ -177,7 +178,7 @@ def test_mmd_alone_builds_no_fake_model_and_no_head(make_step, batch):
     assert (loss.needs_fake, loss.needs_head) == (False, False)
     step = make_step(loss)
     assert step.backbone.roles.names == ("student",)
-    assert step.student_step(batch, generator(3))["mmd"] > 0
+    assert step.student_step(batch, streams(3))["mmd"] > 0
 
 
 @pytest.mark.parametrize(("name", "head"), [("dmd alone", DiscriminatorHead(16)), ("gan alone", None)])
@@ -207,7 +208,7 @@ def test_a_term_that_is_not_finite_is_named_and_leaves_no_gradient(
 ):
     step = make_step(LOSSES[name])
     with pytest.raises(LossError, match=f"'{term}' became nan") as raised:
-        getattr(step, compute)(replace(batch, **{field: broken(getattr(batch, field))}), generator(3))
+        getattr(step, compute)(replace(batch, **{field: broken(getattr(batch, field))}), streams(3))
     assert raised.value.term == term
     for role in step.backbone.roles.names:
         assert all(gradient is None for gradient in gradients(step, role).values())
@@ -217,10 +218,10 @@ def test_a_term_that_is_not_finite_is_named_and_leaves_no_gradient(
 @pytest.mark.parametrize(("compute", "role"), [("student_step", "student"), ("fake_step", "fake")])
 def test_shares_of_a_gradient_add_up_to_the_whole(make_step, batch, compute, role):
     whole, parts = make_step(LOSSES["paper"]), make_step(LOSSES["paper"])
-    numbers = getattr(whole, compute)(batch, generator(3))
+    numbers = getattr(whole, compute)(batch, streams(3))
     for _ in range(2):  # halves are exact in binary
         assert (
-            getattr(parts, compute)(batch, generator(3), share=0.5) == numbers
+            getattr(parts, compute)(batch, streams(3), share=0.5) == numbers
         )  # what is reported is not scaled
     assert all(torch.equal(gradients(parts, role)[k], v) for k, v in gradients(whole, role).items())
     if role == "fake":
@@ -228,42 +229,23 @@ def test_shares_of_a_gradient_add_up_to_the_whole(make_step, batch, compute, rol
         assert all(torch.equal(one.grad, other.grad) for one, other in heads)
 
 
-class Rows:
-    """Stands for the generator: draws for the whole batch of four, and hands out the rows of a part of it."""
-
-    def __init__(self, rows: slice, *key: int | str) -> None:
-        self.rows, self.rng = rows, generator(5, *key)
-
-    def initial_seed(self) -> slice:
-        return self.rows
-
-    def noise(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.randn(4, *x.shape[1:], generator=self.rng)[self.rows]
-
-    def levels(self, levels: Levels) -> torch.Tensor:
-        return draw_levels(levels, 4, self.rng)[self.rows]
-
-
+@pytest.mark.parametrize("name", ["paper", "released"])
 @pytest.mark.parametrize(("compute", "role"), [("student_step", "student"), ("fake_step", "fake")])
-def test_two_half_batches_accumulate_to_the_whole_batch(make_step, batch, monkeypatch, compute, role):
-    # The released form, whose terms are all means over images.
-    monkeypatch.setattr(distill, "_noise_like", lambda x, rng: rng.noise(x))
-    monkeypatch.setattr(distill, "generator", Rows)
-    monkeypatch.setattr(distill, "draw_levels", lambda levels, count, rng, *, device: rng.levels(levels))
-    whole, parts = make_step(LOSSES["released"]), make_step(LOSSES["released"])
-    getattr(whole, compute)(batch, Rows(slice(None)))
-    for rows in (slice(0, 2), slice(2, 4)):
+def test_two_half_batches_accumulate_to_the_whole_batch(make_step, batch, name, compute, role):
+    whole, parts = make_step(LOSSES[name]), make_step(LOSSES[name])
+    getattr(whole, compute)(batch, SampleNoise([5, 6, 7, 8]))
+    for rows, seeds in ((slice(0, 2), [5, 6]), (slice(2, 4), [7, 8])):
         part = replace(batch, source=batch.source[rows], target=batch.target[rows], cond=batch.cond[rows])
-        getattr(parts, compute)(part, Rows(rows), share=0.5)
-    # Products over two and over four rows round differently in float32: 1.4e-5 at these draws.
+        getattr(parts, compute)(part, SampleNoise(seeds), share=0.5)
+    # Products over two and over four rows round differently in float32.
     assert largest_error(gradients(parts, role), gradients(whole, role)) < 3e-5
 
 
-def test_a_step_is_a_function_of_its_generator(make_step, batch):
+def test_a_step_is_a_function_of_its_streams(make_step, batch):
     results = []
     for key in (3, 3, 4):
         step = make_step(LOSSES["released"])
-        numbers = step.student_step(batch, generator(key))
+        numbers = step.student_step(batch, streams(key))
         results.append((numbers, gradients(step, "student")))
     (one, one_gradient), (same, same_gradient), (other, _) = results
     assert one == same != other
@@ -271,22 +253,22 @@ def test_a_step_is_a_function_of_its_generator(make_step, batch):
 
 
 def test_statistics_show_a_student_that_leaves_the_range_of_real_latents(make_step, batch):
-    numbers = make_step(LOSSES["mmd alone"]).student_step(batch, generator(3))
+    numbers = make_step(LOSSES["mmd alone"]).student_step(batch, streams(3))
     t = torch.full((4,), batch.t)
     backbone = make_step(LOSSES["mmd alone"]).backbone
-    eps = torch.randn(4, 4, 8, 6, generator=generator(3))
+    eps = streams(3)((4, 8, 6))
     x_t = noised(backbone.model, batch.source, eps, t)
     with torch.no_grad():
         x0 = backbone.predict_x0(x_t, t, batch.cond, role="student")
     assert numbers["x0/mean"] == pytest.approx(x0.mean().item(), abs=1e-6)
     assert numbers["x0/std"] == pytest.approx(x0.std().item(), rel=1e-6)
     narrow = replace(batch, target=batch.target / 10)
-    assert make_step(LOSSES["mmd alone"]).student_step(narrow, generator(3))["x0/beyond_4_sigma"] > 0.3
+    assert make_step(LOSSES["mmd alone"]).student_step(narrow, streams(3))["x0/beyond_4_sigma"] > 0.3
     assert numbers["x0/beyond_4_sigma"] < 0.3
 
 
 def test_uniform_levels_fill_their_range():
-    t = draw_levels(Levels(low=200, high=600), 4000, generator(1))
+    t = draw_levels(Levels(low=200, high=600), streams(1, 4000))
     assert t.shape == (4000,)
     assert 200 <= t.min() < 202
     assert 598 < t.max() <= 600
@@ -295,17 +277,17 @@ def test_uniform_levels_fill_their_range():
 
 def test_levels_of_the_schedule_are_drawn_evenly_from_its_entries():
     levels = Levels(draw="schedule", high=603)
-    t = draw_levels(levels, 4000, generator(1))
+    t = draw_levels(levels, streams(1, 4000))
     values, counts = t.unique(return_counts=True)
     assert values.tolist() == pytest.approx(sorted(levels.entries()), rel=1e-6)
     assert counts.min() > 300
-    assert torch.equal(t, draw_levels(levels, 4000, generator(1)))
+    assert torch.equal(t, draw_levels(levels, streams(1, 4000)))
 
 
 def test_a_term_does_not_notice_that_another_is_switched_off(make_step, batch):
-    both = make_step(LOSSES["released"]).student_step(batch, generator(3))
+    both = make_step(LOSSES["released"]).student_step(batch, streams(3))
     without = LOSSES["released"].model_copy(
         update={"mmd": LOSSES["released"].mmd.model_copy(update={"weight": 0.0})}
     )
-    alone = make_step(without).student_step(batch, generator(3))
+    alone = make_step(without).student_step(batch, streams(3))
     assert alone["dmd"] == both["dmd"] and alone["gan"] == both["gan"] and "mmd" not in alone

@@ -20,6 +20,7 @@ from separate import (
     make_head,
     own_gradients,
     separate_model,
+    streams,
 )
 
 import scalewise
@@ -36,7 +37,6 @@ from scalewise.models import SD3, SDXL, ModelAdapter, ModelError, Wan
 from scalewise.pictures import read_picture
 from scalewise.recipe import LossRecipe, RecipeError
 from scalewise.recipes import find_recipe
-from scalewise.rng import generator
 from scalewise.scales import ScaleSchedule
 
 
@@ -71,13 +71,13 @@ def test_an_iteration_of_every_family_has_the_gradients_of_separate_models(famil
     batch, loss = make_batch(step.backbone.model), step.loss
     student, teacher = separate_model(step, "student"), separate_model(step, None)
     fake = separate_model(step, "fake") if loss.needs_fake else None
-    joint_student_loss(loss, batch, generator(3), student, fake, teacher, step.head).backward()
-    step.student_step(batch, generator(3))
+    joint_student_loss(loss, batch, streams(3, 2), student, fake, teacher, step.head).backward()
+    step.student_step(batch, streams(3, 2))
     assert largest_error(gradients(step, "student"), own_gradients(student)) < 1e-4
     if loss.needs_fake:
         assert all(gradient is None for gradient in gradients(step, "fake").values())
-        expected, head_gradients = fake_gradients(step, batch, generator(4))
-        step.fake_step(batch, generator(4))
+        expected, head_gradients = fake_gradients(step, batch, streams(4, 2))
+        step.fake_step(batch, streams(4, 2))
         assert largest_error(gradients(step, "fake"), expected) < 1e-4
         for parameter, gradient in zip(step.head.parameters(), head_gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
@@ -87,7 +87,7 @@ def test_an_iteration_of_every_family_has_the_gradients_of_separate_models(famil
 def test_gradient_checkpointing_changes_no_gradient_of_any_family(family, compute):
     plain, saving = (make_step(family, "paper", checkpointing=on) for on in (False, True))
     batch = make_batch(plain.backbone.model)
-    assert getattr(plain, compute)(batch, generator(3)) == getattr(saving, compute)(batch, generator(3))
+    assert getattr(plain, compute)(batch, streams(3, 2)) == getattr(saving, compute)(batch, streams(3, 2))
     role = compute.removesuffix("_step")
     assert largest_error(gradients(saving, role), gradients(plain, role)) < 1e-6
 

@@ -38,20 +38,20 @@ def eq_1(real: torch.Tensor, fake: torch.Tensor, kernel, *, unbiased: bool) -> f
     return float(own - 2 * mean(real, fake, skip_self=False))
 
 
-def test_linear_mmd_is_the_squared_distance_of_token_means_summed_over_images(real, fake):
-    expected = sum(float((real[i].mean(0) - fake[i].mean(0)).norm() ** 2) for i in range(3))
+def test_linear_mmd_is_the_mse_of_token_means_over_images_and_channels(real, fake):
+    expected = sum(float((real[i].mean(0) - fake[i].mean(0)).norm() ** 2) for i in range(3)) / (3 * 5)
     assert losses.mmd_linear(real, fake).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_linear_mmd_is_equation_1_with_the_dot_product_as_kernel(real, fake):
-    expected = sum(eq_1(real[i], fake[i], torch.dot, unbiased=False) for i in range(3))
+def test_linear_mmd_is_equation_1_with_the_dot_product_as_kernel_by_channel(real, fake):
+    expected = sum(eq_1(real[i], fake[i], torch.dot, unbiased=False) for i in range(3)) / (3 * 5)
     assert losses.mmd_linear(real, fake).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_gradient_of_linear_mmd_spreads_the_mean_difference_evenly_over_tokens(real, fake):
     fake.requires_grad_()
     losses.mmd_linear(real, fake).backward()
-    expected = 2 * (fake.detach().mean(1) - real.mean(1)) / 7
+    expected = 2 * (fake.detach().mean(1) - real.mean(1)) / (7 * 3 * 5)
     torch.testing.assert_close(fake.grad, expected[:, None].expand(3, 7, 5))
 
 

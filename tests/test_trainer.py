@@ -220,9 +220,7 @@ def test_accumulation_averages_the_gradients_of_its_batches(recipe: Recipe, tmp_
     parts = []
     for piece in range(2):
         number = (trainer.iteration * trainer.updates + trainer.updates - 1) * 2 + piece
-        from scalewise.rng import generator
-
-        trainer.step.student_step(trainer.batches.at(number, 0), generator(0, "update", number, 0))
+        trainer.step.student_step(trainer.batches.at(number, 0), trainer.batches.noise(number))
         parameters = trainer.backbone.parameters("student").values()
         parts.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
         for p in parameters:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scalewise.data import DataError, LatentSet, PromptCache
 from scalewise.distill import Batch
-from scalewise.rng import derive, permutation
+from scalewise.rng import SampleNoise, derive, permutation
 from scalewise.scales import Scale, ScaleSchedule, downscale_area, upscale_latents
 
 
@@ -65,10 +65,14 @@ class Batches:
             return position % self.steps
         return derive(self.seed, "step", position) % self.steps
 
-    def at(self, position: int, index: int | None = None) -> Batch:
-        """Return batch number `position`, for step `index` of the schedule (default: the position's own)."""
+    def at(self, position: int, index: int | None = None, *, update: int | None = None) -> Batch:
+        """Return batch number `position`, for step `index` of the schedule (default: the position's own).
+
+        `update` is the number of the optimizer's update that it belongs to (default: the position); all
+        batches of one update come from the same aspect bucket.
+        """
         index = self.index_at(position) if index is None else index
-        which = self._set_at(position)
+        which = self._set_at(position if update is None else update)
         data, schedule = self.sets[which], self.schedules[which]
         chosen = self._samples(which, position)
         target = self._latents(data, chosen, schedule.target(index))
@@ -88,10 +92,22 @@ class Batches:
             return data.latents(chosen, scale)
         return downscale_area(data.latents(chosen, largest(data)), scale.size)
 
-    def _set_at(self, position: int) -> int:
+    def rows(self, position: int) -> range:
+        """Numbers of this process's samples in batch number `position`, counted over the whole run.
+
+        They are the same for any batch size, accumulation and number of processes, so that noise can be.
+        """
+        size = self.batch * self.world
+        return range(position * size + self.rank, (position + 1) * size, self.world)
+
+    def noise(self, position: int) -> SampleNoise:
+        """The random streams of those samples."""
+        return SampleNoise([derive(self.seed, "update", row) for row in self.rows(position)])
+
+    def _set_at(self, update: int) -> int:
         if len(self.sets) == 1:
             return 0
-        point = derive(self.seed, "bucket", position) % sum(map(len, self.sets))
+        point = derive(self.seed, "bucket", update) % sum(map(len, self.sets))
         for which, data in enumerate(self.sets):
             point -= len(data)
             if point < 0:
@@ -100,10 +116,8 @@ class Batches:
 
     def _samples(self, which: int, position: int) -> list[int]:
         """This process's rows: its stride of the global batch, from shuffled passes over the set."""
-        count, size = len(self.sets[which]), self.batch * self.world
-        start = position * size
-        rows = range(start + self.rank, start + size, self.world)
-        return [int(self._passes(which, row // count)[row % count]) for row in rows]
+        count = len(self.sets[which])
+        return [int(self._passes(which, row // count)[row % count]) for row in self.rows(position)]
 
     def _pass(self, which: int, number: int) -> Tensor:
         return permutation(len(self.sets[which]), self.seed, "pass", which, number)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from scalewise import losses
 from scalewise.backbone import Backbone
 from scalewise.models.base import Condition
 from scalewise.recipe import Levels, LossRecipe
-from scalewise.rng import generator
+from scalewise.rng import SampleNoise
 
 Numbers = dict[str, float]
 
@@ -46,7 +46,12 @@ class Batch:
 
 
 class DistillStep:
-    """Computes the gradients of a fake-model update and of a student update; owns no optimizer."""
+    """Computes the gradients of a fake-model update and of a student update; owns no optimizer.
+
+    Every sample draws from a stream of its own, and every term is a mean over samples (but for
+    mmd.whole_batch and mmd.sigma=null, which look at the batch as one): gradients of parts of a batch, on
+    one process or several, average to those of the whole batch.
+    """
 
     def __init__(self, backbone: Backbone, loss: LossRecipe, *, head: nn.Module | None = None) -> None:
         """`head` is the discriminator; it is needed just when the recipe gives the GAN a weight."""
@@ -55,7 +60,7 @@ class DistillStep:
         self.process = backbone.model.noise
         self._terms = {"mmd": self._mmd, "dmd_gan": self._dmd_and_gan}
 
-    def student_step(self, batch: Batch, rng: Generator, *, share: float = 1.0) -> Numbers:
+    def student_step(self, batch: Batch, rng: SampleNoise, *, share: float = 1.0) -> Numbers:
         """Add `share` of the gradient of mmd + dmd + gan to the student's parameters; other roles stay
         untouched.
         """
@@ -63,20 +68,20 @@ class DistillStep:
         leaf = x0.detach().requires_grad_()
         numbers: Numbers = {}
         for name, term in self._terms.items():
-            # A generator for each term: switching one off leaves the others' noise as it was.
-            numbers |= term(leaf, batch, generator(rng.initial_seed(), name))
+            # Streams for each term: switching one off leaves the others' noise as it was.
+            numbers |= term(leaf, batch, rng.fork(name))
         assert leaf.grad is not None, "at least one term is on"
         with self.backbone.roles.role("student"):
             x0.backward(leaf.grad * share)
         return numbers | _statistics(x0.detach(), batch.target)
 
-    def fake_step(self, batch: Batch, rng: Generator, *, share: float = 1.0) -> Numbers:
+    def fake_step(self, batch: Batch, rng: SampleNoise, *, share: float = 1.0) -> Numbers:
         """Add `share` of the gradient of denoising + discriminator loss to the fake model's parameters and
         the head's.
         """
         with torch.no_grad():
             fake = self._student(batch, rng)
-        t = draw_levels(self.loss.fake.levels, len(fake), rng, device=fake.device)
+        t = draw_levels(self.loss.fake.levels, rng, device=fake.device)
         eps = _noise_like(fake, rng)
         x_t = self.process.add_noise(fake, eps, t)
         if self.head is None:
@@ -98,13 +103,13 @@ class DistillStep:
             (total * share).backward()
         return numbers
 
-    def _student(self, batch: Batch, rng: Generator) -> Tensor:
+    def _student(self, batch: Batch, rng: SampleNoise) -> Tensor:
         """The student's x0 at s_i from the upscaled s_{i-1} latent noised to t_i (section 4.1)."""
         t = torch.full((len(batch.source),), batch.t, device=batch.source.device)
         x_t = self.process.add_noise(batch.source, _noise_like(batch.source, rng), t)
         return self.backbone.predict_x0(x_t, t, batch.cond, role="student")
 
-    def _mmd(self, leaf: Tensor, batch: Batch, rng: Generator) -> Numbers:
+    def _mmd(self, leaf: Tensor, batch: Batch, rng: SampleNoise) -> Numbers:
         """Section 4.2: features of real and fake, noised with the same t and eps."""
         mmd = self.loss.mmd
         if mmd.weight == 0:
@@ -112,7 +117,7 @@ class DistillStep:
         if mmd.clean:  # ablation C
             t, eps = torch.zeros(len(leaf), device=leaf.device), torch.zeros_like(leaf)
         else:
-            t, eps = draw_levels(mmd.levels, len(leaf), rng, device=leaf.device), _noise_like(leaf, rng)
+            t, eps = draw_levels(mmd.levels, rng, device=leaf.device), _noise_like(leaf, rng)
         with torch.no_grad():
             real = self._features(self.process.add_noise(batch.target, eps, t), t, batch.cond, mmd.features)
         with self.backbone.roles.role(mmd.features):
@@ -126,12 +131,12 @@ class DistillStep:
             numbers = {"mmd": _finite("mmd", value)}
             return numbers | {"mmd/gradient_norm": _backward_to(leaf, mmd.weight * value)}
 
-    def _dmd_and_gan(self, leaf: Tensor, batch: Batch, rng: Generator) -> Numbers:
+    def _dmd_and_gan(self, leaf: Tensor, batch: Batch, rng: SampleNoise) -> Numbers:
         """DMD's closed-form gradient and the GAN's, on the same noised fake sample."""
         dmd, gan, numbers = self.loss.dmd, self.loss.gan, Numbers()
         if dmd.weight == 0 and gan.weight == 0:
             return numbers
-        t, eps = draw_levels(dmd.levels, len(leaf), rng, device=leaf.device), _noise_like(leaf, rng)
+        t, eps = draw_levels(dmd.levels, rng, device=leaf.device), _noise_like(leaf, rng)
         if gan.weight > 0:
             assert self.head is not None
             with self.backbone.roles.role("fake"):
@@ -161,17 +166,19 @@ class DistillStep:
         return self.backbone.predict_x0_and_features(x_t, t, cond, role="fake", block=self.loss.feature_block)
 
 
-def draw_levels(levels: Levels, count: int, rng: Generator, *, device: torch.device | str = "cpu") -> Tensor:
-    """Draw noise levels t [count]: uniform in [low, high], or entries of the teacher's schedule within it."""
+def draw_levels(levels: Levels, rng: SampleNoise, *, device: torch.device | str = "cpu") -> Tensor:
+    """Draw a noise level t for every stream [N]: uniform in [low, high], or one of the entries of the
+    teacher's schedule within it.
+    """
     entries = levels.entries()
     if entries:
-        chosen = torch.randint(len(entries), (count,), generator=rng)
-        return torch.tensor(entries)[chosen].to(device)
-    return (levels.low + (levels.high - levels.low) * torch.rand(count, generator=rng)).to(device)
+        return torch.tensor(entries)[rng.choice(len(entries))].to(device)
+    return (levels.low + (levels.high - levels.low) * rng.uniform()).to(device)
 
 
-def _noise_like(x: Tensor, rng: Generator) -> Tensor:
-    return torch.randn(x.shape, generator=rng).to(x.device)
+def _noise_like(x: Tensor, rng: SampleNoise) -> Tensor:
+    assert len(rng) == len(x), "a batch needs a stream for every sample"
+    return rng(x.shape[1:], x.device)
 
 
 def _backward_to(leaf: Tensor, value: Tensor) -> float:

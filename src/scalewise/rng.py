@@ -25,14 +25,32 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 class SampleNoise:
-    """Noise for a batch of samples, one stream per sample seed: image i is the same in any batch."""
+    """Noise for a batch of N samples, one stream per sample seed: what a sample draws is the same in any
+    batch, whatever the accumulation and the number of processes.
+    """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [generator("sample", int(seed)) for seed in seeds]
+        self._seeds = [int(seed) for seed in seeds]
+        self._generators = [generator("sample", seed) for seed in self._seeds]
+
+    def __len__(self) -> int:
+        return len(self._seeds)
 
     def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Draw the next noise [N, *shape] of every stream; drawn on the CPU so that devices agree."""
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators]).to(device)
+
+    def uniform(self) -> Tensor:
+        """Draw the next number in [0, 1) of every stream [N]."""
+        return torch.cat([torch.rand(1, generator=g) for g in self._generators])
+
+    def choice(self, count: int) -> Tensor:
+        """Draw the next integer in [0, count) of every stream [N]."""
+        return torch.cat([torch.randint(count, (1,), generator=g) for g in self._generators])
+
+    def fork(self, purpose: str) -> SampleNoise:
+        """Return new streams for a purpose; how far these ones have been drawn makes no difference."""
+        return SampleNoise([derive(seed, purpose) for seed in self._seeds])
 
 
 def permutation(count: int, *key: int | str) -> Tensor:

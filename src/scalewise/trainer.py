@@ -27,7 +27,6 @@ from scalewise.distill import DistillStep, LossError, Numbers
 from scalewise.errors import TrainingInterrupted, TrainingStopped
 from scalewise.heads import DiscriminatorHead
 from scalewise.recipe import OptimizerRecipe, Recipe
-from scalewise.rng import generator
 
 
 def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
@@ -37,6 +36,19 @@ def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed + 1)
         return DiscriminatorHead(backbone.model.width).to(backbone.device)
+
+
+def load_head(head: DiscriminatorHead, state: dict[str, Tensor], path: str) -> None:
+    """Load a checkpoint's head; CheckpointError if its layers have other widths."""
+    own = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in state.items()}
+    if own != there:
+        widths, found = ([shape[0] for shape in shapes.values()][2::4] for shapes in (own, there))
+        raise checkpoint.CheckpointError(
+            f"The discriminator head in {path} has the widths {found}, not {widths}: it is from a version "
+            "that rounded them otherwise. Finish that run with the version that began it, or start a new one."
+        )
+    head.load_state_dict(state)
 
 
 class Side:
@@ -177,8 +189,8 @@ class Trainer:
         index = self.batches.index_at(self.iteration)
         for piece in range(pieces):
             position = number * pieces + piece
-            rng = generator(self.recipe.train.seed, "update", position, self.batches.rank)
-            numbers = compute(self.batches.at(position, index), rng, share=1 / pieces)
+            rng = self.batches.noise(position)
+            numbers = compute(self.batches.at(position, index, update=number), rng, share=1 / pieces)
             for key, value in numbers.items():
                 sums[key] = sums.get(key, 0.0) + value / pieces
         return sums | {"step": index}
@@ -234,7 +246,7 @@ class Trainer:
             self.backbone.roles.load("fake", state["fake"])
             self.fake.optimizer.load_state_dict(state["fake_optimizer"])
         if self.head:
-            self.head.load_state_dict(state["head"])
+            load_head(self.head, state["head"], str(path))
         if self.average:
             for name, value in state["average"].items():
                 self.average.shadow[name].copy_(value)
