@@ -115,7 +115,11 @@ def test_a_killed_writer_goes_on_after_its_last_finished_shard(tmp_path):
     straight = LatentSet.open(make_set(tmp_path / "straight", rows=12))
     for scale in SCALES:
         assert torch.equal(data.latents(range(11), scale), straight.latents(range(11), scale))
-    assert sorted(p.name for p in path.iterdir()) == ["set.json", *(f"shard-0000{i}.arrow" for i in range(3))]
+    assert sorted(p.name for p in path.iterdir()) == [
+        ".lock",
+        "set.json",
+        *(f"shard-0000{i}.arrow" for i in range(3)),
+    ]
 
 
 def test_a_shard_that_was_written_but_not_listed_is_made_again(tmp_path):
@@ -244,7 +248,7 @@ def test_a_full_disk_counts_nothing_half_written(tmp_path, monkeypatch):
             DataError, match=r"disk is full: .* needs [\d,]+ bytes and [\d,]+ are free. The 4 rows"
         ):
             add(writer, range(6, 9))
-    assert sorted(p.name for p in path.iterdir()) == ["set.json", "shard-00000.arrow"]
+    assert sorted(p.name for p in path.iterdir()) == [".lock", "set.json", "shard-00000.arrow"]
     assert writer_at(path).missing(9) == [4, 5, 6, 7, 8]
     writer.finish()  # space was freed: the same writer still has the rows
     assert LatentSet.open(path).seeds(range(9)) == list(range(100, 109))
@@ -267,7 +271,9 @@ class Prompts:
 def test_each_prompt_is_encoded_once_and_comes_back_exactly(tmp_path):
     model, seen = Prompts(), []
     prompts, progress = ["bb", "a", "bb", "cccc"], lambda *numbers: seen.append(numbers)
-    cache = PromptCache.build(model, prompts, tmp_path / "p", fingerprint="f", batch=2, progress=progress)
+    cache = PromptCache.build(
+        lambda: model, prompts, tmp_path / "p", fingerprint="f", batch=2, progress=progress
+    )
     assert model.asked == ["", "bb", "a", "cccc"] and seen == [(2, 4), (4, 4)] and len(cache) == 4
     cond = cache.condition(["cccc", "", "cccc", "a"])
     assert len(cond) == 4 and cond.tensors["tokens"].dtype == torch.bfloat16
@@ -280,16 +286,16 @@ def test_each_prompt_is_encoded_once_and_comes_back_exactly(tmp_path):
 
 
 def test_a_prompt_cache_is_reused_extended_and_made_anew(tmp_path):
-    PromptCache.build(Prompts(), ["a", "bb"], tmp_path, fingerprint="f")
+    PromptCache.build(lambda: Prompts(), ["a", "bb"], tmp_path, fingerprint="f")
     again, more, other = Prompts(), Prompts(), Prompts(torch.float32)
-    PromptCache.build(again, ["bb", "a"], tmp_path, fingerprint="f")
+    PromptCache.build(lambda: again, ["bb", "a"], tmp_path, fingerprint="f")
     assert again.asked == []
     assert PromptCache.open(tmp_path, fingerprint="f").missing(["a", "ccc"]) == ["ccc"]
-    cache = PromptCache.build(more, ["ccc", "a"], tmp_path, fingerprint="f")
+    cache = PromptCache.build(lambda: more, ["ccc", "a"], tmp_path, fingerprint="f")
     assert more.asked == ["ccc"]
     assert cache.condition(["bb", "ccc"]).tensors["tokens"][:, 0, 0].tolist() == [2, 3]
     assert PromptCache.open(tmp_path, fingerprint="g").missing(["a"]) == ["", "a"]
-    cache = PromptCache.build(other, ["a"], tmp_path, fingerprint="g")
+    cache = PromptCache.build(lambda: other, ["a"], tmp_path, fingerprint="g")
     assert other.asked == ["", "a"] and cache.condition(["a"]).tensors["tokens"].dtype == torch.float32
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prompts-00000.safetensors", "prompts.json"]
 
@@ -299,13 +305,13 @@ def test_a_damaged_prompt_file_is_encoded_again_and_a_killed_build_goes_on(tmp_p
     stopped = Prompts()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(stopped, "asked", Stop(after=2))
-        PromptCache.build(stopped, ["a", "bb", "ccc"], tmp_path, fingerprint="f", batch=1)
+        PromptCache.build(lambda: stopped, ["a", "bb", "ccc"], tmp_path, fingerprint="f", batch=1)
     assert PromptCache.open(tmp_path, fingerprint="f").missing(["a", "bb", "ccc"]) == ["bb", "ccc"]
-    PromptCache.build(Prompts(), ["a", "bb", "ccc"], tmp_path, fingerprint="f", batch=1)
+    PromptCache.build(lambda: Prompts(), ["a", "bb", "ccc"], tmp_path, fingerprint="f", batch=1)
     flip_a_bit(tmp_path / "prompts-00001.safetensors")
     model = Prompts()
     with pytest.warns(UserWarning, match=r"prompts-00001.safetensors .*encoded again"):
-        cache = PromptCache.build(model, ["a", "bb", "ccc"], tmp_path, fingerprint="f", batch=1)
+        cache = PromptCache.build(lambda: model, ["a", "bb", "ccc"], tmp_path, fingerprint="f", batch=1)
     assert model.asked == ["a"]
     assert cache.condition(["a", "ccc", "bb"]).tensors["tokens"][:, 0, 0].tolist() == [1, 3, 2]
 

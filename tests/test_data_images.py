@@ -311,6 +311,7 @@ def test_latents_of_every_scale_are_made_by_downscaling_pixels(tmp_path):
         folder,
         tmp_path / "out",
         full=FULL,
+        vae_key="v",
         scales_for=halves,
         batch=2,
         progress=lambda *numbers: seen.append(numbers),
@@ -326,9 +327,9 @@ def test_latents_of_every_scale_are_made_by_downscaling_pixels(tmp_path):
 def test_a_folder_is_encoded_once_until_something_changes(tmp_path):
     folder, out, model = fill(tmp_path / "in"), tmp_path / "out", Pixels()
 
-    def encode(scales=halves):
+    def encode(scales=halves, vae_key="v"):
         before = model.encoded
-        sets = encode_folder(model, folder, out, full=FULL, scales_for=scales)
+        sets = encode_folder(model, folder, out, full=FULL, vae_key=vae_key, scales_for=scales)
         return sets[0], model.encoded - before
 
     assert encode()[1] == 2 and encode()[1] == 0
@@ -339,8 +340,9 @@ def test_a_folder_is_encoded_once_until_something_changes(tmp_path):
     assert encode()[0].captions([5]) == ["another caption"]
     data, encodings = encode(lambda full: [full])
     assert data.scales == [FULL] and encodings == 1
-    model.base = "other"
-    assert encode(lambda full: [full])[1] == 1
+    model.base = "the same files elsewhere"
+    assert encode(lambda full: [full])[1] == 0
+    assert encode(lambda full: [full], vae_key="another")[1] == 1
 
 
 def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
@@ -354,14 +356,14 @@ def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
             return super().encode(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        encode_folder(Cut(), folder, out, full=FULL, scales_for=halves, batch=1)
+        encode_folder(Cut(), folder, out, full=FULL, vae_key="v", scales_for=halves, batch=1)
     model = Pixels()
-    (data,) = encode_folder(model, folder, out, full=FULL, scales_for=halves, batch=1)
+    (data,) = encode_folder(model, folder, out, full=FULL, vae_key="v", scales_for=halves, batch=1)
     assert model.encoded == 2 * (5 - 2) and len(data) == 5
     (out / "16x16" / "shard-00001.arrow").unlink()  # the remedy for a corrupt shard
     model = Pixels()
     with pytest.warns(UserWarning, match=r"shard-00001.arrow is missing"):
-        (data,) = encode_folder(model, folder, out, full=FULL, scales_for=halves, batch=1)
+        (data,) = encode_folder(model, folder, out, full=FULL, vae_key="v", scales_for=halves, batch=1)
     assert model.encoded == 4 and data.unique_captions() == [f"picture {i}" for i in range(5)]
 
 
@@ -369,7 +371,7 @@ def test_buckets_become_sets_of_their_own_size(tmp_path):
     fill(tmp_path / "in", 3, (80, 40))
     paint(tmp_path / "in" / "tall.png", (50, 100))
     sets = encode_folder(
-        Pixels(), tmp_path / "in", tmp_path / "out", full=FULL, scales_for=halves, mode="buckets"
+        Pixels(), tmp_path / "in", tmp_path / "out", full=FULL, vae_key="v", scales_for=halves, mode="buckets"
     )
     assert [data.scales[-1].size for data in sets] == [(12, 22), (22, 12)]
     assert [len(data) for data in sets] == [3, 1]
@@ -377,7 +379,14 @@ def test_buckets_become_sets_of_their_own_size(tmp_path):
     assert [len(data) for data in open_sets(tmp_path / "out")] == [3, 1]
     assert [len(data) for data in open_sets(tmp_path / "out" / "12x22")] == [3]
     sets = encode_folder(
-        Pixels(), tmp_path / "in", tmp_path / "out", full=FULL, scales_for=halves, mode="buckets", least=2
+        Pixels(),
+        tmp_path / "in",
+        tmp_path / "out",
+        full=FULL,
+        vae_key="v",
+        scales_for=halves,
+        mode="buckets",
+        least=2,
     )
     assert [len(data) for data in sets] == [4]
 
@@ -388,7 +397,7 @@ def test_skipped_and_enlarged_images_are_warned_of(tmp_path):
     paint(tmp_path / "in" / "bare.png", caption=None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        encode_folder(Pixels(), tmp_path / "in", tmp_path / "out", full=FULL, scales_for=halves)
+        encode_folder(Pixels(), tmp_path / "in", tmp_path / "out", full=FULL, vae_key="v", scales_for=halves)
     words = [str(warning.message) for warning in caught]
     assert any("3 images used, 1 skipped: 1 without a caption (bare.png)" in text for text in words)
     assert any("1 of 3 images are smaller than the size they get" in text for text in words)

@@ -16,9 +16,10 @@ import torch
 from scalewise import mini, parallel
 from scalewise.backbone import Backbone
 from scalewise.batches import Batches
+from scalewise.contents import base_contents, part_fingerprint
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.folder import list_files
-from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, load_model
+from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, family_of, load_model
 from scalewise.models.quantized import quantize
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale
@@ -73,13 +74,22 @@ def check(recipe: Recipe, model: ModelAdapter) -> None:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Key of everything that decides a prompt's embedding: the base's text files and the sequence length."""
-    base = Path(mini.resolve(recipe.model.base, mini.TEACHER))
-    parts = [str(base), recipe.model.dtype, str(recipe.model.max_sequence_length)]
-    for file in sorted(base.glob("t*/*")):  # text_encoder*, tokenizer*, transformer
-        if file.parent.name.startswith(("text_encoder", "tokenizer")):
-            parts.append(f"{file.relative_to(base)} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    """Key of everything that decides a prompt's embedding: what the base's text files hold, wherever they
+    lie, family, type and sequence length; "" for a base of the hub that is not downloaded.
+    """
+    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    files = part_fingerprint(base, "text_encoder", "tokenizer")
+    if not files:
+        return ""
+    parts = [files, family_of(base).family, recipe.model.dtype, str(recipe.model.max_sequence_length)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def vae_key(recipe: Recipe) -> str:
+    """Key of the autoencoder by what its files hold, wherever they lie, and its type; load it first."""
+    own = recipe.model.vae or mini.resolve(recipe.model.base, mini.TEACHER)
+    files = base_contents(own)
+    return f"{files[''] if '' in files else files['vae']} {recipe.model.dtype}"
 
 
 @dataclass
@@ -115,17 +125,22 @@ def check_scales(recipe: Recipe, data: LatentSet) -> None:
 
 
 def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> PromptCache:
-    """Embeddings of captions, made once per base and kept."""
+    """Embeddings of captions, made once per text encoders and kept."""
+    if not fingerprint(recipe):
+        load(recipe, ["text"])  # a first use: downloads what the key is made of
     key = fingerprint(recipe)
     folder = cache_folder() / "prompts" / key
     cache = PromptCache.open(folder, fingerprint=key)
     missing = cache.missing(captions)
     if not missing:
         return cache
-    model = load(recipe, ["text"])
     with progress("encoding prompts", len(missing)) as done:
         return PromptCache.build(
-            model, captions, folder, fingerprint=key, progress=lambda number, _total: done(number)
+            lambda: load(recipe, ["text"]),
+            captions,
+            folder,
+            fingerprint=key,
+            progress=lambda number, _total: done(number),
         )
 
 
@@ -142,17 +157,23 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
     def scales_for(full: Scale) -> list[Scale]:
         return sorted(set(schedule.for_size(full, model.patch).scales))
 
-    made_by = f"{recipe.model.base} {recipe.model.vae} {recipe.model.dtype}"
-    key = hashlib.sha256(f"{folder.resolve()}{schedule}{recipe.data}{made_by}".encode()).hexdigest()[:16]
+    key = vae_key(recipe)
+    least = recipe.train.batch * parallel.world()
+    # One cache for each way to encode a folder, so that two runs which differ in it do not undo each other's.
+    ways = [folder.resolve(), schedule, recipe.data.shape, recipe.data.caption_from_name, key]
+    if recipe.data.shape == "buckets":
+        ways.append(least)
+    name = hashlib.sha256(" ".join(map(str, ways)).encode()).hexdigest()[:16]
     with progress("encoding images", len(list_files(folder))) as done:
         return encode_folder(
             model,
             folder,
-            cache_folder() / "images" / key,
+            cache_folder() / "images" / name,
             scales_for=scales_for,
             full=schedule.full,
+            vae_key=key,
             mode=recipe.data.shape,
-            least=recipe.train.batch * parallel.world(),
+            least=least,
             caption_from_name=recipe.data.caption_from_name,
             progress=lambda number, _total: done(number),
         )

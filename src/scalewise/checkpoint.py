@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -132,8 +133,12 @@ def prune(root: Path, keep: int, *, prefix: str = "step-") -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a hidden sibling of `path`, bring it to the disk, then rename it to `path`."""
-    temporary = _temporary(path)
+    """Let `write` fill a hidden sibling of `path`, bring it to the disk, then rename it to `path`.
+
+    The sibling's name is this call's own, so that processes which write the same file do not disturb each
+    other: the last one to finish wins. A killed call leaves it; `drop_leftovers` removes such files.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         _sync(temporary)
@@ -142,6 +147,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def drop_leftovers(folder: Path, *, of: str = "*") -> None:
+    """Delete what killed calls of `write_atomically` left in a folder that no other process writes to now.
+
+    `of` is a pattern of the names of the files that were meant.
+    """
+    for leftover in folder.glob(f".{of}.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

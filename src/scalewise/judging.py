@@ -19,6 +19,7 @@ from scalewise import build, mini, parallel
 from scalewise.checkpoint import write_atomically
 from scalewise.contenders import Prompts
 from scalewise.data.folder import ImageEntry, load_pixels, scan_images
+from scalewise.data.shards import alone
 from scalewise.metrics import EXTRAS, METRICS, ClipScorer, Seen
 from scalewise.metrics.base import Examiner, Gaussian
 from scalewise.metrics.extras import Extra, parse_metric, stamp
@@ -180,21 +181,21 @@ def _real(
     stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
     key = hashlib.sha256(repr((extra.name, extra.protocol, stamp(source), stamps)).encode()).hexdigest()[:16]
     path = build.cache_folder() / "statistics" / f"{extra.name}-{key}.safetensors"
-    if not path.exists():
-        features = _features(
-            entries,
-            lambda images: examiner.look(images, [""] * len(images))[extra.name],
-            extra.name,
-            progress,
-        )
-        fitted = Gaussian.fit(features)
-        tensors = {
-            "mean": fitted.mean,
-            "covariance": fitted.covariance.contiguous(),
-            "count": torch.tensor(fitted.count),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    with alone(path):
+        if not path.exists():
+            features = _features(
+                entries,
+                lambda images: examiner.look(images, [""] * len(images))[extra.name],
+                extra.name,
+                progress,
+            )
+            fitted = Gaussian.fit(features)
+            tensors = {
+                "mean": fitted.mean,
+                "covariance": fitted.covariance.contiguous(),
+                "count": torch.tensor(fitted.count),
+            }
+            write_atomically(path, lambda temporary: save_file(tensors, temporary))
     found = load_file(path)
     return Gaussian(found["mean"], found["covariance"], int(found["count"]))
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scalewise.checkpoint import write_atomically
+from scalewise.checkpoint import drop_leftovers, write_atomically
 from scalewise.data.folder import (
     BucketMode,
     ImageEntry,
@@ -27,8 +27,17 @@ from scalewise.data.folder import (
     load_pixels,
     scan_images,
 )
-from scalewise.data.latents import INDEX_FILE, LatentSet, LatentSetWriter, SetHeader
-from scalewise.data.shards import DataError, Progress, Shard, disk_full_explained, read_json, write_json
+from scalewise.data.header import CONTENTS, INDEX_FILE, SetHeader
+from scalewise.data.latents import LatentSet, LatentSetWriter
+from scalewise.data.shards import (
+    DataError,
+    Progress,
+    Shard,
+    alone,
+    disk_full_explained,
+    read_json,
+    write_json,
+)
 from scalewise.models.base import Condition, ModelAdapter
 from scalewise.scales import Scale, downscale_area
 
@@ -44,6 +53,7 @@ def encode_folder(
     *,
     full: Scale,
     scales_for: Callable[[Scale], Iterable[Scale]],
+    vae_key: str,
     mode: BucketMode = "crop",
     batch: int = 8,
     least: int = 1,
@@ -54,43 +64,48 @@ def encode_folder(
 
     Each scale's latents come from pixels that were downscaled (area) before encoding: downscaling latents
     instead is much worse (paper, section 4.1). `scales_for(size)` lists the scales of a bucket of that full
-    size; `least` is the fewest images a bucket may have (a training batch, say). A second call with nothing
-    changed only opens what is there; one after a kill goes on. Skipped and enlarged images are warned of.
+    size; `least` is the fewest images a bucket may have (a training batch, say); `vae_key` names the VAE by
+    its files' content and type, so that another VAE of the same path is noticed. A second call with nothing
+    changed only opens what is there; one after a kill goes on; of several processes one encodes, the others
+    wait. Skipped and enlarged images are warned of.
     """
     root, out = Path(folder), Path(out)
     sizes = [full] if mode == "crop" else bucket_sizes(full, adapter.patch)
     plan = {
-        "base": adapter.base,
+        "vae": vae_key,
         "mode": mode,
-        "least": least,
+        "least": None if mode == "crop" else least,
         "caption_from_name": caption_from_name,
         "scales": [list(map(str, scales_for(size))) for size in sizes],
     }
     fingerprint = fingerprint_folder(root, plan)
     if _is_encoded(out, fingerprint):
         return open_sets(out)
-    entries, skipped = scan_images(root, caption_from_name=caption_from_name)
-    if skipped.reasons:
-        warnings.warn(f"{root}: {skipped.summary}.", stacklevel=2)
-    buckets = assign_buckets(entries, full, patch=adapter.patch, mode=mode, least=least)
-    _warn_of_enlarging(buckets, adapter.vae_factor)
-    _drop_stale(out, fingerprint)
-    before = 0
-    for size, images in buckets.items():
-        writer = LatentSetWriter(
-            out / str(size),
-            scales=list(scales_for(size)),
-            channels=adapter.channels,
-            kind="images",
-            base=adapter.base,
-            settings={"fingerprint": fingerprint, "mode": mode, "full": str(size)},
-        )
-        for done in _encode_bucket(adapter, images, writer, size=size, batch=batch):
-            if progress:
-                progress(before + done, len(entries))
-        before += len(images)
-    write_json(out / FOLDER_FILE, {"fingerprint": fingerprint, "buckets": [str(size) for size in buckets]})
-    return open_sets(out)
+    with alone(out):
+        if _is_encoded(out, fingerprint):  # by the process that this one waited for
+            return open_sets(out)
+        entries, skipped = scan_images(root, caption_from_name=caption_from_name)
+        if skipped.reasons:
+            warnings.warn(f"{root}: {skipped.summary}.", stacklevel=2)
+        buckets = assign_buckets(entries, full, patch=adapter.patch, mode=mode, least=least)
+        _warn_of_enlarging(buckets, adapter.vae_factor)
+        _drop_stale(out, fingerprint)
+        before = 0
+        for size, images in buckets.items():
+            writer = LatentSetWriter(
+                out / str(size),
+                scales=list(scales_for(size)),
+                channels=adapter.channels,
+                kind="images",
+                base=adapter.base,
+                settings={"fingerprint": fingerprint, "full": str(size), CONTENTS: {"vae": vae_key}},
+            )
+            for done in _encode_bucket(adapter, images, writer, size=size, batch=batch):
+                if progress:
+                    progress(before + done, len(entries))
+            before += len(images)
+        write_json(out / FOLDER_FILE, {"fingerprint": fingerprint, "buckets": list(map(str, buckets))})
+        return open_sets(out)
 
 
 def open_sets(path: Path | str, *, verify: bool = True) -> list[LatentSet]:
@@ -207,7 +222,7 @@ class PromptCache:
     @classmethod
     def build(
         cls,
-        adapter: ModelAdapter,
+        load: Callable[[], ModelAdapter],
         captions: Iterable[str],
         path: Path | str,
         *,
@@ -217,27 +232,35 @@ class PromptCache:
     ) -> PromptCache:
         """Encode the captions, and "", that the cache at `path` lacks, and open it.
 
-        `fingerprint` names whatever changes the encoding (model, token limit): a cache with another one is
-        made anew. A killed build goes on from its finished files, a damaged file is encoded again.
+        `load` gives the model, and is called only if something is missing. `fingerprint` names whatever
+        changes the encoding (text encoders, token limit): a cache with another one is made anew. A killed
+        build goes on from its finished files, a damaged file is encoded again. Of several processes one
+        encodes while the others wait for it.
+
+        Raises DataError for embeddings with NaN or infinity.
         """
         folder = Path(path)
-        shards = _usable(folder, fingerprint)
-        todo = cls(folder, shards).missing(captions)
-        if not shards:
-            _clear(folder)
-        waiting: list[Condition] = []
-        first = 0
-        for start in range(0, len(todo), batch):
-            waiting.append(adapter.encode_prompts(todo[start : start + batch]).to("cpu"))
-            done = min(start + batch, len(todo))
-            if done == len(todo) or sum(map(_bytes, waiting)) >= SHARD_BYTES:
-                shards.append(_write_prompts(folder, Condition.cat(waiting), todo[first:done], shards))
-                listed = [shard.to_json() for shard in shards]
-                write_json(folder / PROMPTS_FILE, {"fingerprint": fingerprint, "shards": listed})
-                waiting, first = [], done
-            if progress:
-                progress(done, len(todo))
-        return cls(folder, shards)
+        with alone(folder):
+            shards = _usable(folder, fingerprint)
+            todo = cls(folder, shards).missing(captions)
+            if not shards:
+                _clear(folder)
+            drop_leftovers(folder)
+            model = load() if todo else None
+            waiting: list[Condition] = []
+            first = 0
+            for start in range(0, len(todo), batch):
+                assert model is not None
+                waiting.append(model.encode_prompts(todo[start : start + batch]).to("cpu"))
+                done = min(start + batch, len(todo))
+                if done == len(todo) or sum(map(_bytes, waiting)) >= SHARD_BYTES:
+                    shards.append(_write_prompts(folder, Condition.cat(waiting), todo[first:done], shards))
+                    listed = [shard.to_json() for shard in shards]
+                    write_json(folder / PROMPTS_FILE, {"fingerprint": fingerprint, "shards": listed})
+                    waiting, first = [], done
+                if progress:
+                    progress(done, len(todo))
+            return cls(folder, shards)
 
     def __len__(self) -> int:
         return len(self._where)
@@ -291,6 +314,12 @@ def _clear(folder: Path) -> None:
 def _write_prompts(
     folder: Path, cond: Condition, captions: list[str], shards: Sequence[_PromptShard]
 ) -> _PromptShard:
+    for row, caption in enumerate(captions):
+        if not all(torch.isfinite(value[row]).all() for value in cond.tensors.values()):
+            raise DataError(
+                f"The embedding of the prompt {caption!r} has NaN or infinity: the text encoders overflow, "
+                "or their weights are damaged. Set model.dtype=bfloat16 or float32, or fetch the model again."
+            )
     taken = {part.shard.file for part in shards}
     name = next(n for n in map("prompts-{:05d}.safetensors".format, range(len(taken) + 1)) if n not in taken)
     tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in cond.tensors.items()}

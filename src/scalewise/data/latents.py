@@ -11,90 +11,25 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from scalewise.checkpoint import write_atomically
-from scalewise.data.shards import DataError, Shard, disk_full_explained, read_json, write_json
+from scalewise.checkpoint import drop_leftovers, write_atomically
+from scalewise.data.header import INDEX_FILE, Kind, SetHeader, difference
+from scalewise.data.shards import DataError, Shard, disk_full_explained
 from scalewise.scales import Scale
 
-FORMAT = 1
-INDEX_FILE = "set.json"
-Kind = Literal["synthetic", "images"]
+LOCK_FILE = ".lock"
+"""Held while a shard is written."""
 AGAIN = "delete it and run `scalewise generate` (for an image folder: the same command) again; it resumes"
-
-
-@dataclass(frozen=True)
-class SetHeader:
-    """What `set.json` holds."""
-
-    kind: Kind
-    scales: tuple[Scale, ...]
-    channels: int
-    base: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    shards: tuple[Shard, ...] = ()
-    complete: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows in finished shards."""
-        return sum(shard.rows for shard in self.shards)
-
-    @property
-    def fingerprint(self) -> str:
-        """What the finished shards hold: a hash of their checksums, and of how latents lie in them."""
-        held = [self.channels, list(map(str, self.scales)), [shard.sha256 for shard in self.shards]]
-        return hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]
-
-    def shape(self, scale: Scale) -> tuple[int, ...]:
-        """Shape of one sample: [C, H, W], or [C, T, H, W] if any scale of the set has more than one frame."""
-        return scale.shape(1, self.channels, video=any(s.frames > 1 for s in self.scales))[1:]
-
-    def write(self, folder: Path) -> None:
-        """Write `set.json`."""
-        fixed = {"format": FORMAT, "dtype": "float16", "kind": self.kind, "base": self.base}
-        lists = {"scales": list(map(str, self.scales)), "shards": [shard.to_json() for shard in self.shards]}
-        rest = {"channels": self.channels, "settings": self.settings, "complete": self.complete}
-        write_json(folder / INDEX_FILE, fixed | rest | lists)
-
-    @classmethod
-    def read(cls, folder: Path) -> SetHeader:
-        """Read `set.json`; DataError when it is missing or not one."""
-        if not folder.is_dir():
-            raise DataError(
-                f"There is no set {folder}; make one with `scalewise generate`, or correct the path."
-            )
-        path = folder / INDEX_FILE
-        if not path.exists():
-            raise DataError(
-                f"{folder} is no set: it has no {INDEX_FILE}. Make one with `scalewise generate`."
-            )
-        raw = read_json(path)
-        try:
-            if raw["format"] != FORMAT:
-                raise DataError(
-                    f"{path} has format {raw['format']}, not {FORMAT}; use the version of its writer."
-                )
-            lists: dict[str, Any] = {
-                "scales": tuple(map(Scale.parse, raw["scales"])),
-                "shards": tuple(Shard(**shard) for shard in raw["shards"]),
-            }
-            plain: dict[str, Any] = {
-                name: raw[name] for name in ("kind", "channels", "base", "settings", "complete")
-            }
-            return cls(**plain, **lists)
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} lacks or misplaces {error}; delete {folder} and make it anew."
-            ) from error
 
 
 class LatentSet:
@@ -207,7 +142,9 @@ class LatentSetWriter:
         self.folder, self.shard_rows = Path(path), shard_rows
         plain = json.loads(json.dumps(dict(settings)))  # as it will be read back: tuples become lists
         wanted = SetHeader(kind, tuple(dict.fromkeys(scales)), channels, base, plain)
-        self.header = self._resume(wanted) if (self.folder / INDEX_FILE).exists() else wanted
+        begun = (self.folder / INDEX_FILE).exists()
+        self._seen = SetHeader.read(self.folder).shards if begun else ()
+        self.header = self._resume(wanted) if begun else wanted
         parts = [_open_shard(self.folder, shard) for shard in self.header.shards]
         self._have = {int(index) for part in parts for index in _read_column(part, "index")}
         self._waiting: dict[str, list[Any]] = {name: [] for name in self._columns()}
@@ -253,16 +190,18 @@ class LatentSetWriter:
         self.flush()
         if not self.done:
             raise DataError(f"The set {self.folder} would be empty; add samples before finishing it.")
-        self._commit(replace(self.header, complete=True))
+        with FileLock(self.folder / LOCK_FILE):
+            self._refuse_other_writers()
+            self._commit(replace(self.header, complete=True))
 
     def _columns(self) -> list[str]:
         return ["index", "caption", "seed", *map(_column, self.header.scales)]
 
     def _resume(self, wanted: SetHeader) -> SetHeader:
         there = SetHeader.read(self.folder)
-        if difference := _difference(there, wanted):
+        if fault := difference(there, wanted):
             raise DataError(
-                f"The set {self.folder} was begun with other settings: {difference}. "
+                f"The set {self.folder} was begun with other settings: {fault}. "
                 "Use the old settings to go on with it, or choose another folder."
             )
         kept = []
@@ -303,35 +242,38 @@ class LatentSetWriter:
         return [row.tobytes() for row in tensor.numpy()]
 
     def _write_shard(self, rows: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / LOCK_FILE):
+            self._refuse_other_writers()
+            self._write_shard_alone(rows)
+        self._waiting = {column: values[rows:] for column, values in self._waiting.items()}
+
+    def _write_shard_alone(self, rows: int) -> None:
         taken = {shard.file for shard in self.header.shards}
         name = next(n for n in map("shard-{:05d}.arrow".format, range(len(taken) + 1)) if n not in taken)
         table = pa.table({c: pa.array(v[:rows], _arrow_type(c)) for c, v in self._waiting.items()})
-        self.folder.mkdir(parents=True, exist_ok=True)
         safe = f"The {self.done} rows in finished shards are safe"
         with disk_full_explained(self.folder, table.nbytes, safe):
             write_atomically(self.folder / name, lambda path: _write_arrow(path, table))
             shards = (*self.header.shards, Shard.of(self.folder / name, rows))
             ordered = tuple(sorted(shards, key=lambda shard: shard.file))
             self._commit(replace(self.header, shards=ordered, complete=False))
-        self._waiting = {column: values[rows:] for column, values in self._waiting.items()}
+
+    def _refuse_other_writers(self) -> None:
+        """Raise DataError if the set on the disk is not as this writer left or found it."""
+        index = self.folder / INDEX_FILE
+        there = SetHeader.read(self.folder).shards if index.exists() else ()
+        if there != self._seen:
+            raise DataError(
+                f"Another process is writing the set {self.folder} too. Stop all but one of them; run again, "
+                "the command goes on from the finished shards."
+            )
+        drop_leftovers(self.folder)
 
     def _commit(self, header: SetHeader) -> None:
         """Make a header true on the disk, then here."""
         header.write(self.folder)
-        self.header = header
-
-
-def _difference(there: SetHeader, wanted: SetHeader) -> str:
-    """Name the first setting in which a set differs from the one wanted, or return nothing."""
-    names = ("kind", "base", "channels")
-    old, new = ({name: getattr(header, name) for name in names} for header in (there, wanted))
-    old["scales"], new["scales"] = (" ".join(map(str, header.scales)) for header in (there, wanted))
-    for name in [*wanted.settings, *there.settings]:
-        old[f"settings.{name}"], new[f"settings.{name}"] = there.settings.get(name), wanted.settings.get(name)
-    for name, value in new.items():
-        if old[name] != value:
-            return f"{name} is {old[name]!r} there and {value!r} here"
-    return ""
+        self.header, self._seen = header, header.shards
 
 
 def sets_fingerprint(sets: Iterable[LatentSet]) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from scalewise.checkpoint import is_disk_full, sha256, write_atomically
 
@@ -48,6 +51,25 @@ class Shard:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a dict."""
         return asdict(self)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make or change a cache, a folder or a file, while no other process does: it waits for one that does.
+
+    The lock is a file beside it, `<name>.lock`, which the system lets go of when its process dies.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        warnings.warn(f"Another process is making {folder}; waiting until it is done.", stacklevel=4)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
