@@ -35,11 +35,14 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        negative: str = "",
     ) -> None:
-        """`downscale` "latent" makes every scale from the full latent (ablation) instead of from pixels."""
+        """`negative` is the teacher's negative prompt, whose encoding is the unconditional condition.
+
+        `downscale` "latent" makes every scale from the full latent (ablation) instead of from pixels."""
         self.sets, self.prompts, self.batch, self.seed = list(sets), prompts, batch, seed
         self.latent_downscale, self.step_choice = downscale == "latent", step_choice
-        self.rank, self.world, self.device = rank, world, device
+        self.rank, self.world, self.device, self.negative = rank, world, device, negative
         self.schedules = [schedule.for_size(largest(s), patch) for s in self.sets]
         for own, data in zip(self.schedules, self.sets, strict=True):
             self._check(own, data)
@@ -82,7 +85,7 @@ class Batches:
             source=source.to(self.device),
             target=target.to(self.device),
             cond=self.prompts.condition(captions).to(self.device),
-            uncond=self.prompts.uncond(1).to(self.device),
+            uncond=self.prompts.condition([self.negative]).to(self.device),
             t=schedule[index].t,
             index=index,
         )

@@ -114,8 +114,9 @@ def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[
         check_scales(recipe, sets[0])
     else:
         sets = _encode_images(recipe, path, progress)
-    captions = sorted({c for s in sets for c in s.unique_captions()} | set(extra_prompts))
-    return Data(sets, prompt_cache(recipe, captions, progress))
+    captions = {c for s in sets for c in s.unique_captions()} | set(extra_prompts)
+    captions |= {recipe.teacher.negative_prompt}
+    return Data(sets, prompt_cache(recipe, sorted(captions), progress))
 
 
 def check_scales(recipe: Recipe, data: LatentSet) -> None:
@@ -232,6 +233,7 @@ def batches_for(recipe: Recipe, data: Data, backbone: Backbone) -> Batches:
         rank=parallel.rank(),
         world=parallel.world(),
         device=backbone.device,
+        negative=recipe.teacher.negative_prompt,
     )
 
 

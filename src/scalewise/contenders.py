@@ -58,6 +58,10 @@ class Contender:
     """The student's file or run, or the folder of pictures."""
     negative_prompt: str = ""
     """What the teacher's guidance leads away from."""
+    shift: float | None = None
+    """Of the teacher's schedule; None = the base's own."""
+    text_length: int | None = None
+    """T5 tokens that the teacher reads; None = as the family's own pipeline."""
 
     @property
     def about(self) -> str:
@@ -142,7 +146,10 @@ def _teacher(rest: str, recipe: Recipe) -> Contender:
     name = f"teacher, {steps} steps" if rest else "teacher"
     full = recipe.schedule.build().at_full_scale()
     teacher = recipe.teacher
-    return Contender(name, "teacher", steps, teacher.guidance, full, negative_prompt=teacher.negative_prompt)
+    return Contender(
+        name, "teacher", steps, teacher.guidance, full, negative_prompt=teacher.negative_prompt,
+        shift=teacher.shift, text_length=teacher.max_sequence_length,
+    )  # fmt: skip
 
 
 def _undistilled(rest: str, recipe: Recipe) -> Contender:
@@ -202,13 +209,22 @@ def enter(
         yield partial(_as_teacher if contender.kind == "teacher" else _as_student, backbone, contender)
 
 
+def encode(model: ModelAdapter, contender: Contender, captions: Sequence[str]) -> Condition:
+    """Embed captions for a contender: the teacher reads as many tokens as its own pipeline, students those of
+    their training.
+    """
+    if contender.kind == "teacher":
+        return model.encode_for_teacher(captions, contender.text_length)
+    return model.encode_prompts(captions)
+
+
 def _as_teacher(
     backbone: Backbone, contender: Contender, cond: Condition, uncond: Condition, seeds: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
     assert contender.schedule is not None
     return teacher_steps(
         backbone, contender.schedule.full, cond, seeds, steps=contender.steps, guidance=contender.guidance,
-        uncond=uncond,
+        uncond=uncond, shift=contender.shift,
     )  # fmt: skip
 
 
@@ -240,12 +256,12 @@ def draw(
     if numbers is not None:
         prompts = prompts.chosen(numbers)
     assert model is not None, "who draws needs a model"
-    uncond = model.encode_prompts([contender.negative_prompt])
+    uncond = encode(model, contender, [contender.negative_prompt])
     parts = []
     with enter(model, contender, precision=precision) as sampler:
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
-            x0 = last(sampler(model.encode_prompts(some.captions), uncond, some.seeds))
+            x0 = last(sampler(encode(model, contender, some.captions), uncond, some.seeds))
             parts.append(to_bytes(model.decode(x0)))
             done(min(start + batch, len(prompts)))
     return np.concatenate(parts)
@@ -256,8 +272,8 @@ def draw_steps(
     model: ModelAdapter, contender: Contender, prompts: Prompts, *, precision: Precision = "float32"
 ) -> list[np.ndarray]:
     """Draw a few prompts and decode x0 of every step: bytes [N, h_i, w_i, 3], growing with the scales."""
-    cond = model.encode_prompts(prompts.captions)
-    uncond = model.encode_prompts([contender.negative_prompt])
+    cond = encode(model, contender, prompts.captions)
+    uncond = encode(model, contender, [contender.negative_prompt])
     with enter(model, contender, precision=precision) as sampler:
         return [to_bytes(model.decode(x0)) for _, x0 in sampler(cond, uncond, prompts.seeds)]
 

@@ -21,6 +21,7 @@ from scalewise.contenders import (
     Prompts,
     draw,
     draw_steps,
+    encode,
     enter,
     parse_contender,
     parse_contenders,
@@ -151,9 +152,9 @@ def _parts(
     held: dict[str, Any] = {}
 
     def text() -> None:
-        held["cond"] = model.encode_prompts([caption] * batch)
+        held["cond"] = encode(model, contender, [caption] * batch)
         negative = [contender.negative_prompt]
-        held["uncond"] = model.encode_prompts(negative) if contender.guidance != 1 else held["cond"]
+        held["uncond"] = encode(model, contender, negative) if contender.guidance != 1 else held["cond"]
 
     def vae() -> None:
         model.decode(held["x0"])

@@ -86,7 +86,17 @@ class TeacherRecipe(Frozen):
 
     steps: int = Field(28, ge=1)
     guidance: float = Field(4.5, ge=1, description="classifier-free guidance, or FLUX's embedded; 1 = none")
-    negative_prompt: str = Field("", description="what guidance leads away from")
+    negative_prompt: str = Field(
+        "", description="what guidance leads away from, in sampling and in DMD's teacher"
+    )
+    shift: float | None = Field(
+        None, gt=0, description="shift of the flow-matching schedule it samples with; None = the base's own"
+    )
+    max_sequence_length: int | None = Field(
+        None,
+        ge=1,
+        description="T5 tokens when it samples; None = as the family's own pipeline (SD3.5: 256)",
+    )
 
 
 class ScheduleRecipe(Frozen):

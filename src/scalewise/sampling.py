@@ -128,10 +128,12 @@ def teacher_steps(
     steps: int,
     guidance: float,
     uncond: Condition | None = None,
+    shift: float | None = None,
     start: Tensor | None = None,
     begin: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Sample with the teacher: its own schedule of `steps` steps, with guidance.
+    """Sample with the teacher: its own schedule of `steps` steps, with guidance; `shift` replaces the
+    schedule's own.
 
     `start` and `begin`: go on from noised latents at a step, as in `sample_teacher`.
     """
@@ -140,7 +142,7 @@ def teacher_steps(
     return _without_gradients(
         sample_teacher(
             predict,
-            model.teacher_scheduler(steps, scale),
+            model.teacher_scheduler(steps, scale, shift=shift),
             model.noise,
             SampleNoise(seeds),
             shape=scale.shape(1, model.channels, video=model.video)[1:],

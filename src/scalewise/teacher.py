@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +69,9 @@ def generate(
     model, full = backbone.model, recipe.schedule.build().full
     scales = all_scales(recipe, also, patch=model.patch)
     writer = _writer(backbone, recipe, prompts, scales, out=out, seed=seed, shard_rows=shard_rows)
-    uncond = model.encode_prompts([recipe.teacher.negative_prompt])
+    teacher = recipe.teacher
+    encode = partial(model.encode_for_teacher, length=teacher.max_sequence_length)
+    uncond = encode([teacher.negative_prompt])
     todo = writer.missing(count)
     yield count - len(todo)
     saved = time.monotonic()
@@ -83,11 +86,12 @@ def generate(
                 steps = teacher_steps(
                     backbone,
                     full,
-                    model.encode_prompts([captions[i] for i in mine]),
+                    encode([captions[i] for i in mine]),
                     [seeds[i] for i in mine],
-                    steps=recipe.teacher.steps,
-                    guidance=recipe.teacher.guidance,
+                    steps=teacher.steps,
+                    guidance=teacher.guidance,
                     uncond=uncond,
+                    shift=teacher.shift,
                 )
                 with torch.no_grad():
                     drawn = latents_of_all_scales(model, last(steps), scales)
@@ -122,6 +126,12 @@ def all_scales(recipe: Recipe, also: Sequence[Scale], *, patch: int) -> list[Sca
     return sorted({*schedule.scales, *also})
 
 
+def _text_tokens(model: ModelAdapter, recipe: Recipe) -> int | None:
+    """T5 tokens that the teacher reads; None where that is what sets without this entry were made with."""
+    length = recipe.teacher.max_sequence_length or model.stock_sequence()
+    return None if length == model.longest_sequence() else length
+
+
 def _writer(
     backbone: Backbone,
     recipe: Recipe,
@@ -143,6 +153,8 @@ def _writer(
             "teacher_steps": recipe.teacher.steps,
             "guidance": recipe.teacher.guidance,
             "negative_prompt": recipe.teacher.negative_prompt,
+            "shift": recipe.teacher.shift,
+            "text_tokens": _text_tokens(backbone.model, recipe),
             "seed": seed,
             "prompts": len(prompts),
             "prompts_key": derive(*prompts),

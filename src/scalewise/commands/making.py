@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scalewise import build, console, keys, mini, parallel
 from scalewise.commands.inputs import check_out, check_set_folder, folder_for, read_prompts
-from scalewise.contenders import Contender, enter, parse_contender
+from scalewise.contenders import Contender, encode, enter, parse_contender
 from scalewise.data.latents import SetHeader
 from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
@@ -56,7 +56,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     texts = [p for p in prompts for _ in range(asked.count)]
     seeds = [asked.seed + i for i in range(len(texts))]
     files, started = list[Path](), time.perf_counter()
-    uncond = model.encode_prompts([contender.negative_prompt])
+    uncond = encode(model, contender, [contender.negative_prompt])
     total = contender.steps * -(-len(texts) // asked.batch)
     with (
         # What the student was trained in may be slow here, and another precision draws nearly the same.
@@ -65,7 +65,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     ):
         for number, start in enumerate(range(0, len(texts), asked.batch)):
             part = slice(start, start + asked.batch)
-            for step, x0 in sampler(model.encode_prompts(texts[part]), uncond, seeds[part]):  # noqa: B007
+            for step, x0 in sampler(encode(model, contender, texts[part]), uncond, seeds[part]):  # noqa: B007
                 done(number * contender.steps + step + 1)
             for text, own, sample in zip(texts[part], seeds[part], model.decode(x0), strict=True):
                 name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-") or "untitled"

@@ -119,6 +119,20 @@ class ModelAdapter(ABC):
         """Embed prompts; warns about those longer than a text encoder reads."""
 
     @abstractmethod
+    def longest_sequence(self) -> int:
+        """Tokens that the long text encoder reads in training unless told otherwise."""
+
+    @abstractmethod
+    def stock_sequence(self) -> int:
+        """Tokens that it reads in the family's own pipeline."""
+
+    @abstractmethod
+    def encode_for_teacher(self, prompts: Sequence[str], length: int | None = None) -> Condition:
+        """Embed prompts for the teacher's sampling, with `length` T5 tokens; None = as many as the family's
+        own pipeline reads.
+        """
+
+    @abstractmethod
     def empty_condition(self, count: int, device: torch.device | str) -> Condition:
         """Uninitialised tensors in the shapes of `count` encoded prompts, from the configuration alone."""
 
@@ -145,8 +159,11 @@ class ModelAdapter(ABC):
         """Pick the image stream [N, L, D] out of a block's output."""
 
     @abstractmethod
-    def teacher_scheduler(self, steps: int, scale: Scale) -> Any:
-        """The model's own scheduler (diffusers), set to `steps` steps of a sample of a size."""
+    def teacher_scheduler(self, steps: int, scale: Scale, *, shift: float | None = None) -> Any:
+        """The model's own scheduler (diffusers), set to `steps` steps of a sample of a size.
+
+        `shift` takes the place of the schedule's own; ModelError for a scheduler without one.
+        """
 
     def with_guidance(self, cond: Condition, guidance: float) -> Condition | None:
         """The condition that carries `guidance` as an input of the network; None where guidance means two

@@ -148,4 +148,4 @@ class Flux(PipelineAdapter):
         )  # fmt: skip
         pipeline = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, transformer.config, vae.config, base="tiny-flux")
+        return cls(pipeline, transformer.config, vae.config, base="tiny-flux").freeze()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scalewise.errors import first_line
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
+from scalewise.models.shift import shifted
 from scalewise.scales import Scale
 
 
@@ -27,6 +28,7 @@ class PipelineAdapter(ModelAdapter):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     text_names: ClassVar[tuple[str, ...]]
+    reads_t5: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -37,15 +39,22 @@ class PipelineAdapter(ModelAdapter):
         base: str,
         max_sequence_length: int | None = None,
     ) -> None:
-        """`config` is the denoiser's, `vae_config` the VAE's: sizes are known while neither is loaded."""
+        """`config` is the denoiser's, `vae_config` the VAE's: sizes are known while neither is loaded.
+
+        The weights stay as they are, for the pipeline may be the user's: `load` and `tiny` freeze theirs.
+        """
         self.pipeline, self.base, self.config = pipeline, base, config
         self._resting: list[nn.Module] = []
         self.vae_config, self.vae_factor = vae_config, spatial_factor(vae_config)
         self.describe(config)
         self.max_sequence_length = max_sequence_length or self.longest_sequence()
+
+    def freeze(self) -> Self:
+        """Switch off gradients and training mode of every loaded part."""
         for component in self._modules():
             component.requires_grad_(False)
             component.eval()
+        return self
 
     @abstractmethod
     def describe(self, config: Mapping[str, Any]) -> None:
@@ -54,6 +63,21 @@ class PipelineAdapter(ModelAdapter):
     @abstractmethod
     def longest_sequence(self) -> int:
         """Tokens that the long text encoder reads unless told otherwise."""
+
+    def stock_sequence(self) -> int:
+        """Tokens that the family's own pipeline lets it read, as the teacher does when it samples."""
+        return self.longest_sequence()
+
+    def encode_for_teacher(self, prompts: Sequence[str], length: int | None = None) -> Condition:
+        if length is not None and not self.reads_t5:
+            raise ModelError(
+                f"teacher.max_sequence_length={length} has no effect: {self.base} has no T5. Set it to null."
+            )
+        before, self.max_sequence_length = self.max_sequence_length, length or self.stock_sequence()
+        try:
+            return self.encode_prompts(prompts)
+        finally:
+            self.max_sequence_length = before
 
     @abstractmethod
     def tokenizers(self) -> list[tuple[Any, int, str]]:
@@ -109,7 +133,8 @@ class PipelineAdapter(ModelAdapter):
             )
         check_complete(pipeline, str(base))
         check_tokenizers(pipeline, cls.text_names, str(base))
-        return cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
+        model = cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
+        return model.freeze()
 
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder, safe_serialization=True)
@@ -220,9 +245,13 @@ class PipelineAdapter(ModelAdapter):
         for block in self.repeated_blocks():
             block.compile(**options)
 
-    def teacher_scheduler(self, steps: int, scale: Scale) -> Any:
+    def teacher_scheduler(self, steps: int, scale: Scale, *, shift: float | None = None) -> Any:
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        scheduler.set_timesteps(steps, **self.scheduler_options(scheduler, steps, scale))
+        options = self.scheduler_options(scheduler, steps, scale)
+        if shift is not None:
+            scheduler, own = shifted(scheduler, shift, base=self.base)
+            options |= own
+        scheduler.set_timesteps(steps, **options)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         if "generator" in inspect.signature(scheduler.step).parameters and is_stochastic(scheduler):

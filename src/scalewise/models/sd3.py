@@ -47,6 +47,9 @@ class SD3(PipelineAdapter):
         tokenizer = self.pipeline.tokenizer_3
         return 512 if tokenizer is None else min(512, tokenizer.model_max_length)
 
+    def stock_sequence(self) -> int:
+        return min(256, self.longest_sequence())  # the default of diffusers' pipeline
+
     def tokenizers(self) -> list[tuple[Any, int, str]]:
         clip = self.pipeline.tokenizer
         return [
@@ -118,4 +121,4 @@ class SD3(PipelineAdapter):
             transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **texts
         )
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, transformer.config, vae.config, base="tiny-sd3")
+        return cls(pipeline, transformer.config, vae.config, base="tiny-sd3").freeze()

@@ -26,6 +26,7 @@ class SDXL(PipelineAdapter):
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
     pipeline_classes = ("StableDiffusionXLPipeline",)
     denoiser_name = "unet"
+    reads_t5 = False
     text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 
@@ -148,4 +149,4 @@ class SDXL(PipelineAdapter):
         )  # fmt: skip
         pipeline = StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, **texts)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, unet.config, vae.config, base="tiny-sdxl")
+        return cls(pipeline, unet.config, vae.config, base="tiny-sdxl").freeze()

@@ -151,4 +151,4 @@ class Wan(PipelineAdapter):
         )
         pipeline = WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, transformer.config, vae.config, base="tiny-wan")
+        return cls(pipeline, transformer.config, vae.config, base="tiny-wan").freeze()

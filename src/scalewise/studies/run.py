@@ -159,9 +159,11 @@ def go_on(
     """Let the teacher finish noised latents of known pictures: bytes [N, H, W, 3]."""
     small, full = latents
     backbone = Backbone(model, precision=recipe.train.precision)
-    levels = model.teacher_scheduler(recipe.teacher.steps, full).timesteps
+    teacher = recipe.teacher
+    levels = model.teacher_scheduler(teacher.steps, full, shift=teacher.shift).timesteps
+    encode = partial(model.encode_for_teacher, length=teacher.max_sequence_length)
     begin = int((levels - start.t).abs().argmin())
-    uncond, parts = model.encode_prompts([""]), list[np.ndarray]()
+    uncond, parts = encode([teacher.negative_prompt]), list[np.ndarray]()
     for at in range(0, len(prompts), 16):
         some, part = prompts[at : at + 16], slice(at, at + 16)
         x_t = noised(
@@ -169,8 +171,8 @@ def go_on(
             t=float(levels[begin]),
         )  # fmt: skip
         steps = teacher_steps(
-            backbone, full, model.encode_prompts(some.captions), some.seeds, steps=recipe.teacher.steps,
-            guidance=recipe.teacher.guidance, uncond=uncond, start=x_t, begin=begin,
+            backbone, full, encode(some.captions), some.seeds, steps=teacher.steps,
+            guidance=teacher.guidance, uncond=uncond, shift=teacher.shift, start=x_t, begin=begin,
         )  # fmt: skip
         parts.append(to_bytes(model.decode(last(steps))))
         done(at + len(some))
