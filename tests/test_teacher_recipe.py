@@ -12,7 +12,7 @@ from tiny_run import PROMPTS, make_tiny
 
 from scalewise import build
 from scalewise.contenders import encode, enter, parse_contender
-from scalewise.data import DataError
+from scalewise.data import DataError, LatentSet
 from scalewise.models import SD3, SDXL, Flux, ModelError, Wan
 from scalewise.recipe import Recipe
 from scalewise.recipes import find_recipe
@@ -98,6 +98,18 @@ def test_a_set_begun_with_another_shift_is_not_gone_on_with(recipe, tmp_path: Pa
     list(generate(backbone, recipe, PROMPTS, out, count=2, batch=2))
     with pytest.raises(DataError, match=r"settings\.shift is None there and 8\.0 here"):
         list(generate(backbone, recipe.override(["teacher.shift=8"]), PROMPTS, out, count=3, batch=2))
+
+
+def test_real_samples_of_the_full_scale_are_encoded_again_if_the_recipe_says_so(recipe, tmp_path):
+    backbone, full = build.teacher_backbone(recipe), recipe.schedule.build().full
+    found = {}
+    for again in (False, True):
+        chosen, out = recipe.override([f"data.reencode={str(again).lower()}"]), tmp_path / str(again)
+        list(generate(backbone, chosen, PROMPTS, out, count=2, batch=2))
+        found[again] = LatentSet.open(out).latents([0, 1], full)
+    expected = backbone.model.encode(backbone.model.decode(found[False]))
+    torch.testing.assert_close(found[True], expected, rtol=1e-2, atol=1e-2)
+    assert (found[True] - found[False]).abs().mean() > 0.05
 
 
 def test_the_teacher_of_wan_samples_as_its_authors_do():

@@ -219,6 +219,11 @@ class DataRecipe(Frozen):
         "mini", min_length=1, description="'mini', a set made by `scalewise generate`, or a folder of images"
     )
     downscale: Literal["pixel", "latent"] = Field("pixel", description="latent: the ablation of section 4.1")
+    reencode: bool = Field(
+        False,
+        description="for `scalewise generate`: encode the full scale again from pixels too, as released, "
+        "instead of keeping the teacher's own latents",
+    )
     shape: Literal["crop", "buckets"] = Field(
         "crop", description="how images that are not of the full size are cut"
     )

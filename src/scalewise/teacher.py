@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +34,15 @@ def weights_key(network: nn.Module) -> int:
 
 
 def latents_of_all_scales(
-    model: ModelAdapter, latents: Tensor, scales: Sequence[Scale]
+    model: ModelAdapter, latents: Tensor, scales: Sequence[Scale], *, reencode: bool = False
 ) -> dict[Scale, Tensor]:
-    """Latents of every smaller scale, made in pixel space: decode, downscale, encode (section 4.1)."""
+    """Latents of every smaller scale, made in pixel space: decode, downscale, encode (section 4.1).
+
+    `reencode`: those of the full scale are encoded from the pixels too (released), not the teacher's own.
+    """
     full = max(scales, key=lambda scale: scale.cells)
     pixels = model.decode(latents)
-    out = {full: latents}
+    out = {full: model.encode(pixels) if reencode else latents}
     for scale in scales:
         if scale != full:
             out[scale] = model.encode(downscale_video(pixels, model.pixel_size(scale)))
@@ -66,12 +69,10 @@ def generate(
     drawn is written when a shard is full, every SAFE_SECONDS, and when the call is stopped. A corrupt shard
     that was deleted is drawn again. Several processes draw a batch each at a time; the first one writes.
     """
-    model, full = backbone.model, recipe.schedule.build().full
+    model = backbone.model
     scales = all_scales(recipe, also, patch=model.patch)
     writer = _writer(backbone, recipe, prompts, scales, out=out, seed=seed, shard_rows=shard_rows)
-    teacher = recipe.teacher
-    encode = partial(model.encode_for_teacher, length=teacher.max_sequence_length)
-    uncond = encode([teacher.negative_prompt])
+    draw = _drawing(backbone, recipe, scales)
     todo = writer.missing(count)
     yield count - len(todo)
     saved = time.monotonic()
@@ -83,18 +84,7 @@ def generate(
             mine = parallel.split(len(indices))
             drawn = {s: torch.empty(s.shape(0, model.channels, video=model.video)) for s in scales}
             if mine:  # the last ones may be fewer than the processes
-                steps = teacher_steps(
-                    backbone,
-                    full,
-                    encode([captions[i] for i in mine]),
-                    [seeds[i] for i in mine],
-                    steps=teacher.steps,
-                    guidance=teacher.guidance,
-                    uncond=uncond,
-                    shift=teacher.shift,
-                )
-                with torch.no_grad():
-                    drawn = latents_of_all_scales(model, last(steps), scales)
+                drawn = draw([captions[i] for i in mine], [seeds[i] for i in mine])
             latents = parallel.gather_rows({str(s): rows.float() for s, rows in drawn.items()})
             if latents is not None:
                 writer.add(indices, captions, seeds, {s: latents[str(s)] for s in scales})
@@ -109,6 +99,25 @@ def generate(
         raise
     if parallel.is_main():
         writer.finish()
+
+
+def _drawing(
+    backbone: Backbone, recipe: Recipe, scales: Sequence[Scale]
+) -> Callable[[Sequence[str], Sequence[int]], dict[Scale, Tensor]]:
+    """The function (captions, seeds) -> latents at every scale of what the recipe's teacher draws."""
+    model, teacher, full = backbone.model, recipe.teacher, recipe.schedule.build().full
+    encode = partial(model.encode_for_teacher, length=teacher.max_sequence_length)
+    uncond = encode([teacher.negative_prompt])
+
+    def draw(captions: Sequence[str], seeds: Sequence[int]) -> dict[Scale, Tensor]:
+        steps = teacher_steps(
+            backbone, full, encode(captions), seeds, steps=teacher.steps, guidance=teacher.guidance,
+            uncond=uncond, shift=teacher.shift,
+        )  # fmt: skip
+        with torch.no_grad():
+            return latents_of_all_scales(model, last(steps), scales, reencode=recipe.data.reencode)
+
+    return draw
 
 
 def all_scales(recipe: Recipe, also: Sequence[Scale], *, patch: int) -> list[Scale]:
@@ -154,6 +163,7 @@ def _writer(
             "guidance": recipe.teacher.guidance,
             "negative_prompt": recipe.teacher.negative_prompt,
             "shift": recipe.teacher.shift,
+            "reencode": recipe.data.reencode or None,
             "text_tokens": _text_tokens(backbone.model, recipe),
             "seed": seed,
             "prompts": len(prompts),
