@@ -78,7 +78,8 @@ def test_fid_runs_without_torchvision_in_a_fresh_process(weights: Path, tmp_path
         "import sys; sys.modules['torchvision'] = None\n"
         "import numpy as np\n"
         "from scalewise.metrics.features import Inception\n"
-        f"found = Inception.load({str(weights)!r}, 'cpu').look(np.load({str(tmp_path / 'drawn.npy')!r}), ['', ''])\n"
+        f"drawn = np.load({str(tmp_path / 'drawn.npy')!r})\n"
+        f"found = Inception.load({str(weights)!r}, 'cpu').look(drawn, ['', ''])\n"
         "print(tuple(found['fid'].shape), bool(found['fid'].isfinite().all()))\n"
         "print('torch_fidelity' in sys.modules)"  # a stand-in left there would break who imports the package
     )

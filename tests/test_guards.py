@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -91,25 +90,23 @@ def seen_by(geneval: torch.Tensor) -> Seen:
     return Seen(None, torch.arange(len(geneval)), None, looks=looks)
 
 
-@pytest.mark.parametrize("known", [1, 3, 4])
-def test_a_figure_of_too_few_prompts_has_no_interval_and_no_verdict(known: int) -> None:
+@pytest.mark.parametrize("known", [1, 3, 19, 20])
+def test_a_share_has_an_interval_at_every_count(known: int) -> None:
     values = torch.full((20,), torch.nan)
     values[:known] = 1.0
     ours, theirs = seen_by(values), seen_by(0 * values)
-    found = measure(ours)["geneval_counting"]
-    assert found.value == 1.0 and (found.low == 0.0) == (known < 4)
-    assert measure(ours)["geneval"].value == 1.0
+    z2 = 1.959964**2
+    assert measure(ours)["geneval_counting"].to_list() == pytest.approx([1, known / (known + z2), 1])
     for name in ("geneval", "geneval_counting"):
         row = Row("a", "folder", "", 20, {}, "b", measure(ours, against=theirs))
         assert row.differences[name].value == 1.0
-        assert row.verdict(name) == ("" if known < 4 else "better")
-        assert all(math.isfinite(bound) for bound in row.differences[name].to_list())
+        assert row.verdict(name) == ("" if known == 1 else "better")  # 1 - 1.12 lies below 0, 1 - 0.79 above
 
 
 @pytest.mark.parametrize(
     ("texts", "asked", "message"),
     [
-        (["a"] * 9, Asked(), "An interval needs at least 4 different prompts, not 1"),
+        (["a"] * 9, Asked(), "A comparison needs at least 2 different prompts, not 1"),
         (["a", "b", "c", "d"], Asked(metrics=("geneval=x,y",)), "None of the 4 prompts is one of GenEval's"),
     ],
 )

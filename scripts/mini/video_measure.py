@@ -28,7 +28,7 @@ from scalewise.evaluate import Row, save_rows
 from scalewise.evaluate import table as figures_table
 from scalewise.judging import Judge
 from scalewise.metrics import ClipScorer, measure
-from scalewise.metrics.intervals import bootstrap_interval
+from scalewise.metrics.shares import wilson
 from scalewise.models import ALL_PARTS, ModelAdapter
 from scalewise.pictures import middle_frame, to_bytes
 from scalewise.recipes import find_recipe
@@ -136,8 +136,7 @@ def main(contenders: list[str], recipe_file: str, *, count: int, out: Path) -> N
         seen = judge.see(to_bytes(stills(drawn)), prompts)
         rows.append(Row(name, "video", about[name], len(drawn), measure(seen)))
         hits = moves.hits(drawn, wanted)
-        share = bootstrap_interval(lambda rows_, h=hits: float(h[rows_].mean()), len(hits)).within(0, 1)
-        motion[name] = share.to_list()
+        motion[name] = wilson(float(hits.double().mean()), len(hits)).to_list()
         filmstrip(drawn[:12], out / f"{''.join(c if c.isalnum() else '-' for c in name)}.png")
     save_rows(rows, out)
     (out / "motion.json").write_text(json.dumps(motion, indent=1) + "\n", encoding="utf-8")

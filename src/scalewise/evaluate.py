@@ -58,7 +58,9 @@ class Row:
         return "better" if (difference.value < 0) == (METRICS[metric].better == "lower") else "worse"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as stored in JSON and shown in reports; an interval is [value, low, high]."""
+        """Plain data, as stored in JSON and shown in reports; an interval is [value, low, high], or
+        [value, None, None] where there is none.
+        """
         return {
             "name": self.name, "kind": self.kind, "about": self.about, "images": self.images,
             "values": {k: v.to_list() for k, v in self.values.items()},
@@ -72,7 +74,7 @@ class Row:
         """Read what `to_dict` gave."""
         plain: dict[str, Any] = {k: v for k, v in values.items() if k != "verdicts"}
         for key in ("values", "differences"):
-            plain[key] = {metric: Interval(*found) for metric, found in values[key].items()}
+            plain[key] = {metric: Interval.from_list(found) for metric, found in values[key].items()}
         return cls(**plain)
 
 
@@ -189,14 +191,16 @@ def table(rows: Sequence[Row]) -> str:
         if compared
         else ""
     )
-    return f"{text}\n\n95% intervals over prompts. {note}".rstrip() + "\n"
+    few = " Figures without an interval rest on too few prompts." if any(
+        not found.known for row in rows for found in row.values.values()
+    ) else ""  # fmt: skip
+    return f"{text}\n\n95% intervals over prompts.{few} {note}".rstrip() + "\n"
 
 
 def _cell(row: Row, metric: str, show: Callable[[float], str]) -> str:
     if metric not in row.values:
         return "-"
-    found = row.values[metric]
-    return f"{show(found.value)} [{show(found.low)}, {show(found.high)}] {row.verdict(metric)}".rstrip()
+    return f"{row.values[metric].show(show)} {row.verdict(metric)}".rstrip()
 
 
 def save_rows(rows: Sequence[Row], folder: Path) -> None:

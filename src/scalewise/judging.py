@@ -227,7 +227,7 @@ def _same_size(entries: list[ImageEntry]) -> Iterator[list[ImageEntry]]:
 
 
 def check_asked(asked: Asked, captions: Sequence[str], *, video: bool) -> None:
-    """Refuse metrics that fit neither the model nor the prompts, and prompts too few for an interval.
+    """Refuse metrics that fit neither the model nor the prompts, and a single prompt; warn of few prompts.
 
     What drawn pictures would show an hour later is told before the first one.
     """
@@ -236,10 +236,17 @@ def check_asked(asked: Asked, captions: Sequence[str], *, video: bool) -> None:
         if extra.videos and not video:
             names = ", ".join(METRICS[m.name].title for m in extra.metrics)
             raise RecipeError(f"The metric {extra.name} ({names}) is of videos; this model draws pictures.")
-    if (different := len(set(captions))) < FEWEST:
+    if (different := len(set(captions))) < 2:
         raise RecipeError(
-            f"An interval needs at least {FEWEST} different prompts, not {different}; draw more "
+            f"A comparison needs at least 2 different prompts, not {different}; draw more "
             "(--count, --prompts)."
+        )
+    if different < FEWEST:
+        warnings.warn(
+            f"{different} different prompts are too few for the interval of a mean or a distance: only "
+            "shares have intervals, and better or worse is said of nothing else. Give "
+            f"{FEWEST} or more (--count, --prompts).",
+            stacklevel=2,
         )
     for text in asked.metrics:
         extra, _ = parse_metric(text, EXTRAS)

@@ -230,7 +230,7 @@ def study(
     names: Annotated[
         list[str] | None, typer.Argument(help="Studies to run; without one, they are listed.")
     ] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable (default: 0 1 2).")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable (default: 0 1 2 3).")] = None,
     count: Annotated[int | None, typer.Option(help="Prompts, held out, 50 or more (default: 299).")] = None,
     iterations: Annotated[int | None, typer.Option(help="Of every student (default: the recipe's).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Of training-cost (default: 7).")] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import torch
 
 from scalewise.metrics import (
     clip,
@@ -13,6 +13,7 @@ from scalewise.metrics import (
     hpsv3,
     image_reward,
     preference,
+    shares,
     spectral,
     video,
 )
@@ -62,6 +63,9 @@ def measure(
     With `against`, images of the same prompts by another contender: the *differences* seen - against, over
     the same halves of the prompts. They say far more than two intervals side by side: hard prompts are hard
     for both. `rounds` of resampling: None = as many as befit the metric.
+
+    Shares have intervals of their own kind at every count (`shares.py`); other figures have none where fewer
+    than `FEWEST` prompts have a value.
     """
     found: dict[str, Interval] = {}
     for name, metric in METRICS.items():
@@ -69,14 +73,16 @@ def measure(
         theirs = metric.statistic(against) if against else None
         if ours is None or (against and theirs is None):
             continue
-        figure = _difference(ours, theirs) if theirs else ours
-        interval = bootstrap_interval(figure, seen.prompts, rounds=rounds or metric.rounds, seed=seed)
-        if not theirs and metric.bounds == (0, 1):
-            interval = interval.of_a_share(prompts_of(ours, seen))
+        if metric.share:
+            found[name] = shares.interval(ours, theirs)
+            continue
         rests_on = [prompts_of(ours, seen)]
         rests_on += [prompts_of(theirs, against)] if theirs and against else []
-        if min(rests_on) < FEWEST:  # halves of so few prompts tell nothing of the spread
-            interval = Interval(interval.value, -math.inf, math.inf)
+        figure = _difference(ours, theirs) if theirs else ours
+        if min(rests_on) < FEWEST:
+            found[name] = Interval.unknown(figure(torch.arange(seen.prompts)))
+            continue
+        interval = bootstrap_interval(figure, seen.prompts, rounds=rounds or metric.rounds, seed=seed)
         width = metric.bounds[1] - metric.bounds[0]
         found[name] = interval.within(*((-width, width) if theirs else metric.bounds))
     return found

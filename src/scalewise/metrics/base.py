@@ -88,6 +88,11 @@ class Mean:
         """How many prompts have a value."""
         return len(self.seen.prompt[~self.values.isnan()].unique())
 
+    @property
+    def parts(self) -> Tensor:
+        """The values as one part of a share, [1, N]."""
+        return self.values[None]
+
 
 def prompts_of(statistic: Statistic, seen: Seen) -> int:
     """How many independent prompts a figure rests on: all, unless the statistic says otherwise."""
@@ -130,6 +135,8 @@ class Metric:
     """Shown times 100 with a per cent sign."""
     digits: int = 3
     """Digits after the point."""
+    share: bool = False
+    """The share of images that pass, or a mean of such shares over parts: its statistic has `parts`."""
     rounds: int = ROUNDS
     """Of resampling; fewer where the figure takes long."""
 

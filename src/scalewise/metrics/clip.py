@@ -219,7 +219,7 @@ METRICS = (
     ),
     Metric(
         name="prompt_match", title="Prompt match", better="higher", statistic=_match, bounds=(0, 1),
-        percent=True,
+        percent=True, share=True,
         about="share of pictures whose own caption fits better than 49 others drawn at random; chance is 2%",
     ),
 )  # fmt: skip

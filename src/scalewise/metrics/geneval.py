@@ -306,11 +306,16 @@ class MeanOfTasks:
         """How many prompts have a value."""
         return len(self.seen.prompt[~self.values.isnan().all(0)].unique())
 
+    @property
+    def parts(self) -> Tensor:
+        """The tasks that have images, [T', N]."""
+        return self.values[~self.values.isnan().all(1)]
+
 
 def _metric(task: str, title: str, about: str) -> Metric:
     name = f"geneval_{task}"
     return Metric(
-        name=name, title=f"GenEval {title}", better="higher", bounds=(0, 1), percent=True,
+        name=name, title=f"GenEval {title}", better="higher", bounds=(0, 1), percent=True, share=True,
         statistic=lambda seen: seen.mean_look(name),
         about=f"share of pictures {about}, as a detector sees them",
     )  # fmt: skip
@@ -323,7 +328,7 @@ EXTRA = Extra(
     source=DETECTOR,
     metrics=(
         Metric(
-            name="geneval", title="GenEval", better="higher", bounds=(0, 1), percent=True,
+            name="geneval", title="GenEval", better="higher", bounds=(0, 1), percent=True, share=True,
             statistic=_overall,
             about="mean over GenEval's tasks of the share of pictures that show what their prompt asks for",
         ),

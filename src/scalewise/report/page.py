@@ -181,7 +181,8 @@ def _row(
 
 
 def _range(figures: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    bounds = [value for row in figures if name in row["values"] for value in row["values"][name]]
+    found = [value for row in figures if name in row["values"] for value in row["values"][name]]
+    bounds = [value for value in found if value is not None]
     return min(bounds), max(bounds)
 
 
@@ -189,6 +190,8 @@ def _figure(row: Mapping[str, Any], metric: Mapping[str, Any], bounds: tuple[flo
     if metric["name"] not in row["values"]:
         return '<td class="none">–</td>'
     value, low, high = row["values"][metric["name"]]
+    if low is None or high is None:  # too few prompts for an interval
+        return f"<td><strong>{show(metric, value)}</strong></td>"
     start, span = bounds[0], (bounds[1] - bounds[0]) or 1.0
     left, middle, right = (100 * (x - start) / span for x in (low, value, high))
     whisker = (

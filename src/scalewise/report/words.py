@@ -9,6 +9,7 @@ from typing import Any
 from scalewise.report import ReportContent
 
 NO_BREAK = "\u00a0"
+UNKNOWN = "unknown"
 FEWEST_ROUNDS = 6  # below it, the interval of a median does not reach 95%
 
 
@@ -69,16 +70,21 @@ def speed(content: ReportContent) -> list[str]:
 
 def quality(row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How a contender differs from the one it is compared with, sorted by better, worse and undecided."""
-    sorted_out: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+    sorted_out: dict[str, list[str]] = {"better": [], "worse": [], "": [], UNKNOWN: []}
     for name, (value, low, high) in row["differences"].items():
         if name not in metrics:
             continue
         metric = metrics[name]
-        middle, *bounds = (signed(metric, number) for number in (value, low, high))
         unit = " points" if metric["percent"] else ""
-        said = f"{metric['title']} {middle}{unit} [{', '.join(bounds)}]"
-        sorted_out[row["verdicts"][name]].append(said)
-    words = {"better": "better than {}", "worse": "worse than {}", "": "no difference to {} beyond chance"}
+        said = f"{metric['title']} {signed(metric, value)}{unit}"
+        if low is None or high is None:
+            sorted_out[UNKNOWN].append(said)
+            continue
+        sorted_out[row["verdicts"][name]].append(f"{said} [{signed(metric, low)}, {signed(metric, high)}]")
+    words = {
+        "better": "better than {}", "worse": "worse than {}", "": "no difference to {} beyond chance",
+        UNKNOWN: "too few prompts to tell a difference to {}",
+    }  # fmt: skip
     return [
         f"{capital(row['name'])}: {words[verdict].format(row['compared_with'])} in {'; '.join(items)}."
         for verdict, items in sorted_out.items()

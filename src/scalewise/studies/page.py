@@ -14,15 +14,13 @@ from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
 from scalewise.studies.sharing import alone
 
-FEW_SEEDS = (
-    " (so few do not tell how far the next training would fall from them, and the verdicts do not know it "
-    "either)"
-)
 HOW_JUDGED = (
-    "A figure is the mean over seeds, each with pictures of its own for all prompts. A gain is by how much "
-    "the first arm is better than the second. A claim is reproduced in a figure if "
-    "the whole interval and every seed alone say so, not reproduced if all of them say the opposite; it is "
-    "decided if all figures say the same. Claims are judged one by one, without allowing for their number."
+    "A figure is the mean over seeds, each with images of its own for all prompts; its interval is over "
+    "prompts. A gain is by how much the first arm is better than the second. Its interval holds 95 % over "
+    "prompts and, where students are trained, over trainings: the squares of its half widths, t(prompts - 1) "
+    "times the standard error over prompts and t(seeds - 1) times that over seeds, add up. A claim is "
+    "reproduced in a figure if the whole interval says so, not reproduced if all of it says the opposite; it "
+    "is decided if all figures say the same. Claims are judged one by one, without allowing for their number."
 )
 YARDSTICK = (
     " Where an arm may lose something, the interval that decides is that of the gain above what is allowed, "
@@ -56,7 +54,7 @@ def page(outcome: Outcome) -> str:
         figures_table(outcome),
         f"![figures by arm]({study.name}.png)\n",
         *([TOKENS] if outcome.tokens else []),
-        f"Intervals hold 95 % over prompts. Seeds: {len(effort.seeds)}, {seeds_of(outcome)}; prompts: "
+        f"Seeds: {len(effort.seeds)}, {seeds_of(outcome)}; prompts: "
         f"{effort.count}. {HOW_JUDGED}{YARDSTICK if any(c.yardstick for c in study.claims) else ''}\n",
         f"## What differs from the paper\n{study.differs}{fewer(outcome)}\n",
     ]
@@ -75,7 +73,7 @@ def seeds_of(outcome: Outcome) -> str:
     """What a seed decides."""
     if outcome.study.continues:
         return "each of the noise; nothing is trained"
-    return f"each of a student and of its noise{FEW_SEEDS if len(outcome.effort.seeds) < 3 else ''}"
+    return "each of a student and of its noise"
 
 
 def claims_table(outcome: Outcome) -> str:
@@ -102,29 +100,25 @@ def terms(claim: Claim) -> str:
 def gain_cell(finding: Finding) -> str:
     """Such as "0.0121 [0.0042, 0.0200]; seeds 0.0101 0.0141: reproduced"."""
     show = partial(METRICS[finding.metric].show, finer=1)
-    gain, seeds = finding.gain, " ".join(show(value) for value in finding.by_seed)
+    seeds = " ".join(show(value) for value in finding.gain.by_seed)
     allowed = ""
     if finding.stake and finding.leeway:
-        left, allowed = finding.leeway, ", measure undecided"
-        if finding.stake.low > 0:
-            allowed = f", allowed {show(-finding.allowed)}; above it by {show(left.value)} "
-            allowed += f"[{show(left.low)}, {show(left.high)}]"
-    return (
-        f"{show(gain.value)} [{show(gain.low)}, {show(gain.high)}]; seeds {seeds}{allowed}: {finding.verdict}"
-    )
+        allowed = ", measure undecided"
+        if finding.stake.interval.low > 0:
+            above = finding.leeway.interval.show(show)
+            allowed = f", allowed {show(-finding.allowed)}; above it by {above}"
+    return f"{finding.gain.interval.show(show)}; seeds {seeds}{allowed}: {finding.verdict}"
 
 
 def figures_table(outcome: Outcome) -> str:
     """Every arm's figures."""
-    metrics = [METRICS[name] for name in outcome.study.figures]
+    there = next(iter(outcome.figures.values()))  # a stored study may be older than a figure
+    metrics = [METRICS[name] for name in outcome.study.figures if name in there]
     arrows = {"lower": "↓", "higher": "↑"}
     titles = [f"{m.title} {arrows[m.better]}" for m in metrics] + ["tokens"] * bool(outcome.tokens)
     lines = ["| arm | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for arm, values in outcome.figures.items():
-        cells = [
-            f"{m.show(values[m.name].value)} [{m.show(values[m.name].low)}, {m.show(values[m.name].high)}]"
-            for m in metrics
-        ]
+        cells = [values[m.name].show(m.show) for m in metrics]
         if arm in outcome.tokens:
             cells.append(f"{outcome.tokens[arm]:,}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")

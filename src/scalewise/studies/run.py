@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,7 +50,7 @@ TRAINING = 2  # raised when the same recipe trains or draws something else: what
 class Effort:
     """How much is drawn and trained."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Each trains a student of every arm and draws its own pictures."""
     count: int = 299
     """Prompts, held out."""
@@ -206,6 +207,12 @@ def refuse_count(study: Study, count: int) -> None:
 
 def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) -> Outcome:
     """Train and draw every arm with every seed, and judge the claims."""
+    if study.trained and len(effort.seeds) < 2:
+        warnings.warn(
+            f"{study.name}: 1 seed does not tell how trainings differ, so that nothing is decided about "
+            "students; give --seed twice or more often.",
+            stacklevel=2,
+        )
     material = material_of(study, effort.count)
     looks = looks_of_all(study, material, out=out, effort=effort, progress=progress)
     prompts = Prompts.of(material.texts)
@@ -221,7 +228,9 @@ def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) ->
                 figures[arm][metric] = sampled[arm].interval().within(*METRICS[metric].bounds)
                 done(number * len(looks) + at)
             if metric in study.metrics:
-                findings += [find(claim, metric, sampled, by_seed) for claim in study.claims]
+                findings += [
+                    find(claim, metric, sampled, by_seed, trained=study.trained) for claim in study.claims
+                ]
     tokens = {} if study.continues else {arm.name: tokens_of(arm) for arm in study.arms}
     return Outcome(study, effort, figures, findings, tokens)
 
