@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -281,10 +282,11 @@ def draw_steps(
 def read_folder(
     contender: Contender, prompts: Prompts, *, numbers: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Read a folder's pictures, all or some by number: bytes [N, H, W, 3], or videos [N, F, H, W, 3].
+    """Read a folder's images, all or some by number: bytes [N, H, W, 3], or videos [N, F, H, W, 3].
 
-    0.png, 1.png, ... are taken by number, others by caption. Numbered ones that a comparison kept know what
-    they were drawn for, and are refused for other prompts.
+    0.png, 1.jpg, ... are taken by number, those in GenEval's layout (00000/samples/0000.png beside
+    00000/metadata.jsonl) and others by caption. Numbered ones that a comparison kept know what they were drawn
+    for, and are refused for other prompts. Images beyond the prompts are warned of.
     """
     assert contender.path is not None
     paths = _by_number(contender.path, len(prompts))
@@ -328,24 +330,47 @@ def _check_drawn_for(folder: Path, prompts: Prompts) -> None:
 
 
 def _by_number(folder: Path, count: int) -> list[Path]:
-    """Paths of 0 .. count - 1, or nothing if one is missing."""
-    numbered = {number: path for path in sorted(folder.glob("*.png")) if (number := number_of(path)) >= 0}
-    return [numbered[i] for i in range(count)] if all(i in numbered for i in range(count)) else []
+    """Paths of 0 .. count - 1, or nothing if one is missing; any readable format, its suffix in any case."""
+    from scalewise.data.folder import READABLE
+
+    numbered: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in READABLE or (number := number_of(path)) < 0:
+            continue
+        if number in numbered:
+            raise ContenderError(
+                f"{folder} has two images of number {number}, {numbered[number].name} and {path.name}; remove one."
+            )
+        numbered[number] = path
+    if any(i not in numbered for i in range(count)):
+        return []
+    _warn_of_more(folder, len(numbered), count)
+    return [numbered[i] for i in range(count)]
+
+
+def _warn_of_more(folder: Path, there: int, count: int) -> None:
+    if there > count:
+        warnings.warn(
+            f"{folder} holds {there:,} images for {count:,} to be judged: {there - count:,} are left out. Give all "
+            "their prompts, or --each with the number of images of a prompt, to judge them.",
+            stacklevel=2,
+        )
 
 
 def number_of(path: Path) -> int:
-    """17 of 17.png; -1 of other names."""
+    """17 of 17.png or 017.jpg; -1 of other names."""
     return int(path.stem) if path.stem.isascii() and path.stem.isdigit() else -1
 
 
 def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:
     from scalewise.data.folder import scan_images
 
-    found: dict[str, list[Path]] = {}
-    entries, _ = scan_images(folder, caption_from_name=True)
-    for image in entries:
-        found.setdefault(image.caption, []).append(image.path)
-    paths = []
+    found = _geneval_layout(folder)
+    if not found:
+        entries, _ = scan_images(folder, caption_from_name=True)
+        for image in entries:
+            found.setdefault(image.caption, []).append(image.path)
+    there, paths = sum(map(len, found.values())), []
     for caption in prompts.captions:
         if not found.get(caption):
             raise ContenderError(
@@ -353,4 +378,27 @@ def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:
                 f"{len(prompts) - 1}.png in the order of the prompts, or give them captions."
             )
         paths.append(found[caption].pop(0))
+    _warn_of_more(folder, there, len(paths))
     return paths
+
+
+def _geneval_layout(folder: Path) -> dict[str, list[Path]]:
+    """Images by prompt of folders NUMBER/samples with NUMBER/metadata.jsonl, as GenEval's authors write them."""
+    from scalewise.data.folder import READABLE
+
+    found: dict[str, list[Path]] = {}
+    for told in sorted(folder.glob("*/metadata.jsonl")):
+        samples = told.parent / "samples"
+        if not samples.is_dir():
+            continue
+        try:
+            prompt = str(json.loads(told.read_text(encoding="utf-8"))["prompt"]).strip()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ContenderError(
+                f'{told} does not hold GenEval\'s {{"prompt": ...}} ({first_line(error)}); write it again.'
+            ) from error
+        images = [
+            path for path in samples.iterdir() if path.suffix.lower() in READABLE and number_of(path) >= 0
+        ]
+        found.setdefault(prompt, []).extend(sorted(images, key=number_of))
+    return found
