@@ -43,7 +43,8 @@ def test_two_images_of_one_number_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [
-    ("0.png", "1.png", "2.png", "3.png", "4.jpg"), ("a cat.png", "a red dog.png", "the moon.png", "x.png", "y.jpg"),
+    ("0.png", "1.png", "2.png", "3.png", "4.jpg"),
+    ("a cat.png", "a red dog.png", "the moon.png", "x.png", "y.jpg"),
 ])  # fmt: skip
 def test_images_beyond_the_prompts_are_counted_in_a_warning(names: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="holds 5 images for 3 to be judged: 2 are left out"):

@@ -285,8 +285,8 @@ def read_folder(
     """Read a folder's images, all or some by number: bytes [N, H, W, 3], or videos [N, F, H, W, 3].
 
     0.png, 1.jpg, ... are taken by number, those in GenEval's layout (00000/samples/0000.png beside
-    00000/metadata.jsonl) and others by caption. Numbered ones that a comparison kept know what they were drawn
-    for, and are refused for other prompts. Images beyond the prompts are warned of.
+    00000/metadata.jsonl) and others by caption. Numbered ones that a comparison kept know what they were
+    drawn for, and are refused for other prompts. Images beyond the prompts are warned of.
     """
     assert contender.path is not None
     paths = _by_number(contender.path, len(prompts))
@@ -339,7 +339,8 @@ def _by_number(folder: Path, count: int) -> list[Path]:
             continue
         if number in numbered:
             raise ContenderError(
-                f"{folder} has two images of number {number}, {numbered[number].name} and {path.name}; remove one."
+                f"{folder} has two images of number {number}, {numbered[number].name} and {path.name}; "
+                "remove one."
             )
         numbered[number] = path
     if any(i not in numbered for i in range(count)):
@@ -351,8 +352,8 @@ def _by_number(folder: Path, count: int) -> list[Path]:
 def _warn_of_more(folder: Path, there: int, count: int) -> None:
     if there > count:
         warnings.warn(
-            f"{folder} holds {there:,} images for {count:,} to be judged: {there - count:,} are left out. Give all "
-            "their prompts, or --each with the number of images of a prompt, to judge them.",
+            f"{folder} holds {there:,} images for {count:,} to be judged: {there - count:,} are left out. "
+            "Give all their prompts, or --each with the number of images of a prompt, to judge them.",
             stacklevel=2,
         )
 
@@ -383,7 +384,7 @@ def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:
 
 
 def _geneval_layout(folder: Path) -> dict[str, list[Path]]:
-    """Images by prompt of folders NUMBER/samples with NUMBER/metadata.jsonl, as GenEval's authors write them."""
+    """Images by prompt of folders NUMBER/samples with NUMBER/metadata.jsonl, GenEval's layout."""
     from scalewise.data.folder import READABLE
 
     found: dict[str, list[Path]] = {}
