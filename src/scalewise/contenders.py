@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scalewise import mini
 from scalewise.backbone import Backbone, Precision
+from scalewise.data.folder import READABLE, scan_images
 from scalewise.errors import first_line
 from scalewise.lora import Student, fused, load_student
 from scalewise.models.base import Condition, ModelAdapter
@@ -331,8 +332,6 @@ def _check_drawn_for(folder: Path, prompts: Prompts) -> None:
 
 def _by_number(folder: Path, count: int) -> list[Path]:
     """Paths of 0 .. count - 1, or nothing if one is missing; any readable format, its suffix in any case."""
-    from scalewise.data.folder import READABLE
-
     numbered: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in READABLE or (number := number_of(path)) < 0:
@@ -364,8 +363,6 @@ def number_of(path: Path) -> int:
 
 
 def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:
-    from scalewise.data.folder import scan_images
-
     found = _geneval_layout(folder)
     if not found:
         entries, _ = scan_images(folder, caption_from_name=True)
@@ -385,8 +382,6 @@ def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:
 
 def _geneval_layout(folder: Path) -> dict[str, list[Path]]:
     """Images by prompt of folders NUMBER/samples with NUMBER/metadata.jsonl, GenEval's layout."""
-    from scalewise.data.folder import READABLE
-
     found: dict[str, list[Path]] = {}
     for told in sorted(folder.glob("*/metadata.jsonl")):
         samples = told.parent / "samples"
