@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from scalewise import mini
-from scalewise.data.latents import INDEX_FILE
+from scalewise.data.header import INDEX_FILE
 from scalewise.data.prompts import read_prompt_file
 from scalewise.metrics.geneval import geneval_prompts
 from scalewise.recipe import Recipe, RecipeError

@@ -16,7 +16,7 @@ from torch import Tensor
 from scalewise import build, console, keys, mini, parallel
 from scalewise.commands.inputs import check_out, check_set_folder, folder_for, read_prompts
 from scalewise.contenders import Contender, encode, enter, parse_contender
-from scalewise.data.latents import SetHeader
+from scalewise.data.header import SetHeader
 from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS
