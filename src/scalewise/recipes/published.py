@@ -94,9 +94,12 @@ def _wan(name: str, about: str, scales: Sequence[str]) -> Recipe:
 
 
 def _sdxl() -> Recipe:
-    """MMD alone is what was released for SDXL; the paper names no set-up of its own."""
+    """Released for SDXL are the timesteps, the scales and MMD alone; all else is ours: rank, batch, levels of
+    noise, teacher.
+    """
     return _recipe(
-        "sdxl", "SDXL, 4 steps, MMD alone, as released", base="stabilityai/stable-diffusion-xl-base-1.0",
+        "sdxl", "SDXL, 4 steps; timesteps, scales and MMD alone as released, the rest ours",
+        base="stabilityai/stable-diffusion-xl-base-1.0",
         timesteps=(1000, 800, 600, 400), scales=(64, 80, 96, 128), block=0, released=True,
         teacher={"steps": 50, "guidance": 5.0}, loss={"mmd_only": True},
         train={"gradient_checkpointing": False},
@@ -133,7 +136,7 @@ PUBLISHED: dict[str, Build] = {
         _flux, "flux-dev", "FLUX.1-dev, 4 steps, the paper's", entries(0, 4, 12, 18), (32, 64, 96, 128)
     ),
     "flux-dev-released": partial(
-        _flux, "flux-dev-released", "FLUX.1-dev, 4 steps, the schedule of the released weights",
+        _flux, "flux-dev-released", "FLUX.1-dev, 4 steps; schedule of the released weights, the rest the paper's",
         (1000, 895.6, 736.3, 600.7), (64, 80, 96, 128),
     ),
     "wan21-1.3b": partial(
