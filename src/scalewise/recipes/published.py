@@ -136,7 +136,8 @@ PUBLISHED: dict[str, Build] = {
         _flux, "flux-dev", "FLUX.1-dev, 4 steps, the paper's", entries(0, 4, 12, 18), (32, 64, 96, 128)
     ),
     "flux-dev-released": partial(
-        _flux, "flux-dev-released", "FLUX.1-dev, 4 steps; schedule of the released weights, the rest the paper's",
+        _flux, "flux-dev-released",
+        "FLUX.1-dev, 4 steps; schedule of the released weights, the rest the paper's",
         (1000, 895.6, 736.3, 600.7), (64, 80, 96, 128),
     ),
     "wan21-1.3b": partial(
