@@ -45,7 +45,7 @@ def test_statistics_of_another_model_under_the_same_path_are_taken_anew(
         assert judge.real is not None
         means.append(judge.real["fd"].mean)
     assert not torch.allclose(*means)
-    assert len(list((tmp_path / "cache" / "statistics").glob("fd-*"))) == 2
+    assert len(list((tmp_path / "cache" / "statistics").glob("fd-*.safetensors"))) == 2
 
 
 def test_a_clip_model_that_would_judge_by_chance_is_refused(

@@ -125,7 +125,8 @@ def test_a_source_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> 
 def test_preference_scores_are_a_hundred_cosines(clip_folder: Path, extra: object, name: str) -> None:
     examiner = extra.load(str(clip_folder), "cpu")  # type: ignore[attr-defined]
     images, captions = pictures(5, (36, 36)), ["a cat", "a dog", "a cat", "the moon", "a cat"]
-    model, scorer = CLIPModel.from_pretrained(clip_folder).eval(), ClipScorer.load(clip_folder)
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    scorer = ClipScorer.load(clip_folder, bring=letterbox if name == "hpsv2" else None)
     with torch.no_grad():
         texts = torch.stack([
             model.get_text_features(
@@ -352,3 +353,26 @@ def test_real_pictures_that_cannot_be_read_are_warned_of(clip_folder: Path, tmp_
     with pytest.warns(UserWarning, match=r"24 images used, 1 skipped: 1 unreadable \(broken\.png\)"):
         judge = judge_of(find_recipe("mini"), asked)
     assert judge.reference is not None and len(judge.reference) == 24
+
+
+def test_clip_prepares_images_as_its_own_processor_does_by_pillow(clip_folder: Path) -> None:
+    """Large and oblong images, whose tensors another filter would resize to other bytes."""
+    scorer = ClipScorer.load(clip_folder)
+    [image] = pictures(1, (90, 150))
+    image = image ^ np.random.default_rng(0).integers(0, 64, image.shape, dtype=np.uint8)
+    resized = Image.fromarray(image).resize((53, 32), Image.Resampling.BICUBIC)  # int(32 * 150 / 90)
+    square = np.asarray(resized)[:, 10 : 10 + 32]
+    with torch.no_grad():
+        wanted = scorer.model.visual_projection(
+            scorer.model.vision_model(from_bytes(square[None])).pooler_output
+        )
+    found = scorer.pictures(image[None])
+    assert torch.allclose(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-6)
+    assert not torch.allclose(scorer.images(from_bytes(image[None])), found, atol=1e-4)
+
+
+def test_hpsv2_resizes_a_tensor_and_cuts_no_overshoot() -> None:
+    stripes = torch.ones(1, 3, 48, 48)
+    stripes[..., 24:] = -1
+    resized = torch.nn.functional.interpolate(stripes, size=(32, 32), mode="bicubic", antialias=True)
+    assert torch.equal(letterbox(stripes, 32), resized) and float(resized.max()) > 1.01

@@ -179,7 +179,10 @@ def test_an_evaluation_by_two_processes_is_that_of_one(results, tmp_path, capsys
     for own, other in zip(ours, theirs, strict=True):
         for part in ("values", "differences"):
             for metric, interval in own[part].items():
-                assert other[part][metric] == pytest.approx(interval, rel=1e-3, abs=2e-3), metric
+                ends = other[part][metric]  # None where 5 prompts are too few for an interval
+                assert [end is None for end in ends] == [end is None for end in interval]
+                known = [end for end in interval if end is not None]
+                assert [e for e in ends if e is not None] == pytest.approx(known, rel=1e-3, abs=2e-3), metric
     for name in ("undistilled", "teacher--1-steps"):
         a, b = (folder / "pictures" / name for folder in (tmp_path, there))
         for file in [f"{i}.png" for i in range(10)]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from scalewise.metrics.base import Metric, Seen, Statistic
@@ -29,13 +30,16 @@ class ClipScorer:
     """A `transformers.CLIPModel` that embeds images and captions as rows of length 1."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, *, mean: Sequence[float] = (0.5,) * 3,
-                 std: Sequence[float] = (0.5,) * 3, bring: Bring | None = None) -> None:  # fmt: skip
+                 std: Sequence[float] = (0.5,) * 3, bring: Bring | None = None,
+                 processor: Any = None) -> None:  # fmt: skip
         """`mean` and `std` normalise pixels in [0, 1]; 0.5 and 0.5 leave [-1, 1] as it is.
 
-        `bring` makes pictures square (default: `fit`).
+        `processor` prepares images of bytes. `bring` makes tensors square (default: `fit`); without a
+        processor, or where its authors resize tensors, images of bytes as well.
         """
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.bring = bring or fit
+        self.processor: Any = processor if bring is None else None
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = int(model.config.vision_config.image_size)
         positions = int(model.config.text_config.max_position_embeddings)
@@ -50,7 +54,7 @@ class ClipScorer:
 
         `processor`: where tokenizer and preprocessor_config.json are, if not beside the model.
         """
-        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+        from transformers import AutoConfig, AutoImageProcessor, CLIPModel, CLIPTokenizer
 
         for needed in ("config.json", _PREPROCESSING):
             if Path(source).exists() and processor is None and not (Path(source) / needed).exists():
@@ -69,8 +73,10 @@ class ClipScorer:
                 source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             tokenizer = CLIPTokenizer.from_pretrained(processor or source)
+            # Resizing by PIL whatever is installed: figures of two machines are to compare.
+            prepare = AutoImageProcessor.from_pretrained(processor or source, backend="pil")
         _check(str(source), set(found["missing_keys"]), words=len(tokenizer), model=model)
-        return cls(model.to(device), tokenizer, mean=mean, std=std, bring=bring)
+        return cls(model.to(device), tokenizer, mean=mean, std=std, bring=bring, processor=prepare)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder that `load` reads and that transformers' own classes read, too."""
@@ -102,14 +108,26 @@ class ClipScorer:
         return torch.cat(parts).cpu()
 
     def pictures(self, images: np.ndarray) -> Tensor:
-        """Embed images as bytes [N, H, W, 3]; only a chunk at a time is turned into floats."""
+        """Embed images as bytes [N, H, W, 3], prepared by the model's own processor, in chunks."""
         chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
-        return torch.cat([self.images(from_bytes(chunk)) for chunk in chunks])
+        if self.processor is None:
+            return torch.cat([self.images(from_bytes(chunk)) for chunk in chunks])
+        return torch.cat([self._processed(chunk) for chunk in chunks])
+
+    @torch.no_grad()
+    def _processed(self, images: np.ndarray) -> Tensor:
+        # An image of 3 rows would else be taken for one of 3 channels first.
+        options = {"return_tensors": "pt", "input_data_format": "channels_last"}
+        prepared = self.processor([Image.fromarray(image) for image in images], **options)
+        return self._project(prepared.pixel_values.to(self.device)).cpu()
 
     def _embed(self, pixels: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         fitted = (self.bring(pixels, self.size) + 1) / 2
-        pooled = self.model.vision_model((fitted - mean) / std).pooler_output
+        return self._project((fitted - mean) / std)
+
+    def _project(self, prepared: Tensor) -> Tensor:
+        pooled = self.model.vision_model(prepared).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()
@@ -157,13 +175,17 @@ def shorter_side(pixels: Tensor, size: int, *, mode: str = "bicubic", antialias:
 
 
 def letterbox(pixels: Tensor, size: int) -> Tensor:
-    """Resize [N, 3, H, W] in [-1, 1] so that the longer side is `size`, in the middle of a black square."""
+    """Resize [N, 3, H, W] in [-1, 1] so that the longer side is `size`, in the middle of a black square.
+
+    As HPSv2's authors resize: a tensor of floats, whose overshoot is not cut; antialiased as torchvision does
+    since 0.17.
+    """
     height, width = pixels.shape[-2:]
     scaled = [max(1, round(side * size / max(height, width))) for side in (height, width)]
     if scaled != [height, width]:
         pixels = F.interpolate(pixels, size=scaled, mode="bicubic", antialias=True, align_corners=False)
     high, wide = (size - side for side in scaled)
-    return F.pad(pixels.clamp(-1, 1), (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=-1.0)
+    return F.pad(pixels, (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=-1.0)
 
 
 def fit(pixels: Tensor, size: int, *, antialias: bool = True) -> Tensor:
