@@ -22,7 +22,7 @@ FILES = {
 # long as no circle arises. A package stands for all of its files, which are free among themselves.
 RANKS = [
     "errors scales noise losses rng parallel checkpoint console pictures mini keys counting "
-    "contents overrides text_files",
+    "contents overrides text_files optional",
     "recipe spectrum taps roles heads models",
     "backbone data lora recipes",
     "sampling distill",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_run import make_tiny
+from torch.utils.checkpoint import checkpoint
 
 from scalewise import build, console
 from scalewise.backbone import Backbone
@@ -67,7 +69,7 @@ def test_the_weights_take_as_many_bytes_as_the_plan_says(tiny: Recipe) -> None:
 
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
 def test_gradients_of_the_student_come_through_a_base_of_fewer_bits(bits: str) -> None:
-    """They equal those of a base that holds the same rounded weights in full precision."""
+    """They equal those of a base that holds the same rounded weights, both computed in float32."""
     import bitsandbytes
 
     quantized, rounded = SD3.tiny(), SD3.tiny()
@@ -91,11 +93,58 @@ def test_gradients_of_the_student_come_through_a_base_of_fewer_bits(bits: str) -
                     parameter.fill_(0.02)
         x_t = torch.randn(1, model.channels, 8, 8, generator=torch.Generator().manual_seed(1))
         cond = model.encode_prompts(["a dog"])
+        with torch.no_grad():
+            backbone.predict_x0(x_t, torch.tensor([600.0]), cond)  # the teacher samples first, as in a run
         backbone.predict_x0(x_t, torch.tensor([600.0]), cond, role="student").square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters("student").values()]))
     # With 8 bits the products' inputs are rounded as well.
     apart = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert apart < (1e-3 if bits == "nf4" else 0.05)
+
+
+class OneLayer:
+    """A model of a single block with a single layer, of a size that every kernel of 4 bits takes."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.block = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval().requires_grad_(False)
+
+    def repeated_blocks(self) -> list[torch.nn.Module]:
+        return [self.block]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["plain", "reentrant", "not reentrant"])
+def test_a_layer_of_4_bits_with_a_bias_trains_after_it_was_asked_without_gradients(
+    way: str, dtype: torch.dtype
+) -> None:
+    """What a run does: the teacher samples, then the student's backward pass goes through the same layers.
+
+    The input is a view of a leaf, as a checkpointed block's is. On processors with AVX512-BF16 bitsandbytes
+    has another layout for weights asked without gradients, with which this failed or had no gradient.
+    """
+    import bitsandbytes
+
+    model: Any = OneLayer()
+    model.block.to(dtype)
+    quantize(model, "nf4", "cpu")
+    layer = model.block[0]
+    leaf = torch.randn(1, 4 * 64, dtype=dtype, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with torch.no_grad():
+        asked = model.block(leaf.view(4, 64))
+    if way == "plain":
+        answer = model.block(leaf.view(4, 64))
+    else:
+        answer = checkpoint(lambda x: model.block(x.view(4, 64)), leaf, use_reentrant=way == "reentrant")
+    answer.square().sum().backward()
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    expected = leaf.detach().clone().requires_grad_()
+    wanted = torch.nn.functional.linear(expected.view(4, 64), weight, layer.bias)
+    wanted.square().sum().backward()
+    assert weight.dtype == dtype and layer.bias.abs().sum() > 0
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(asked, wanted.detach(), **close)
+    torch.testing.assert_close(leaf.grad, expected.grad, **close)
 
 
 def test_a_run_on_a_base_of_4_bits_makes_a_student_for_the_whole_one(tiny: Recipe, tmp_path: Path) -> None:

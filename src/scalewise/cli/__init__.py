@@ -13,6 +13,7 @@ import typer
 from scalewise import console
 from scalewise.cli import making, measuring
 from scalewise.errors import TrainingStopped
+from scalewise.optional import without_bitsandbytes
 
 app = typer.Typer(
     name="scalewise",
@@ -74,7 +75,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
     try:
-        with sigterm_as_ctrl_c():
+        with sigterm_as_ctrl_c(), without_bitsandbytes():
             code: Any = app(arguments, standalone_mode=False)
         # Typer makes of Ctrl-C this code or, in older versions, an exception.
         sys.exit(

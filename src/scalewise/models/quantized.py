@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from scalewise.models.base import ModelError
 from scalewise.models.pipelined import PipelineAdapter
+from scalewise.optional import import_bitsandbytes
 
 Bits = Literal["none", "int8", "nf4"]
 # Bytes of a weight, with what it is scaled by: a float32 for a row, or a byte for every 64 weights.
@@ -35,14 +35,12 @@ def quantize(model: PipelineAdapter, bits: Bits, device: torch.device | str) -> 
     if bits == "none":
         return
     try:
-        import bitsandbytes
+        bitsandbytes: Any = import_bitsandbytes()
     except ImportError as error:
         raise ModelError(
             f"model.quantize={bits} needs a package that is not installed: pip install "
             "'scalewise-diffusion[quantize]'"
         ) from error
-    # Its products of 8 bits say at every forward that they round their inputs.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for holder, name, linear in list(layers(model)):
         make = _int8 if bits == "int8" else _nf4
         setattr(holder, name, make(bitsandbytes.nn, linear).to(device))
@@ -62,6 +60,9 @@ def _nf4(library: Any, linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, bias=linear.bias is not None,
         compute_dtype=linear.weight.dtype, quant_type="nf4", compress_statistics=True, device="meta",
     )  # fmt: skip
+    # On processors with AVX512-BF16 the first forward without gradients would repack the weight for a kernel
+    # that has no backward pass, rounds to bfloat16 and wants sizes that are multiples of 32.
+    new.support_avx512bf16_for_cpu = False
     new.weight = library.Params4bit(
         linear.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
     )
