@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from scalewise import keys
+from scalewise.checkpoint import write_atomically
 from scalewise.recipe import Recipe
 from scalewise.scales import ScaleSchedule
 
@@ -42,6 +42,9 @@ class Student:
     """Empty for a file that was not written by scalewise."""
     denoiser: str = "transformer"
     """Name of the denoiser in the pipeline."""
+
+    def __post_init__(self) -> None:
+        refuse_non_finite(self.tensors, "The student", "Train it again with a lower optimizer.lr.")
 
     def matched(self, module: nn.Module) -> Student:
         """The student with the layer names of a denoiser; every layer has to exist and to fit in shape."""
@@ -96,7 +99,13 @@ def save_student(
 def write_student(
     path: Path, student: Student, *, dtype: torch.dtype = torch.float16, form: keys.Form = "diffusers"
 ) -> None:
-    """Write a student atomically in one of the conventions; all three carry the same metadata."""
+    """Write a student atomically in one of the conventions; all three carry the same metadata.
+
+    Raises StudentError, and writes nothing, for weights that are NaN or infinite in `dtype`.
+    """
+    remedy = "Train with a lower optimizer.lr, or go on from an earlier checkpoint."
+    cast = {name: tensor.to(dtype) for name, tensor in student.tensors.items()}
+    refuse_non_finite(cast, f"The student was not written to {path}: it", remedy)
     layers = sorted({name.rsplit(".lora_", 1)[0] for name in student.tensors})
     settings = {"r": student.rank, "lora_alpha": student.alpha, "target_modules": layers}
     metadata = {
@@ -123,9 +132,8 @@ def write_student(
         (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         path = path / "adapter_model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(sorted_header(save(named, metadata=metadata)))
-    os.replace(temporary, path)
+    content = sorted_header(save(named, metadata=metadata))
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def sorted_header(data: bytes) -> bytes:
@@ -165,6 +173,16 @@ def fuse(module: nn.Module, student: Student, *, weight: float = 1.0) -> dict[nn
             update = weight * student.alpha / student.rank * (b.float() @ a.to(parameter.device).float())
             parameter.data = (parameter.data.float() + update).to(parameter.dtype)
     return before
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Raise StudentError, which begins with `what`, for weights with NaN or infinity: they draw black."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise StudentError(
+            f"{what} has NaN or infinity in {len(broken)} of its {len(tensors)} weights, for example "
+            f"{min(broken)}. {remedy}"
+        )
 
 
 def check_pairs(tensors: Mapping[str, Tensor]) -> None:
@@ -227,6 +245,7 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
             raw = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StudentError(f"{file} is damaged ({error}); fetch or train it again.") from error
+    refuse_non_finite(raw, f"The student {file}", "Fetch it again, or train with a lower optimizer.lr.")
     tensors, alphas = keys.read_names(raw)
     check_pairs(tensors)
     if "scalewise.timesteps" in head:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
@@ -14,9 +15,25 @@ FRAME_MS = 1000 // 16  # of an animation; Wan's videos have 16 frames a second
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
-    """Turn pixels [N, 3, H, W] in [-1, 1] into uint8 [N, H, W, 3], videos [N, 3, F, H, W] likewise."""
+    """Turn pixels [N, 3, H, W] in [-1, 1] into uint8 [N, H, W, 3], videos [N, 3, F, H, W] likewise.
+
+    Raises ValueError for NaN and infinity, which would come out as black.
+    """
+    refuse_non_finite(pixels)
     scaled = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round()
     return scaled.byte().movedim(1, -1).contiguous().numpy()
+
+
+def refuse_non_finite(samples: Tensor) -> None:
+    """Raise ValueError for samples [N, ...] (pixels or latents) of which any holds NaN or infinity."""
+    fine = torch.isfinite(samples.detach()).flatten(1).all(dim=1).cpu()
+    if not fine.all():
+        broken = (~fine).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{len(broken)} of {len(fine)} samples drawn hold NaN or infinity, the first of them number "
+            f"{broken[0] + 1}: the model overflows in its dtype or its weights are damaged. Draw in "
+            "bfloat16 or float32 (model.dtype), or fetch or train the weights again."
+        )
 
 
 def stills(images: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scalewise import parallel
 from scalewise.backbone import Backbone
-from scalewise.data import LatentSetWriter
+from scalewise.data import DataError, LatentSetWriter
 from scalewise.models.base import ModelAdapter
 from scalewise.recipe import Recipe
 from scalewise.rng import derive
@@ -92,8 +92,8 @@ def generate(
                     writer.flush()
                     saved = time.monotonic()
             yield count - len(todo) + start + len(indices)
-    except (KeyboardInterrupt, GeneratorExit, RuntimeError):
-        # Stopped here or in the caller's loop, or the device's memory is full: what is drawn is kept, also
+    except (KeyboardInterrupt, GeneratorExit, RuntimeError, DataError):
+        # Stopped here or in the caller's loop, out of memory, or NaN was drawn: what is good is kept, also
         # in a shard that is not full. (Processes but the first have nothing to write.)
         writer.flush()
         raise

@@ -46,9 +46,10 @@ class LatentSet:
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> LatentSet:
-        """Open a set, checking every shard's size and, unless verify=False, its SHA-256.
+        """Open a set, checking every shard's size and, unless verify=False, its SHA-256 and its numbers.
 
-        Raises DataError for a missing, empty or damaged set; warns if the set is not complete.
+        Raises DataError for a missing, empty or damaged set, and for latents that are NaN or infinite; warns
+        if the set is not complete.
         """
         folder = Path(path)
         header = SetHeader.read(folder)
@@ -63,6 +64,9 @@ class LatentSet:
                 "Run the command that makes it again to complete it.",
                 stacklevel=2,
             )
+        if verify:
+            for shard in header.shards:
+                _refuse_non_finite(folder, shard, header.scales)
         return cls(folder, header)
 
     def __len__(self) -> int:
@@ -234,10 +238,12 @@ class LatentSetWriter:
                 f"Latents at {scale} have the shape {list(tensor.shape)} instead of "
                 f"{[count, *self.header.shape(scale)]}; check the scales and channels given to the writer."
             )
-        if not torch.isfinite(tensor).all():
+        fine = torch.isfinite(tensor).flatten(1).all(dim=1)
+        if not fine.all():
             raise DataError(
-                f"Latents at {scale} hold NaN, infinity or values beyond float16, which would spoil the set; "
-                "make them in a wider dtype (bfloat16 or float32)."
+                f"Latents at {scale} of {int((~fine).sum())} of {count} samples hold NaN, infinity or values "
+                f"beyond float16, which would spoil the set {self.folder}; make them in a wider dtype "
+                f"(model.dtype bfloat16 or float32), or fetch {self.header.base} again."
             )
         return [row.tobytes() for row in tensor.numpy()]
 
@@ -289,6 +295,22 @@ def _column(scale: Scale) -> str:
 def _arrow_type(column: str) -> Any:
     # Large binary has 64-bit offsets: 256 video latents can exceed the 2 GB of the plain kind.
     return {"index": pa.int64(), "seed": pa.int64(), "caption": pa.string()}.get(column, pa.large_binary())
+
+
+def _refuse_non_finite(folder: Path, shard: Shard, scales: Sequence[Scale]) -> None:
+    """Raise DataError for a shard with latents that are NaN or infinite."""
+    rows = _open_shard(folder, shard).with_format("arrow")
+    for scale in scales:
+        column = rows.select_columns(_column(scale))
+        for start in range(0, len(column), 64):
+            for cell in column[start : start + 64].column(0):
+                # A float16 whose five bits of exponent are all set is none; on the bits, since numpy has no
+                # quick test of halves.
+                if (np.frombuffer(cell.as_buffer(), np.uint16) & 0x7C00 == 0x7C00).any():
+                    raise DataError(
+                        f"The shard {folder / shard.file} holds NaN or infinity in its latents at {scale}, "
+                        f"with which nothing can be trained; {AGAIN}."
+                    )
 
 
 def _write_arrow(path: Path, table: Any) -> None:

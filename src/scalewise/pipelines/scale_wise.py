@@ -29,7 +29,7 @@ from torch import Tensor
 from scalewise import keys
 from scalewise.lora import Student
 from scalewise.models import SD3, SDXL, Condition, Flux, Wan
-from scalewise.pictures import to_rgb
+from scalewise.pictures import refuse_non_finite, to_rgb
 from scalewise.pipelines.schedule import read_schedule
 from scalewise.rng import SampleNoise
 from scalewise.sampling import sample_scale_wise
@@ -328,6 +328,7 @@ class ScaleWisePipeline:
 
     def _finish(self, model: Any, x0: Tensor, output_type: str, *, return_dict: bool) -> Any:
         pipeline: Any = self
+        refuse_non_finite(x0)
         if output_type == "latent":
             found: Any = x0
         elif model.video:

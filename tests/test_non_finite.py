@@ -1,0 +1,128 @@
+"""Weights, latents and pixels that are no numbers are refused wherever they are read or written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import scalewise
+from scalewise import mini
+from scalewise.cli import main
+from scalewise.data import DataError, LatentSet, LatentSetWriter, PromptCache, latents
+from scalewise.lora import StudentError, load_student, write_student
+from scalewise.models import Condition
+from scalewise.pictures import to_bytes
+from scalewise.scales import Scale
+
+SCALE = Scale(1, 4, 4)
+
+
+def broken_student(path: Path, value: float = float("nan")) -> Path:
+    """The mini's student with one weight of one layer replaced, as the file of any program may be."""
+    with safe_open(mini.STUDENT, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(mini.STUDENT)
+    name = max(tensors)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_student_with_a_number_that_is_none_is_refused_by_all_who_load_one(tmp_path, value, capsys):
+    path = broken_student(tmp_path / "student.safetensors", value)
+    words = rf"student {path} has NaN or infinity in 1 of its \d+ weights, for example "
+    with pytest.raises(StudentError, match=words):
+        load_student(path)
+    with pytest.raises(StudentError, match=words):
+        scalewise.load("mini", student=str(path))
+    for arguments in (
+        ["sample", "a dog", "--student", str(path), "--out", str(tmp_path / "drawn")],
+        ["export", str(path), str(tmp_path / "out.safetensors")],
+        ["evaluate", "mini", f"student:{path}", "--out", str(tmp_path / "judged")],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code != 0 and "NaN or infinity" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out.safetensors").exists() and not list(tmp_path.rglob("*.png"))
+
+
+def test_a_student_that_half_precision_cannot_hold_is_not_saved(tmp_path):
+    good = load_student(mini.STUDENT)
+    name = max(good.tensors)
+    large = replace(good, tensors=good.tensors | {name: good.tensors[name] + 1e5})
+    with pytest.raises(StudentError, match=r"was not written .*infinity in 1 of its"):
+        write_student(tmp_path / "student.safetensors", large)
+    assert list(tmp_path.iterdir()) == []
+    write_student(tmp_path / "student.safetensors", large, dtype=torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
+    with pytest.raises(StudentError, match="NaN or infinity"):
+        replace(good, tensors=good.tensors | {name: good.tensors[name] * float("nan")})
+
+
+def test_a_set_with_a_number_that_is_none_is_refused_on_loading(tmp_path, monkeypatch):
+    def write(path: Path, spoil: bool) -> Path:
+        writer = LatentSetWriter(
+            path, scales=[SCALE], channels=2, kind="synthetic", base="b", settings={}, shard_rows=2
+        )
+        values = torch.zeros(4, 2, 4, 4)
+        with monkeypatch.context() as patched:
+            if spoil:
+                values[3, 1, 2, 2] = float("inf")
+                patched.setattr(latents.torch, "isfinite", torch.ones_like)
+            writer.add(range(4), ["a"] * 4, range(4), {SCALE: values})
+            writer.finish()
+        return path
+
+    assert len(LatentSet.open(write(tmp_path / "good", spoil=False))) == 4
+    with pytest.raises(DataError, match=r"shard-00001.arrow holds NaN or infinity in its latents at 4x4"):
+        LatentSet.open(write(tmp_path / "bad", spoil=True))
+
+
+def test_a_teacher_that_draws_nan_leaves_the_samples_from_before_in_the_set(tmp_path):
+    writer = LatentSetWriter(
+        tmp_path, scales=[SCALE], channels=2, kind="synthetic", base="b", settings={}, shard_rows=8
+    )
+    writer.add([0], ["a"], [0], {SCALE: torch.zeros(1, 2, 4, 4)})
+    values = torch.zeros(3, 2, 4, 4)
+    values[1, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match=r"at 4x4 of 1 of 3 samples hold NaN, infinity"):
+        writer.add([1, 2, 3], ["a"] * 3, [1, 2, 3], {SCALE: values})
+    writer.finish()
+    assert LatentSet.open(tmp_path).seeds([0]) == [0]
+    assert json.loads((tmp_path / "set.json").read_text())["shards"][0]["rows"] == 1
+
+
+def test_embeddings_with_nan_are_not_cached(tmp_path):
+    class Overflowing:
+        def encode_prompts(self, prompts):
+            return Condition(
+                {"tokens": torch.tensor([[len(p) / 1.0 if p else float("nan")] for p in prompts])}
+            )
+
+    with pytest.raises(DataError, match=r"embedding of the prompt '' has NaN or infinity"):
+        PromptCache.build(Overflowing, ["a"], tmp_path / "p", fingerprint="f")
+    assert PromptCache.open(tmp_path / "p", fingerprint="f").missing(["a"]) == ["", "a"]
+
+
+def test_pixels_that_are_no_numbers_are_not_drawn_black():
+    pixels = torch.zeros(3, 3, 2, 2)
+    assert (to_bytes(pixels) == 128).all()
+    pixels[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"1 of 3 samples drawn hold NaN or infinity, the first .* number 2"):
+        to_bytes(pixels)
+
+
+def test_the_pipeline_does_not_return_latents_or_images_of_nan():
+    pipe = scalewise.load("mini")
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).view(-1)[0] = float("nan")
+    for kind in ("latent", "np"):
+        with pytest.raises(ValueError, match="1 of 1 samples drawn hold NaN or infinity"):
+            pipe("a dog", seed=0, output_type=kind)
