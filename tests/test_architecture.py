@@ -23,7 +23,7 @@ FILES = {
 RANKS = [
     "errors scales noise losses rng parallel checkpoint console pictures mini keys counting "
     "contents overrides text_files optional",
-    "recipe spectrum taps roles heads models",
+    "recipe foreign_keys spectrum taps roles heads models",
     "backbone data lora recipes",
     "sampling distill",
     "batches teacher",

@@ -16,7 +16,6 @@ Form = Literal["diffusers", "peft", "kohya"]
 FORMS: tuple[Form, ...] = ("diffusers", "peft", "kohya")
 
 _PEFT = "base_model.model."
-_FLAT = re.compile(r"^lora_(?:unet|transformer)_(?P<path>.+)\.(?P<part>lora_down|lora_up)\.weight$")
 # Wan's layers as its authors' code names them, and after them ComfyUI.
 _WAN = re.compile(r"^blocks\.\d+\.(attn[12]|ffn)\.")
 _WAN_AUTHORS = re.compile(r"\.(self_attn\.|cross_attn\.|ffn\.\d)")
@@ -30,7 +29,10 @@ _PARTS = (
     (re.compile(r"\.lora_B(\.\w+)?\.weight$"), ".lora_B.weight"),
     (re.compile(r"[._]lora[._]down\.weight$"), ".lora_A.weight"),
     (re.compile(r"[._]lora[._]up\.weight$"), ".lora_B.weight"),
+    (re.compile(r"\.lora_B(\.\w+)?\.bias$|[._]lora[._]up\.bias$"), ".lora_B.bias"),
 )
+_ENDING = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|diff|diff_b)$")
+_PREFIX = re.compile(r"^((transformer|unet|(model\.)?diffusion_model)\.|lora_(unet|transformer)_)")
 
 
 def read_form(text: str) -> Form:
@@ -44,33 +46,43 @@ def read_form(text: str) -> Form:
 def read_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Weights under the inner names, and the alphas that the file gives, by layer.
 
-    kohya's layers keep their underscores; `match_layers` finds their paths. Weights of no LoRA keep their
-    names, so that whoever uses them can say what was not expected.
+    kohya's layers keep their underscores; `match_layers` finds their paths. Beside the two matrices a layer
+    may have `.lora_B.bias` (alpha / rank times it is added to the bias), `.diff_b` (added as it is) and
+    `.diff` (added to the weight). Weights of no LoRA keep their names, so that whoever uses them can say what
+    was not expected.
     """
     weights: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for name, value in tensors.items():
-        if flat := _FLAT.match(name):
-            part = "lora_A" if flat["part"] == "lora_down" else "lora_B"
-            weights[f"{flat['path']}.{part}.weight"] = value
-        elif alpha := _ALPHA.match(name):
-            path = re.sub(r"^lora_(?:unet|transformer)_", "", alpha["path"])
-            alphas[_plain(path)] = float(value)
+        if alpha := _ALPHA.match(name):
+            alphas[_plain(alpha["path"])] = float(value)
         else:
             weights[_plain(name)] = value
     return weights, alphas
 
 
 def _plain(name: str) -> str:
-    name = re.sub(r"^(transformer|unet|diffusion_model)\.", "", name.removeprefix(_PEFT))
+    name = _PREFIX.sub("", name.removeprefix(_PEFT))
     for pattern, ending in _PARTS:
         name = pattern.sub(ending, name)
     return name
 
 
+def layer_of(name: str) -> str:
+    """Layer of a weight under its inner name; the name itself if it is of no LoRA."""
+    return _ENDING.sub("", name)
+
+
+def is_diffusers_wan(layer: str) -> bool:
+    """Whether a layer of Wan is named by its path in diffusers."""
+    return bool(_WAN.match(layer) and not _WAN_AUTHORS.search(f".{layer}")) or layer.startswith(
+        ("condition_embedder.", "proj_out")
+    )
+
+
 def is_path(name: str) -> bool:
     """Whether a weight's layer is named by its path in diffusers, not with underscores or by the authors."""
-    layer = name.partition(".lora_")[0]
+    layer = layer_of(name)
     return "." in layer and not _WAN_AUTHORS.search(layer)
 
 
@@ -93,8 +105,8 @@ def match_layers(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[s
         paths |= {theirs: path, theirs.replace(".", "_"): path, path.replace(".", "_"): path}
     out = {}
     for name, value in tensors.items():
-        layer, sign, rest = name.partition(".lora_")
-        out[paths.get(layer, layer) + sign + rest if sign else name] = value
+        layer = layer_of(name)
+        out[paths.get(layer, layer) + name.removeprefix(layer)] = value
     return out
 
 
@@ -108,10 +120,13 @@ def write_names(
         return {f"{denoiser}.{name}": value for name, value in tensors.items()}
     out = {}
     for name, value in tensors.items():
-        path, _, part = name.removesuffix(".weight").rpartition(".")
+        path = layer_of(name)
         theirs = authors_path(path)
         prefix = denoiser if theirs == path else "unet"  # kohya calls every denoiser so
         layer = f"lora_{prefix}_{theirs.replace('.', '_')}"
-        out[f"{layer}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
+        if name.endswith(".bias"):  # kohya adds it as it is; files with biases have alpha = rank
+            out[f"{layer}.diff_b"] = value
+            continue
+        out[f"{layer}.{'lora_down' if name.endswith('.lora_A.weight') else 'lora_up'}.weight"] = value
         out[f"{layer}.alpha"] = alpha.clone()
     return out

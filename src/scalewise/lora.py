@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from scalewise import keys
+from scalewise import foreign_keys, keys
 from scalewise.checkpoint import write_atomically
 from scalewise.recipe import Recipe
 from scalewise.scales import ScaleSchedule
@@ -51,7 +51,7 @@ class Student:
         layers = dict(module.named_modules())
         tensors = keys.match_layers(self.tensors, layers)
         check_pairs(tensors)
-        strangers = {n for n in tensors if n.rsplit(".lora_", 1)[0] not in layers}
+        strangers = {n for n in tensors if keys.layer_of(n) not in layers}
         if strangers:
             raise StudentError(
                 f"The student does not fit this base: {len(strangers)} of its {len(tensors)} weights are for "
@@ -67,6 +67,8 @@ class Student:
                         "to; sample with model.quantize=none."
                     )
                 _check_shape(name, weight, a, b=tensors[name.replace("lora_A", "lora_B")])
+            elif name.endswith(".lora_B.bias"):
+                _check_bias(name, layers[keys.layer_of(name)], a)
         return replace(self, tensors=tensors)
 
 
@@ -106,8 +108,10 @@ def write_student(
     remedy = "Train with a lower optimizer.lr, or go on from an earlier checkpoint."
     cast = {name: tensor.to(dtype) for name, tensor in student.tensors.items()}
     refuse_non_finite(cast, f"The student was not written to {path}: it", remedy)
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in student.tensors})
-    settings = {"r": student.rank, "lora_alpha": student.alpha, "target_modules": layers}
+    layers = sorted({keys.layer_of(name) for name in student.tensors})
+    settings: dict[str, Any] = {"r": student.rank, "lora_alpha": student.alpha, "target_modules": layers}
+    if any(name.endswith(".bias") for name in student.tensors):
+        settings["lora_bias"] = True
     metadata = {
         "format": "pt",
         "scalewise.timesteps": json.dumps(student.schedule.timesteps),
@@ -170,8 +174,16 @@ def fuse(module: nn.Module, student: Student, *, weight: float = 1.0) -> dict[nn
             parameter: Any = module.get_submodule(name.removesuffix(".lora_A.weight")).weight
             b = student.tensors[name.replace("lora_A", "lora_B")].to(parameter.device)
             before[parameter] = parameter.detach().clone()
-            update = weight * student.alpha / student.rank * (b.float() @ a.to(parameter.device).float())
-            parameter.data = (parameter.data.float() + update).to(parameter.dtype)
+            # A convolution's A has its kernel, and its B one of 1 x 1.
+            product = b.float().flatten(1) @ a.to(parameter.device).float().flatten(1)
+            update = weight * student.alpha / student.rank * product.view(parameter.shape)
+        elif name.endswith(".lora_B.bias"):
+            parameter = module.get_submodule(keys.layer_of(name)).bias
+            before[parameter] = parameter.detach().clone()
+            update = weight * student.alpha / student.rank * a.to(parameter.device).float()
+        else:
+            continue
+        parameter.data = (parameter.data.float() + update).to(parameter.dtype)
     return before
 
 
@@ -185,10 +197,22 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> 
         )
 
 
+def with_all_biases(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give every layer A, B and a bias if any has a bias, as PEFT asks for; the new ones are zero."""
+    out, layers = dict(tensors), {keys.layer_of(name) for name in tensors}
+    for layer in layers if any(name.endswith(".bias") for name in tensors) else ():
+        weight: Any = module.get_submodule(layer).weight
+        zeros, kernel = weight.new_zeros, weight.shape[2:]
+        out.setdefault(f"{layer}.lora_A.weight", zeros(1, weight.shape[1], *kernel))
+        out.setdefault(f"{layer}.lora_B.weight", zeros(len(weight), 1, *(1 for _ in kernel)))
+        out.setdefault(f"{layer}.lora_B.bias", zeros(len(weight)))
+    return out
+
+
 def check_pairs(tensors: Mapping[str, Tensor]) -> None:
     """Refuse weights of which one half is missing, and such that are no LoRA."""
-    a, b = ({n.rsplit(f".{k}.", 1)[0] for n in tensors if f".{k}." in n} for k in ("lora_A", "lora_B"))
-    strange = [n for n in tensors if ".lora_A." not in n and ".lora_B." not in n]
+    a, b = ({keys.layer_of(n) for n in tensors if n.endswith(f".{k}.weight")} for k in ("lora_A", "lora_B"))
+    strange = [n for n in tensors if not n.endswith((".lora_A.weight", ".lora_B.weight", ".lora_B.bias"))]
     if strange or not a:
         raise StudentError(
             f"The file is no LoRA that can be read: {len(strange)} of {len(tensors)} weights are not expected"
@@ -203,10 +227,21 @@ def check_pairs(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_shape(name: str, weight: nn.Parameter, a: Tensor, *, b: Tensor) -> None:
-    if weight.shape != (b.shape[0], a.shape[1]):
+    made_for = (b.shape[0], *a.shape[1:])
+    if weight.shape != made_for or b.flatten(1).shape[1] != len(a):
+        there, here = (" x ".join(map(str, shape)) for shape in (made_for, weight.shape))
         raise StudentError(
-            f"The student does not fit this base: {name} is made for a layer of {b.shape[0]} x {a.shape[1]}, "
-            f"which has {weight.shape[0]} x {weight.shape[1]} here. Sample with the base it was made for."
+            f"The student does not fit this base: {name} is made for a layer of {there}, "
+            f"which has {here} here. Sample with the base it was made for."
+        )
+
+
+def _check_bias(name: str, layer: Any, bias: Tensor) -> None:
+    own = getattr(getattr(layer, "base_layer", layer), "bias", None)
+    if own is None or own.shape != bias.shape:
+        raise StudentError(
+            f"The student does not fit this base: {name} is added to a bias of {len(bias)} numbers, and the "
+            f"layer has {'none' if own is None else len(own)} here. Sample with the base it was made for."
         )
 
 
@@ -246,10 +281,11 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
     except SafetensorError as error:
         raise StudentError(f"{file} is damaged ({error}); fetch or train it again.") from error
     refuse_non_finite(raw, f"The student {file}", "Fetch it again, or train with a lower optimizer.lr.")
-    tensors, alphas = keys.read_names(raw)
-    check_pairs(tensors)
     if "scalewise.timesteps" in head:
-        found, wanted = len(tensors) // 2, int(head.get("scalewise.layers", len(tensors) // 2))
+        tensors = {_as_bias(name): value for name, value in keys.read_names(raw)[0].items()}
+        check_pairs(tensors)
+        found = len({keys.layer_of(name) for name in tensors})
+        wanted = int(head.get("scalewise.layers", found))
         if found != wanted:
             raise StudentError(
                 f"{file} holds {found} of its {wanted} layers: {wanted - found} are missing. Fetch or train "
@@ -263,6 +299,11 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
             head["scalewise.base"], json.loads(head["scalewise.recipe"]),
             head.get("scalewise.denoiser", "transformer"),
         )  # fmt: skip
+    try:
+        tensors, alphas = foreign_keys.convert(raw)
+    except foreign_keys.ForeignError as error:
+        raise StudentError(f"{file} {error}.") from error
+    check_pairs({_as_bias(name): value for name, value in tensors.items()})
     if schedule is None:
         raise StudentError(
             f"{file} carries no schedule in its metadata, so it was not written by scalewise. Give its "
@@ -270,6 +311,10 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
             '"1000@64 896@80 737@96 602@128". `scalewise export FILE OUT --schedule ...` writes it into one.'
         )
     return _foreign(tensors, alphas, _settings(file, head), schedule=schedule)
+
+
+def _as_bias(name: str) -> str:
+    return f"{name.removesuffix('.diff_b')}.lora_B.bias" if name.endswith(".diff_b") else name
 
 
 def _settings(file: Path, head: Mapping[str, str]) -> dict[str, Any]:
@@ -290,18 +335,23 @@ def _foreign(
     tensors: dict[str, Tensor], alphas: dict[str, float], config: dict[str, Any], *, schedule: ScaleSchedule
 ) -> Student:
     """A student from a file of others: rank from the shapes, alpha from the file or PEFT's settings."""
-    ranks = {name: a.shape[0] for name, a in tensors.items() if ".lora_A." in name}
-    rank = max(ranks.values())
-    out = dict(tensors)
-    for name, own in ranks.items():
-        layer, b = name.removesuffix(".lora_A.weight"), name.replace("lora_A", "lora_B")
+    ranks = {keys.layer_of(name): a.shape[0] for name, a in tensors.items() if ".lora_A." in name}
+    rank, out = max(ranks.values()), dict[str, Tensor]()
+    for name, value in tensors.items():
+        layer = keys.layer_of(name)
+        own = ranks.get(layer, rank)
         alpha = alphas.get(layer, config.get("lora_alpha", own))
         scale = alpha / own**0.5 if config.get("use_rslora") else alpha / own
-        # Padded to one rank, since files of the conventions name one for all layers.
-        out[name] = F.pad(tensors[name], (0, 0, 0, rank - own))
-        out[b] = F.pad(
-            tensors[b] * scale, (0, rank - own)
-        )  # from here on alpha = rank, whatever each layer had
+        if name.endswith(".lora_A.weight"):
+            # Padded to one rank, since files of the conventions name one for all layers.
+            out[name] = F.pad(value, (*[0, 0] * (value.ndim - 1), 0, rank - own))
+        elif name.endswith(".lora_B.weight"):
+            # From here on alpha = rank, whatever each layer had.
+            out[name] = F.pad(value * scale, (*[0, 0] * (value.ndim - 2), 0, rank - own))
+        elif name.endswith(".lora_B.bias"):
+            out[name] = value * scale
+        else:
+            out[_as_bias(name)] = value
     unet = any(name.startswith(("down_blocks", "mid_block", "up_blocks")) for name in tensors)
     base = config.get("base_model_name_or_path") or ""
     return Student(

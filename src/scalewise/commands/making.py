@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from scalewise.contenders import Contender, encode, enter, parse_contender
 from scalewise.data.header import SetHeader
 from scalewise.distill import Numbers
 from scalewise.lora import Student, load_student, write_student
-from scalewise.models import ALL_PARTS
+from scalewise.models import ALL_PARTS, ModelError
 from scalewise.models.skeleton import skeleton
 from scalewise.pictures import save_picture, to_bytes
 from scalewise.pipelines import read_schedule
@@ -129,19 +130,35 @@ def export_student(
 ) -> int:
     """Write a student under another convention's names; returns the number of weights.
 
-    Names of kohya's kind hold paths that only the base's layers can tell, so its configuration is asked for.
+    It is checked against the base's configuration, which also tells the paths in names of kohya's kind.
     """
     kind, given = keys.read_form(form), read_schedule(schedule) if schedule else None
     if kind != "peft" and (out.is_dir() or out.suffix != ".safetensors"):
         raise RecipeError(f"{out} is no name of a .safetensors file; give one (for --form peft a folder).")
     found = load_student(mini.resolve(student, mini.STUDENT), schedule=given)
-    found = replace(found, base=base or found.base)
-    if not all(keys.is_path(name) for name in found.tensors):
-        if not found.base:
-            raise RecipeError(f"{student} names layers as kohya does; say of which model with --base.")
-        found = found.matched(skeleton(mini.resolve(found.base, mini.TEACHER)).denoiser)
+    found = _checked(replace(found, base=base or found.base), student)
     write_student(out, found, form=kind)
     return len(found.tensors)
+
+
+def _checked(found: Student, student: str) -> Student:
+    """The student with the layer names of its base, into which it has to fit; warns where none is known."""
+    named = all(keys.is_path(name) for name in found.tensors)
+    if not found.base:
+        if not named:
+            raise RecipeError(f"{student} names layers as kohya does; say of which model with --base.")
+        warnings.warn(
+            f"{student} names no base, so it was not checked against one; give --base.", stacklevel=2
+        )
+        return found
+    try:
+        denoiser = skeleton(mini.resolve(found.base, mini.TEACHER)).denoiser
+    except ModelError as error:
+        if not named:
+            raise
+        warnings.warn(f"{student} was not checked against its base: {error}", stacklevel=2)
+        return found
+    return found.matched(denoiser)
 
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:

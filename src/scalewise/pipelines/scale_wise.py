@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from scalewise import keys
-from scalewise.lora import Student
+from scalewise.lora import Student, with_all_biases
 from scalewise.models import SD3, SDXL, Condition, Flux, Wan
 from scalewise.pictures import refuse_non_finite, to_rgb
 from scalewise.pipelines.schedule import read_schedule
@@ -105,12 +105,12 @@ class ScaleWisePipeline:
         pipeline: Any = self
         name = self.family.denoiser_name
         self.adapter().check_schedule(student.schedule)
-        matched = student.matched(getattr(pipeline, name))
+        matched = with_all_biases(student.matched(getattr(pipeline, name)).tensors, getattr(pipeline, name))
         if ADAPTER in pipeline.get_list_adapters().get(name, []):
             pipeline.delete_adapters(ADAPTER)
         # diffusers takes rank and alpha from the shapes; with alpha / rank in B, weight 1 is the student.
         scale = student.alpha / student.rank
-        tensors = {k: v * scale if ".lora_B." in k else v for k, v in matched.tensors.items()}
+        tensors = {k: v * scale if ".lora_B." in k else v for k, v in matched.items()}
         named = keys.write_names(tensors, "diffusers", denoiser=name, alpha=torch.tensor(1.0))
         with _without_advice():  # that the student has no weights for text encoders, which is as it should be
             pipeline.load_lora_weights(named, adapter_name=ADAPTER)
