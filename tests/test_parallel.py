@@ -51,13 +51,17 @@ def start(rank: int, folder: Path, port: int, port_later: int) -> None:
         generate(folder / "set")
 
 
+FLOAT32 = "train.precision=float32"
+"""Processes draw batches of other sizes, and bfloat16 products round each size of batch in their own way."""
+
+
 def evaluate(out: Path) -> None:
-    run("evaluate", "mini", "undistilled", "teacher:1", "--count", "5", "--each", "2", "--batch", "3",
-        "--no-speed", "--out", str(out))  # fmt: skip
+    run("evaluate", "mini", FLOAT32, "undistilled", "teacher:1", "--count", "5", "--each", "2",
+        "--batch", "3", "--no-speed", "--out", str(out))  # fmt: skip
 
 
 def generate(out: Path) -> None:
-    run("generate", "mini", "teacher.steps=2", "--count", "5", "--batch", "2", "--out", str(out))
+    run("generate", "mini", FLOAT32, "teacher.steps=2", "--count", "5", "--batch", "2", "--out", str(out))
 
 
 def run(*arguments: str) -> None:
@@ -200,5 +204,5 @@ def test_a_set_made_by_two_processes_is_that_of_one(results, tmp_path):
     assert ours.captions(rows) == theirs.captions(rows) and ours.seeds(rows) == theirs.seeds(rows)
     for scale in ours.scales:
         torch.testing.assert_close(
-            ours.latents(rows, scale), theirs.latents(rows, scale), rtol=1e-2, atol=1e-2
+            ours.latents(rows, scale), theirs.latents(rows, scale), rtol=2e-3, atol=2e-3
         )
