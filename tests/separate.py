@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from scalewise import losses
 from scalewise.backbone import Backbone
-from scalewise.distill import Batch, DistillStep, draw_levels
+from scalewise.distill_step import Batch, DistillStep, draw_levels
 from scalewise.heads import DiscriminatorHead
 from scalewise.models import SDXL, Flux, ModelAdapter
 from scalewise.recipe import LossRecipe

@@ -25,10 +25,10 @@ RANKS = [
     "contents overrides text_files optional",
     "recipe foreign_keys spectrum taps roles heads models",
     "backbone data lora recipes",
-    "sampling distill",
+    "sampling distill_step",
     "batches teacher",
     "trainer build runs contenders judging evaluate metrics bench comparison studies report pipelines plan "
-    "survey speed training_cost",
+    "survey speed training_cost api",
     "commands demo",
     "cli",
     "__main__",
@@ -103,7 +103,7 @@ def test_importing_the_package_imports_none_of_its_modules():
     # scalewise.load is found on demand: the command line must not wait for torch to say its help.
     code = "import sys, scalewise; print([m for m in sys.modules if m.startswith(('scalewise.', 'torch'))])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
-    assert list(imported(FILES["__init__.py"])) == ["pipelines"]
+    assert list(imported(FILES["__init__.py"])) == ["api", "lora", "pipelines", "recipe", "recipes", "scales"]
 
 
 def test_losses_know_nothing_but_tensors():

@@ -22,7 +22,7 @@ from separate import (
 )
 
 from scalewise import losses
-from scalewise.distill import Batch, DistillStep, LossError, draw_levels
+from scalewise.distill_step import Batch, DistillStep, LossError, draw_levels
 from scalewise.heads import DiscriminatorHead
 from scalewise.recipe import Levels, LossRecipe
 from scalewise.rng import SampleNoise

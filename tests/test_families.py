@@ -29,7 +29,7 @@ from scalewise import contenders as drawing
 from scalewise.backbone import Backbone
 from scalewise.cli import main
 from scalewise.contenders import Prompts, parse_contender, read_folder
-from scalewise.distill import Batch, DistillStep
+from scalewise.distill_step import Batch, DistillStep
 from scalewise.judging import Asked
 from scalewise.lora import Student, write_student
 from scalewise.metrics import ClipScorer

@@ -165,7 +165,7 @@ def test_a_run_on_a_base_of_4_bits_makes_a_student_for_the_whole_one(tiny: Recip
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ModelError, match=r"pip install 'scalewise-diffusion\[quantize\]'"):
+    with pytest.raises(ModelError, match=r"pip install -e '\.\[quantize\]' in the folder"):
         quantize(SD3.tiny(), "int8", "cpu")
 
 

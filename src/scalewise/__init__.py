@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scalewise.api import distill
+    from scalewise.lora import load_student
+    from scalewise.pipelines import load
+    from scalewise.recipe import Recipe
+    from scalewise.recipes import find_recipe
+    from scalewise.scales import ScaleSchedule
 
 try:
     __version__ = version("scalewise-diffusion")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "load"]
+__all__ = ["Recipe", "ScaleSchedule", "__version__", "distill", "find_recipe", "load", "load_student"]
+
+# Imported on demand: the command line must not wait for diffusers to be imported.
+_WHERE = {
+    "Recipe": "recipe",
+    "ScaleSchedule": "scales",
+    "distill": "api",
+    "find_recipe": "recipes",
+    "load": "pipelines",
+    "load_student": "lora",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":  # on demand: the command line must not wait for diffusers to be imported
-        from scalewise.pipelines import load
+    if name not in _WHERE:
+        raise AttributeError(f"module 'scalewise' has no attribute {name!r}")
+    found = getattr(import_module(f"scalewise.{_WHERE[name]}"), name)
+    globals()[name] = found
+    return found
 
-        return load
-    raise AttributeError(f"module 'scalewise' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

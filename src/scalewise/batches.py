@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scalewise.data import DataError, LatentSet, PromptCache
-from scalewise.distill import Batch
+from scalewise.distill_step import Batch
 from scalewise.rng import SampleNoise, derive, permutation
 from scalewise.scales import Scale, ScaleSchedule, downscale_area, upscale_latents
 

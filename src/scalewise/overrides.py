@@ -24,6 +24,19 @@ def field_type(model: type[BaseModel], dotted: str) -> Any:
     return kind
 
 
+def choices_of(kind: Any) -> list[str]:
+    """What may stand behind `key=` for a key of few choices (true and false, names, null), else nothing."""
+    if get_origin(kind) in (Union, UnionType):
+        parts = [part for part in get_args(kind) if part is not NoneType]
+        found = [choice for part in parts for choice in choices_of(part)]
+        return [*found, "null"] if found and len(parts) < len(get_args(kind)) else found
+    if get_origin(kind) is Annotated:
+        return choices_of(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    return ["true", "false"] if kind is bool else []
+
+
 def read_value(text: str, kind: Any) -> Any:
     """Read the text behind `key=` for a key of type `kind`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from scalewise.errors import first_line
 from scalewise.losses import Penalty
-from scalewise.overrides import field_type, read_value
+from scalewise.overrides import choices_of, field_type, read_value
 from scalewise.scales import ScaleSchedule, shifted_sigmas
 from scalewise.text_files import TextFileError, read_utf8
 
@@ -304,13 +305,16 @@ class Recipe(Frozen):
         except yaml.YAMLError as error:
             raise RecipeError(f"Cannot read the recipe file {path}: {error}") from None
 
-    def override(self, assignments: Sequence[str]) -> Recipe:
-        """Apply dotted overrides such as "train.iterations=200" or "loss.dmd.weight=0".
+    def override(self, assignments: str | Sequence[str] | Mapping[str, Any]) -> Recipe:
+        """Apply dotted overrides: "train.iterations=200", several of them, or {"train.iterations": 200}.
 
-        A key that takes a string gets the text as typed; others read numbers and YAML lists.
+        A key that takes a string gets the text as typed; others read numbers and YAML lists. The values of
+        a mapping are taken as they are.
         """
+        if isinstance(assignments, Mapping):
+            return self.with_values(assignments)
         found = dict[str, Any]()
-        for assignment in assignments:
+        for assignment in [assignments] if isinstance(assignments, str) else assignments:
             dotted, sign, text = assignment.partition("=")
             if not sign:
                 raise RecipeError(
@@ -327,10 +331,10 @@ class Recipe(Frozen):
         return self.with_values(found)
 
     def with_values(self, given: Mapping[str, Any]) -> Recipe:
-        """Replace fields by dotted name; values are taken as they are."""
+        """Replace fields by dotted name; values are taken as they are, paths as text."""
         values = self.model_dump(mode="json")
         for dotted, value in given.items():
-            _assign(values, dotted, value)
+            _assign(values, dotted, fspath(value) if isinstance(value, PathLike) else value)
         return Recipe.from_mapping(values, origin="override" if given else "recipe")
 
 
@@ -349,7 +353,7 @@ def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 def explain_fields(
     model: type[BaseModel] = Recipe, prefix: str = "", *, defaults: BaseModel | None = None
 ) -> list[tuple[str, str, str]]:
-    """Dotted name, default and description of every field."""
+    """Dotted name, default and description of every field, with its choices if it has a few."""
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
         part, value = field.annotation, getattr(defaults, name, field.default)
@@ -358,7 +362,9 @@ def explain_fields(
             rows += explain_fields(part, f"{prefix}{name}.", defaults=inside)
         else:
             shown = "" if value is PydanticUndefined else json.dumps(value)
-            rows.append((prefix + name, shown, field.description or ""))
+            choices = ", ".join(choices_of(field.annotation))
+            told = [field.description or "", f"one of {choices}" if choices else ""]
+            rows.append((prefix + name, shown, "; ".join(filter(None, told))))
     return rows
 
 

@@ -13,7 +13,7 @@ import torch
 
 from scalewise import build, checkpoint, parallel
 from scalewise.backbone import Precision, settle
-from scalewise.distill import Numbers
+from scalewise.distill_step import Numbers
 from scalewise.lora import save_student, versions
 from scalewise.pictures import middle_frame, sheet, to_bytes
 from scalewise.recipe import Recipe, RecipeError

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from scalewise import checkpoint, parallel
 from scalewise.backbone import Backbone
 from scalewise.batches import Batches
-from scalewise.distill import DistillStep, LossError, Numbers
+from scalewise.distill_step import DistillStep, LossError, Numbers
 from scalewise.errors import TrainingInterrupted, TrainingStopped
 from scalewise.heads import DiscriminatorHead
 from scalewise.recipe import OptimizerRecipe, Recipe

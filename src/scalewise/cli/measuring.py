@@ -27,7 +27,10 @@ def recipes(
     from scalewise.recipes import RECIPES, find_recipe
 
     if keys:
-        table = Table("key", "default", "what it is", box=None, header_style="bold")
+        table = Table(box=None, header_style="bold")
+        table.add_column("key", no_wrap=True)
+        table.add_column("default", overflow="fold")
+        table.add_column("what it is")
         for row in explain_fields():
             table.add_row(*map(escape, row))
         console.out.print(table)
@@ -35,15 +38,11 @@ def recipes(
     if name:
         typer.echo(find_recipe(name).to_yaml(), nl=False)
         return
-    table = Table(
-        "recipe", "what it is", "base", "steps (t @ scale)", "iterations", box=None, header_style="bold"
-    )
-    for key in RECIPES:
+    for key in RECIPES:  # not in columns, which would cut names on a narrow screen
         recipe = find_recipe(key)
-        table.add_row(
-            key, recipe.about, recipe.model.base, str(recipe.schedule.build()), str(recipe.train.iterations)
-        )
-    console.out.print(table)
+        console.out.print(f"[bold]{escape(key)}[/]: {escape(recipe.about)}", soft_wrap=True, highlight=False)
+        told = f"{recipe.schedule.build()}; {recipe.train.iterations} iterations"
+        console.out.print(f"  {escape(recipe.model.base)}: {told}", soft_wrap=True, highlight=False)
 
 
 def plan(

@@ -18,7 +18,7 @@ from scalewise import build, console, keys, mini, parallel
 from scalewise.commands.inputs import check_out, check_set_folder, folder_for, read_prompts
 from scalewise.contenders import Contender, encode, enter, parse_contender
 from scalewise.data.header import SetHeader
-from scalewise.distill import Numbers
+from scalewise.distill_step import Numbers
 from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS, ModelError
 from scalewise.models.skeleton import skeleton

@@ -38,8 +38,8 @@ def quantize(model: PipelineAdapter, bits: Bits, device: torch.device | str) -> 
         bitsandbytes: Any = import_bitsandbytes()
     except ImportError as error:
         raise ModelError(
-            f"model.quantize={bits} needs a package that is not installed: pip install "
-            "'scalewise-diffusion[quantize]'"
+            f"model.quantize={bits} needs a package that is not installed: pip install -e "
+            "'.[quantize]' in the folder of scalewise"
         ) from error
     for holder, name, linear in list(layers(model)):
         make = _int8 if bits == "int8" else _nf4

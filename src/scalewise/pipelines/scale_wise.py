@@ -30,6 +30,7 @@ from scalewise import keys
 from scalewise.lora import Student, with_all_biases
 from scalewise.models import SD3, SDXL, Condition, Flux, Wan
 from scalewise.pictures import refuse_non_finite, to_rgb
+from scalewise.pipelines import checks
 from scalewise.pipelines.schedule import read_schedule
 from scalewise.rng import SampleNoise
 from scalewise.sampling import sample_scale_wise
@@ -164,20 +165,31 @@ class ScaleWisePipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
         image: Any = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
+        **others: Any,
     ) -> Any:
         """Draw samples of prompts; the sizes are pixels (and frames), any that the model can take.
 
         `generator`: one torch.Generator, or one a sample; `seed`: sample i takes seed + i, or seeds[i],
-        whatever the batch. `image` and `strength` in (0, 1]: start from pictures [N, 3, H, W] in [0, 1] or
-        PIL images, at the first step whose level t is at most 1000 x strength; the picture enters at the
-        scale before that step's, as the data did in training. `callback_on_step_end(pipe, i, t, {"latents":
-        x0})` may return other latents. Returns `.images`, or `.frames` of a video, like the stock pipeline.
+        whatever the batch. `image` and `strength` in (0, 1], 0.8 unless given: start from pictures
+        [N, 3, H, W] in [0, 1] or PIL images, at the first step whose level t is at most 1000 x strength; the
+        picture enters at the scale before that step's, as the data did in training.
+        `callback_on_step_end(pipe, i, t, {"latents": x0})` may return other latents. Returns `.images`, or
+        `.frames` of a video, like the stock pipeline.
         """
+        own = self.schedule if schedule is None else read_schedule(schedule)
+        checks.check_options(
+            others, len(own), self.family.pipeline_class.__call__, ScaleWisePipeline.__call__
+        )
+        checks.check_integers(
+            height=height, width=width, num_frames=num_frames, num_images_per_prompt=num_images_per_prompt
+        )
+        strength = checks.check_strength(strength, image)
+        prompts = checks.check_prompts(prompt)
         model = self.adapter()
         if negative_prompt:
             raise ValueError(
@@ -186,12 +198,10 @@ class ScaleWisePipeline:
             )
         if guidance_scale is not None:
             self._check_guidance(model, guidance_scale)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if not prompts or output_type not in OUTPUTS:
             fault = f"output_type {output_type!r}" if prompts else "no prompt"
             raise ValueError(f"There is nothing to draw with {fault}; give prompts, and one of {OUTPUTS}.")
-        own = self.schedule if schedule is None else read_schedule(schedule)
         model.check_schedule(own)
         plan = own.for_size(self._full_scale(model, height, width, num_frames, own), model.patch)
         plan.check(patch=model.patch, largest=model.largest_scale)
@@ -236,14 +246,12 @@ class ScaleWisePipeline:
         count: int, generator: torch.Generator | Sequence[torch.Generator] | None,
         seed: int | Sequence[int] | None,
     ) -> Any:  # fmt: skip
+        checks.check_generators(generator)
         if seed is None:
             return GeneratorNoise(generator, count)
         if generator is not None:
             raise ValueError("Give generator or seed, not both.")
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != count:
-            raise ValueError(f"{len(seeds)} seeds for {count} samples; give one, or one for each sample.")
-        return SampleNoise(seeds)
+        return SampleNoise(checks.check_seeds(seed, count))
 
     def _start_from(
         self, model: Any, image: Any, strength: float, *, plan: ScaleSchedule, count: int
@@ -323,7 +331,7 @@ class ScaleWisePipeline:
                     return x0
                 bar.update()
                 told = callback(self, start + i, plan[start + i].t, {"latents": x0}) if callback else None
-                changed = (told or {}).get("latents")
+                changed = checks.changed_latents(told, x0, start + i)
                 x0 = x0 if changed is None else changed
 
     def _finish(self, model: Any, x0: Tensor, output_type: str, *, return_dict: bool) -> Any:

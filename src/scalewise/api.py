@@ -1,0 +1,35 @@
+"""What `import scalewise` offers for training: a distillation from its first iteration to the student."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from scalewise.build import Progress
+from scalewise.recipe import Recipe
+from scalewise.recipes import find_recipe
+from scalewise.runs import distill as rows_of
+
+
+def silent(_what: str, _total: int) -> AbstractContextManager[Any]:
+    """A progress that shows nothing."""
+    return nullcontext(lambda _done: None)
+
+
+def distill(
+    recipe: Recipe | str, out: str | Path, *, progress: Progress | None = None, resume: bool = False
+) -> Path:
+    """Train a student to the end and return its file, for `scalewise.load(base, student=...)`.
+
+    `recipe`: a Recipe, the name of one, or a YAML file. `out`: the run's folder. `progress(what, total)`: a
+    context whose value is called with the number done so far, such as `scalewise.console.progress`; None
+    shows nothing. `resume`: continue from the last checkpoint in `out`. Raises RecipeError for a recipe that
+    fits neither base nor data, or a folder that holds a run already.
+    """
+    recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    shown = progress or silent
+    with shown("distilling", recipe.train.iterations) as done:
+        for row in rows_of(recipe, Path(out), shown, resume=resume):
+            done(int(row["iteration"]))
+    return Path(out) / "student.safetensors"
