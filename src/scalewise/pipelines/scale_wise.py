@@ -189,7 +189,7 @@ class ScaleWisePipeline:
             height=height, width=width, num_frames=num_frames, num_images_per_prompt=num_images_per_prompt
         )
         strength = checks.check_strength(strength, image)
-        prompts = checks.check_prompts(prompt)
+        prompts = [p for p in checks.check_prompts(prompt) for _ in range(num_images_per_prompt)]
         model = self.adapter()
         if negative_prompt:
             raise ValueError(
@@ -198,7 +198,6 @@ class ScaleWisePipeline:
             )
         if guidance_scale is not None:
             self._check_guidance(model, guidance_scale)
-        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if not prompts or output_type not in OUTPUTS:
             fault = f"output_type {output_type!r}" if prompts else "no prompt"
             raise ValueError(f"There is nothing to draw with {fault}; give prompts, and one of {OUTPUTS}.")
