@@ -91,7 +91,7 @@ def test_real_pictures_match_their_captions_by_the_scorer(judge: Judge) -> None:
     assert rows["real, trained on"]["frechet"].value < 0.2
 
 
-def test_the_student_keeps_most_of_the_teachers_prompt_match_and_beats_the_undistilled(
+def test_the_student_is_nearer_to_real_images_than_the_undistilled_and_fits_its_captions_better(
     model: ModelAdapter, judge: Judge
 ) -> None:
     recipe, prompts = find_recipe("mini"), Prompts.of(mini.captions("test")[::6])
