@@ -61,7 +61,7 @@ def test_overrides_come_as_a_mapping_one_text_or_several() -> None:
     wanted = recipe.override(["train.iterations=3", "data.path=/a/b"])
     assert recipe.override({"train.iterations": 3, "data.path": Path("/a/b")}) == wanted
     assert recipe.override("train.iterations=3").train.iterations == 3
-    with pytest.raises(RecipeError, match="'train.iteration'; did you mean 'train.iterations'"):
+    with pytest.raises(RecipeError, match=r"'train\.iteration'; did you mean 'train\.iterations'"):
         recipe.override({"train.iteration": 3})
 
 
