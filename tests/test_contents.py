@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_run import PROMPTS, make_tiny
 
-from scalewise import mini
-from scalewise.contents import base_contents, file_fingerprint, local_folder, part_fingerprint
-from scalewise.data import LatentSet, sets_fingerprint
+from scalewise import build, mini
+from scalewise.commands.making import run_generate
+from scalewise.contents import (
+    base_contents,
+    file_fingerprint,
+    local_folder,
+    model_contents,
+    part_fingerprint,
+)
+from scalewise.data import DataError, LatentSet, sets_fingerprint
+from scalewise.data.header import CONTENTS
 
 
 @pytest.fixture
@@ -88,3 +100,38 @@ def test_a_set_is_known_by_its_shards_wherever_it_lies(tmp_path):
     moved = LatentSet.open(shutil.copytree(mini.DATA, tmp_path / "moved"))
     assert moved.fingerprint == data.fingerprint == sets_fingerprint([moved])
     assert sets_fingerprint([data, moved]) != data.fingerprint
+
+
+def test_a_synthetic_set_goes_on_with_a_moved_base_and_not_with_an_exchanged_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
+    recipe, prompts, out = make_tiny(tmp_path), tmp_path / "p.txt", tmp_path / "set"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+
+    def generate(base: Path, count: int) -> LatentSet:
+        moved = recipe.with_values({"model.base": str(base)})
+        run_generate(moved, prompts, count=count, batch=2, seed=0, also=(), out=out)
+        return LatentSet.open(out)
+
+    assert LatentSet.open(out).settings[CONTENTS] == base_contents(tmp_path / "tiny")
+    base = (tmp_path / "tiny").rename(tmp_path / "elsewhere")
+    assert len(generate(base, 14)) == 14  # the path does not count
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no "was made by another base" either
+        moved = recipe.with_values({"model.base": str(base)})
+        build.prepare_data(moved, lambda *_: nullcontext(lambda done: None))
+    again = Path(shutil.copytree(base, tmp_path / "tiny"))  # the name is what it was, one file is not
+    file = again / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(settings | {"shift": settings["shift"] + 1}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"the scheduler of .* have other files"):
+        generate(again, 16)
+    assert len(LatentSet.open(out)) == 14
+
+
+def test_the_fingerprints_of_a_teacher_name_the_autoencoder_it_is_given(tmp_path, base):
+    shutil.copytree(base / "vae", tmp_path / "alone")
+    assert model_contents(base, tmp_path / "alone") == base_contents(base)
+    for path in (tmp_path / "alone").glob("*.safetensors"):
+        save_file({name: value * 2 for name, value in load_file(path).items()}, path)
+    other = model_contents(base, tmp_path / "alone")
+    assert {key for key in other if other[key] != base_contents(base)[key]} == {"vae"}

@@ -16,13 +16,14 @@ import torch
 from scalewise import mini, parallel
 from scalewise.backbone import Backbone
 from scalewise.batches import Batches
-from scalewise.contents import base_contents, part_fingerprint
+from scalewise.contents import part_fingerprint
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.folder import list_files
 from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, family_of, load_model
 from scalewise.models.quantized import quantize
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale
+from scalewise.teacher import contents_of
 from scalewise.trainer import Trainer
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -87,9 +88,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 def vae_key(recipe: Recipe) -> str:
     """Key of the autoencoder by what its files hold, wherever they lie, and its type; load it first."""
-    own = recipe.model.vae or mini.resolve(recipe.model.base, mini.TEACHER)
-    files = base_contents(own)
-    return f"{files[''] if '' in files else files['vae']} {recipe.model.dtype}"
+    return f"{contents_of(recipe)['vae']} {recipe.model.dtype}"
 
 
 @dataclass
@@ -105,7 +104,7 @@ def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[
     path = Path(mini.resolve(recipe.data.path, mini.DATA))
     if (path / "set.json").exists() or not path.is_dir():
         sets = [LatentSet.open(path)]
-        if sets[0].header.base != recipe.model.base:
+        if not sets[0].header.is_made_by(recipe.model.base, contents_of(recipe)):
             warnings.warn(
                 f"The set {path} was made by {sets[0].header.base}, but the teacher to distil is "
                 f"{recipe.model.base}; its own samples are what the method asks for (`scalewise generate`).",

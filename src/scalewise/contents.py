@@ -61,6 +61,15 @@ def base_contents(base: str | Path, *, variant: str | None = None) -> dict[str, 
     return found
 
 
+def model_contents(base: str | Path, vae: str | Path | None = None) -> dict[str, str]:
+    """`base_contents` with the files of another autoencoder, `vae` (its folder or a base), for its own."""
+    own = base_contents(base)
+    if vae is None:
+        return own
+    other = base_contents(vae)
+    return own | {"vae": other[""] if "" in other else other.get("vae", "")}
+
+
 def part_fingerprint(base: str | Path, *prefixes: str, variant: str | None = None) -> str:
     """One fingerprint of the components whose names begin with one of the prefixes, "" if there are none.
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scalewise import parallel
+from scalewise import mini, parallel
 from scalewise.backbone import Backbone
+from scalewise.contents import model_contents
 from scalewise.data import DataError, LatentSetWriter
+from scalewise.data.header import CONTENTS
 from scalewise.models.base import ModelAdapter
 from scalewise.recipe import Recipe
 from scalewise.rng import derive
@@ -31,6 +33,11 @@ def weights_key(network: nn.Module) -> int:
     """A number that changes when a network's weights do: a hash of the first values of every parameter."""
     heads = [p.detach().flatten()[:16].float().cpu() for p in network.parameters()]
     return derive(torch.cat(heads).numpy().tobytes().hex())
+
+
+def contents_of(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints of the files of a recipe's teacher, the autoencoder it asks for included, by component."""
+    return model_contents(mini.resolve(recipe.model.base, mini.TEACHER), recipe.model.vae)
 
 
 def latents_of_all_scales(
@@ -151,7 +158,7 @@ def _writer(
     seed: int,
     shard_rows: int,
 ) -> LatentSetWriter:
-    """A writer whose settings hold whatever changes the samples."""
+    """A writer whose settings hold whatever changes the samples; the base counts by its files' content."""
     return LatentSetWriter(
         out,
         scales=list(scales),
@@ -170,6 +177,7 @@ def _writer(
             "prompts_key": derive(*prompts),
             "precision": backbone.precision,
             "weights": weights_key(backbone.model.denoiser),
+            CONTENTS: contents_of(recipe),
         },
         shard_rows=shard_rows,
     )

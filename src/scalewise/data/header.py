@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,15 @@ class SetHeader:
         """What the finished shards hold: a hash of their checksums, and of how latents lie in them."""
         held = [self.channels, list(map(str, self.scales)), [shard.sha256 for shard in self.shards]]
         return hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]
+
+    def is_made_by(self, base: str, contents: Mapping[str, str]) -> bool:
+        """Tell whether this set was drawn by a base of that name or, where both are known, of these files.
+
+        `contents`: fingerprints by component. Another autoencoder or scheduler leaves a teacher what it is.
+        """
+        own: dict[str, str] = self.settings.get(CONTENTS) or {}
+        shared = (own.keys() & contents.keys()) - {"vae", "scheduler"}
+        return all(own[part] == contents[part] for part in shared) if shared else self.base == base
 
     def shape(self, scale: Scale) -> tuple[int, ...]:
         """Shape of one sample: [C, H, W], or [C, T, H, W] if any scale of the set has more than one frame."""
