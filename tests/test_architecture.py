@@ -28,6 +28,7 @@ RANKS = [
     "sampling distill_step",
     "batches teacher",
     "trainer build runs contenders judging evaluate metrics bench comparison studies report pipelines plan "
+    "footprint fitting throughput "
     "survey speed training_cost api",
     "commands demo",
     "cli",

@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalewise import build, console, models
-from scalewise.counting import _Flash, count
+from scalewise.counting import _Flash, bytes_of, count
+from scalewise.footprint import Drawing, Network
 from scalewise.models import ModelError
-from scalewise.models.skeleton import configuration, known, part_sizes, skeleton
+from scalewise.models.skeleton import autoencoder, configuration, known, skeleton, text_encoders
 from scalewise.plan import Forward, Memory, Passes, Plan, _predict, make_plan
 from scalewise.recipes import find_recipe
 from scalewise.roles import Roles
@@ -104,10 +105,52 @@ def test_a_plan_counts_what_the_real_model_does(folder, plan):
         assert 0 < step.base.features < step.base.gradient and step.base.features < step.flops
         assert step.flops < step.adapted.whole
         assert 1.5 * step.flops < step.train_flops < 3.5 * step.flops
-    sizes = part_sizes(folder[0])
     real = {"vae": model.pipeline.vae, "denoiser": model.denoiser}
     for part, module in real.items():
-        assert sizes[part] == sum(p.numel() for p in module.parameters())
+        assert plan.parameters[part] == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_plans_parts_take_the_bytes_of_loaded_ones_buffers_included(folder, dtype):
+    path, family = folder
+    model = family.load(path, dtype=dtype)
+    assert bytes_of(skeleton(path, dtype=dtype).denoiser) == bytes_of(model.denoiser)
+    assert bytes_of(autoencoder(path, dtype=dtype)) == bytes_of(model.pipeline.vae)
+    names = [name for name in model.text_names if name.startswith("text_encoder")]
+    texts = [bytes_of(getattr(model.pipeline, name)) for name in names]
+    assert [bytes_of(encoder) for encoder in text_encoders(path, dtype=dtype)] == texts
+
+
+def test_sd35_mediums_table_of_positions_is_counted():
+    model = skeleton(find_recipe("sd35-medium").model.base, dtype=torch.bfloat16)
+    table = 384 * 384 * 1536 * 2
+    assert bytes_of(model.denoiser) == 2 * 2_243_171_520 + table and table == pytest.approx(0.453e9, rel=1e-3)
+
+
+TOKENS = {"sd35-medium": (9_856, 24_576), "sd35-large": (9_024, 16_384), "flux-dev": (7_680, 16_384),
+          "wan21-1.3b": (49_270, 131_040)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_over_all_steps_are_added_up_scale_wise_and_at_full_scale(name):
+    recipe = find_recipe(name)
+    schedule, model = recipe.schedule.build(), skeleton(recipe.model.base, dtype=torch.bfloat16)
+    plan = replace(blank_plan(recipe, 0), steps=[at(scale, model) for scale in schedule.scales],
+                   full=at(schedule.full, model))  # fmt: skip
+    assert (plan.tokens, plan.full_tokens) == TOKENS[name]
+
+
+def at(scale: Scale, model) -> Forward:
+    passes = Passes(1.0, 1.0, 1.0)
+    return Forward(scale, model.token_count(scale), passes, passes, 1.0, 1.0, 1.0, 1.0)
+
+
+def blank_plan(recipe, steps: int) -> Plan:
+    passes = Passes(1.0, 1.0, 1.0)
+    blank = Forward(Scale(1, 1, 1), 1, passes, passes, 1.0, 1.0, 1.0, 1.0)
+    drawing = Drawing(Network(1, 1, 1, 1, 1), 1, 1, 1, 1, 1, {}, {})
+    memory = Memory(1, 1, 1, 1, 1)
+    return Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, memory, 1, 1, drawing)
 
 
 def test_standing_in_for_blocks_that_are_alike_changes_no_count(folder):
@@ -170,9 +213,7 @@ def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_u
         make_plan(find_recipe("flux-dev").override(["model.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]))
     for name, steps, speed in (("sd35-medium", 6, 4.8 / 0.19), ("wan21-1.3b", 4, 137 / 1.84)):
         recipe = find_recipe(name)
-        passes = Passes(1.0, 1.0, 1.0)
-        blank = Forward(Scale(1, 1, 1), 1, passes, passes, 1.0, 1.0, 1.0, 1.0)
-        plan = Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, Memory(1, 1, 1, 1, 1), 1, 1)
+        plan = blank_plan(recipe, steps)
         assert plan.paper_speed_up[0] == pytest.approx(speed)
         other = recipe.override([f"schedule.timesteps={[999, *recipe.schedule.timesteps[1:]]}"])
         assert replace(plan, recipe=other).paper_speed_up == (None, None)

@@ -48,15 +48,15 @@ class Backbone:
     ) -> None:
         """Give the model one LoRA adapter per role; `precision` "bf16" runs every forward under autocast."""
         self.model = model
-        self.precision = settle(precision, next(model.denoiser.parameters()).device)
+        self.precision = settle(precision, model.device)
         self.roles = Roles(
             model.denoiser, roles, rank=rank, alpha=alpha, targets=targets or model.lora_targets, seed=seed
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(self.model.denoiser.parameters()).device
+        """Where the denoiser runs."""
+        return self.model.device
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """Parameters of a role, by name."""

@@ -20,6 +20,7 @@ from scalewise.contents import part_fingerprint
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.folder import list_files
 from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, family_of, load_model
+from scalewise.models.offloading import offload
 from scalewise.models.quantized import quantize
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale
@@ -43,7 +44,10 @@ def device() -> torch.device:
 
 
 def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> PipelineAdapter:
-    """Load parts of the recipe's teacher onto this process's device; for `training` with its fewer bits."""
+    """Load parts of the recipe's teacher onto this process's device, in its bits and offloaded as it says.
+
+    `training` keeps the denoiser on the device: it runs forward and backward there in every update.
+    """
     base, wanted = mini.resolve(recipe.model.base, mini.TEACHER), tuple(parts)
     model = load_model(
         base,
@@ -54,8 +58,11 @@ def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> Pi
     )
     if recipe.model.embedded_guidance is not None:
         model.embedded_guidance = recipe.model.embedded_guidance
-    if training and "denoiser" in wanted:
+    if "denoiser" in wanted:
         quantize(model, recipe.model.quantize, device())
+    few = "denoiser" in wanted and recipe.model.quantize != "none"
+    if not training and offload(model, recipe.model.offload, device(), denoiser_stays=few):
+        return model
     if "text" in wanted and recipe.model.offload_text:
         model.offload_text(device())
     return model.to(device())

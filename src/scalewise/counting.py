@@ -7,6 +7,7 @@ forward and backward; its likes are stood in for by its outputs and its count.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -113,6 +115,63 @@ class _FlashMode(TorchFunctionMode):
             names = dict(zip(("query", "key", "value"), args, strict=False)) | options
             return _Flash.apply(names["query"], names["key"], names["value"])
         return func(*args, **options)
+
+
+class _FusedMode(TorchFunctionMode):
+    """Replaces torch's attention by the flash kernel's operator, which holds no L x L scores."""
+
+    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
+        args = given[0] if given else ()
+        options: dict[str, Any] = (given[1] if len(given) > 1 else None) or {}
+        if func is F.scaled_dot_product_attention:
+            names = dict(zip(("query", "key", "value"), args, strict=False)) | options
+            qkv = (names[name] for name in ("query", "key", "value"))
+            return torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0]
+        return func(*args, **options)
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the bytes of tensors from the operation that makes them to their last reference."""
+
+    def __init__(self, *, without: set[int]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = without
+
+    def __torch_dispatch__(self, func: Any, types: Any, *given: Any) -> Any:
+        options: dict[str, Any] = (given[1] if len(given) > 1 else None) or {}
+        result = func(*(given[0] if given else ()), **options)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(_storage(tensor))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, _storage(tensor), storage.nbytes())
+        return result
+
+    def _gone(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self.now -= size
+
+
+def measure(run: Callable[[], object], networks: Sequence[nn.Module]) -> tuple[int, float]:
+    """Most bytes alive at once, and operations, of a run without gradients on the meta device.
+
+    Weights and buffers of `networks` are not counted, nor is what was there before the run; workspaces of
+    kernels and the allocator's slack cannot be seen here.
+    """
+    known = {_storage(t) for network in networks for t in (*network.parameters(), *network.buffers())}
+    alive = _Alive(without=known)
+    with torch.no_grad(), _FusedMode(), FlopCounterMode(display=False) as counter, alive:
+        run()
+    return alive.peak, float(counter.get_total_flops())
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, such as SD3's table of positions."""
+    held = {_storage(t): _bytes(t) for t in (*module.parameters(), *module.buffers())}
+    return sum(held.values())
 
 
 def count(

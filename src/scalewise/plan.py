@@ -16,10 +16,11 @@ from torch import Tensor
 
 from scalewise import mini
 from scalewise.counting import count
+from scalewise.footprint import Drawing, drawing_of, takes_two
 from scalewise.models import Condition
 from scalewise.models.pipelined import PipelineAdapter
-from scalewise.models.quantized import BYTES, layers
-from scalewise.models.skeleton import part_sizes, skeleton
+from scalewise.models.skeleton import autoencoder, skeleton, text_encoders
+from scalewise.models.skeleton import count as parameters_of
 from scalewise.recipe import Recipe
 from scalewise.recipes import find_recipe
 from scalewise.roles import Roles
@@ -125,6 +126,29 @@ class Plan:
     """On disk, of one prompt's embeddings."""
     sample_bytes: int
     """On disk, of one sample's latents at every scale."""
+    drawing: Drawing
+    """What `generate`, `sample` and `evaluate` hold."""
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a sample by the student, over all its steps."""
+        return sum(step.tokens for step in self.steps)
+
+    @property
+    def full_tokens(self) -> int:
+        """The same in as many steps at full scale."""
+        return len(self.steps) * self.full.tokens
+
+    @property
+    def training_flops(self) -> float:
+        """Operations of the whole training by each process."""
+        train = self.recipe.train
+        return self.iteration * train.batch * train.accumulate * train.iterations
+
+    @property
+    def generated_flops(self) -> float:
+        """Operations of one sample by `generate`: prompt, teacher, and the VAE at every scale."""
+        return self.teacher + self.drawing.flops["text"] + self.drawing.flops["vae"]
 
     @property
     def scale_wise(self) -> float:
@@ -153,28 +177,6 @@ class Plan:
             return None, None
         return teacher / own, full[number] / own if number in full else None
 
-    def advice(self, device_bytes: float, batch: int) -> list[str]:
-        """What to switch on, gentlest first, when a batch does not fit into a device."""
-        memory, train = self.memory, self.recipe.train
-        if memory.total(batch, checkpointing=train.gradient_checkpointing) <= device_bytes * (1 - KEPT_FREE):
-            return []
-        fits = memory.batch_that_fits(device_bytes, checkpointing=True)
-        found = [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
-        if 0 < fits < batch:
-            pieces = -(-batch // fits)
-            found.append(f"train.batch={-(-batch // pieces)} train.accumulate={train.accumulate * pieces}")
-        if fits == 0:
-            if self.recipe.model.dtype == "float32":
-                found.append("model.dtype=bfloat16")
-            if self.recipe.model.quantize == "none":
-                found.append("model.quantize=nf4 (the frozen base in 4 bits; needs bitsandbytes)")
-            if self.recipe.loss.needs_fake:
-                found.append("loss.mmd_only=true (one adapter and one optimizer instead of two)")
-            if self.recipe.lora.rank > 16:
-                found.append(f"lora.rank={self.recipe.lora.rank // 4}")
-            found.append("a device with more memory: the frozen base is not split over devices")
-        return found
-
 
 def scales_to_count(recipe: Recipe) -> list[Scale]:
     """What `make_plan` counts, in its order."""
@@ -183,44 +185,52 @@ def scales_to_count(recipe: Recipe) -> list[Scale]:
 
 def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) -> Plan:
     """Count everything for a recipe; `done` is told how many of the scales are counted."""
-    base = mini.resolve(recipe.model.base, mini.TEACHER)
-    dtype = getattr(torch, recipe.model.dtype)
+    base, dtype = mini.resolve(recipe.model.base, mini.TEACHER), getattr(torch, recipe.model.dtype)
     model = skeleton(base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length)
-    sizes, bytes_each, bits = part_sizes(base), torch.finfo(dtype).bits // 8, recipe.model.quantize
+    schedule, block = recipe.schedule.build(), recipe.loss.feature_block
+    model.check_schedule(schedule)
+    model.block(block)
+    vae, encoders = autoencoder(base, dtype=dtype, vae=recipe.model.vae), text_encoders(base, dtype=dtype)
+    sizes = {
+        "denoiser": parameters_of(model.denoiser), "vae": parameters_of(vae),
+        "text": sum(map(parameters_of, encoders)),
+    }  # fmt: skip
     # Before adapters bring linear layers of their own.
-    few = sum(linear.weight.numel() for _, _, linear in layers(model)) if bits != "none" else 0
-    saved = few * (bytes_each - BYTES.get(bits, 0.0))
+    drawing = drawing_of(recipe, model, vae=vae, encoders=encoders)
     roles = Roles(model.denoiser, ["student"], rank=recipe.lora.rank, alpha=recipe.lora.alpha,
                   targets=recipe.lora.targets or model.lora_targets)  # fmt: skip
     lora = sum(p.numel() for p in roles.parameters("student").values())
-    schedule = recipe.schedule.build()
-    model.check_schedule(schedule)
-    block = recipe.loss.feature_block
-    model.block(block)
     forwards = {}
     for scale in scales_to_count(recipe):
         forwards[scale] = count_forward(model, scale, block, roles)
         done(len(forwards))
     steps, full = [forwards[scale] for scale in schedule.scales], forwards[schedule.full]
     embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
-    guided = recipe.teacher.guidance != 1 and not embedded
+    guided = takes_two(recipe, model)
     iteration = partial(iteration_flops, embedded=embedded)
     alone = recipe.override(["loss.mmd.weight=1", "loss.mmd_only=true"])
+    condition = model.prompt_shapes().values()
+    return Plan(
+        recipe, steps, full, recipe.teacher.steps * (2 if guided else 1), sizes, lora,
+        iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(alone, steps),
+        training_memory(recipe, drawing, full, lora=lora),
+        prompt_bytes=torch.finfo(dtype).bits // 8 * sum(prod(shape) for shape in condition),
+        sample_bytes=2 * model.channels * sum(scale.cells for scale in forwards),
+        drawing=drawing,
+    )  # fmt: skip
+
+
+def training_memory(recipe: Recipe, drawing: Drawing, full: Forward, *, lora: int) -> Memory:
+    """What a device holds in training; `lora` are a role's parameters, `full` the forward at full scale."""
     trained = 2 if recipe.loss.needs_fake else 1
-    memory = Memory(
-        base=sizes["denoiser"] * bytes_each - saved,
+    return Memory(
+        base=drawing.denoiser.whole - drawing.denoiser.saved(recipe.model.quantize),
         adapters=trained * lora * 4.0 + (lora * 4.0 if recipe.train.ema else 0.0),
         optimizer=trained * lora * 12.0,  # gradient and two moments in float32
         activations=full.activations,
         checkpointed=full.checkpointed,
-        not_held={part: sizes[part] * bytes_each for part in ("vae", "text")},
+        not_held={"vae": drawing.vae, "text": drawing.text},
     )
-    return Plan(
-        recipe, steps, full, recipe.teacher.steps * (2 if guided else 1), sizes, lora,
-        iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(alone, steps), memory,
-        prompt_bytes=bytes_each * sum(prod(shape) for shape in model.prompt_shapes().values()),
-        sample_bytes=2 * model.channels * sum(scale.cells for scale in forwards),
-    )  # fmt: skip
 
 
 def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles) -> Forward:

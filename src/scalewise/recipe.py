@@ -64,11 +64,15 @@ class ModelRecipe(Frozen):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none",
-        description="bits of the frozen base's linear layers in training; all else draws with the whole base "
-        "(needs bitsandbytes)",
+        description="bits of the frozen base's linear layers, also while drawing (needs bitsandbytes)",
     )
     offload_text: bool = Field(
         False, description="keep text encoders in main memory, and bring each to the GPU while it encodes"
+    )
+    offload: Literal["none", "components", "blocks"] = Field(
+        "none",
+        description="while drawing and encoding, weights rest in main memory, and whole components, or single blocks, "
+        "come to the GPU as they run; training itself holds the denoiser there",
     )
     max_sequence_length: int | None = Field(
         None, ge=1, description="T5 tokens; None = the family's usual number"

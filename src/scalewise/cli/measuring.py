@@ -50,17 +50,26 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
     memory: Annotated[
-        float | None, typer.Option(min=1, help="GB of each device (default: this machine's GPU, if any).")
+        float | None,
+        typer.Option(min=1, help="GB of each device (default: the card's, or this machine's GPU's, if any)."),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            help="Card to give hours for: a100, h100, l40s, 4090, 3090 or 5090 (default: this machine's "
+            "measured speed)."
+        ),
     ] = None,
 ) -> None:
-    """Tell what a recipe will cost, without weights: operations, expected speed-up, memory, batch.
+    """Tell what a recipe will cost, without weights: operations, expected speed-up, hours, memory, batch.
 
-    Examples: `scalewise plan sd35-medium --memory 24`, `scalewise plan flux-dev loss.mmd_only=true --gpus 8`
+    Examples: `scalewise plan sd35-medium --card 4090`, `scalewise plan flux-dev loss.mmd_only=true
+    --memory 24`
     """
     console.quiet_libraries()
-    from scalewise.commands.measuring import run_plan
+    from scalewise.commands.planning import Device, run_plan
 
-    run_plan(recipe_of(recipe, overrides), gpus=gpus, gigabytes=memory)
+    run_plan(recipe, overrides or [], Device.of(card, memory), gpus=gpus)
 
 
 def spectrum(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,7 +14,6 @@ from scalewise import bench, console, parallel
 from scalewise.commands.inputs import check_out, folder_for, prompts_to_judge, read_prompts
 from scalewise.judging import Asked
 from scalewise.metrics import EXTRAS, OWN
-from scalewise.plan import GB, Plan, make_plan, scales_to_count
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale, ScaleSchedule
 from scalewise.speed import Protocol, measure_speed
@@ -23,66 +21,6 @@ from scalewise.studies import Effort
 from scalewise.survey import Wish, survey
 
 FEWEST_PROMPTS = 50  # of a study
-
-
-def run_plan(recipe: Recipe, *, gpus: int, gigabytes: float | None) -> None:
-    """Count what a recipe costs and print it."""
-    with console.progress("counting operations", len(scales_to_count(recipe))) as done:
-        plan = make_plan(recipe, done)
-    table = Table("step", "t", "scale", "tokens", "TFLOPs", box=None, header_style="bold")
-    for i, (step, forward) in enumerate(zip(recipe.schedule.build(), plan.steps, strict=True)):
-        tokens, flops = f"{forward.tokens:,}", f"{forward.flops / 1e12:,.3g}"
-        table.add_row(str(i + 1), f"{step.t:g}", str(step.scale), tokens, flops)
-    console.out.print(table)
-    say = partial(console.out.print, soft_wrap=True)
-    say(f"\nA sample, denoiser alone: student {plan.scale_wise / 1e12:,.3g} TFLOPs, as many steps at full "
-        f"scale {plan.full_scale / 1e12:,.3g}, the teacher's {plan.teacher_forwards} forwards "
-        f"{plan.teacher / 1e12:,.3g}")  # fmt: skip
-    paper = [f" (the paper measured {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
-    say(f"Expected: {plan.teacher / plan.scale_wise:.1f}x faster than the teacher{paper[0]}, "
-        f"{plan.full_scale / plan.scale_wise:.2f}x than full scale{paper[1]}")  # fmt: skip
-    less = f", MMD alone {plan.iteration / plan.iteration_mmd:.1f} times less"
-    alone = less if recipe.loss.needs_fake else ""
-    say(f"An iteration and sample: {plan.iteration / 1e12:,.3g} TFLOPs; full scale "
-        f"{plan.iteration_full / plan.iteration:.2f}x as much{alone}")  # fmt: skip
-    say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "
-        f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
-    say(f"On disk for 1,000 samples of as many prompts: latents {1000 * plan.sample_bytes / GB:,.3g} GB, "
-        f"embeddings of the prompts {1000 * plan.prompt_bytes / GB:,.3g} GB (in the cache)")  # fmt: skip
-    _print_memory(plan, gpus=gpus, gigabytes=gigabytes)
-
-
-def _print_memory(plan: Plan, *, gpus: int, gigabytes: float | None) -> None:
-    memory, train, model = plan.memory, plan.recipe.train, plan.recipe.model
-    base = model.dtype if model.quantize == "none" else f"{model.quantize}, the rest {model.dtype}"
-    rows = {
-        f"frozen base ({base})": memory.base,
-        "adapters": memory.adapters,
-        "gradients and optimizer": memory.optimizer,
-        "activations of a sample": memory.activations,
-        "the same, checkpointed": memory.checkpointed,
-    }
-    table = Table("held on each device", "GB", box=None, header_style="bold")
-    for name, size in rows.items():
-        table.add_row(name, f"{size / GB:,.3g}")
-    for part, size in memory.not_held.items():
-        table.add_row(f"{part}: while data is prepared only", f"({size / GB:,.3g})")
-    console.out.print(table)
-    batch = train.batch * train.accumulate * gpus
-    console.out.print(f"a batch of {train.batch} on each of {gpus} processes: {batch} samples an update")
-    if gigabytes is None and torch.cuda.is_available():
-        gigabytes = torch.cuda.get_device_properties(0).total_memory / GB
-    if gigabytes is None:
-        console.out.print("Give --memory GB to learn which batch fits into a device.")
-        return
-    for checkpointing in (False, True):
-        fits = memory.batch_that_fits(gigabytes * GB, checkpointing=checkpointing)
-        how = "with" if checkpointing else "without"
-        console.out.print(f"{how} gradient checkpointing, {gigabytes:g} GB hold a batch of {fits}")
-    advice = plan.advice(gigabytes * GB, train.batch)
-    console.out.print(
-        f"The recipe's batch does not fit; switch on: {'; '.join(advice)}" if advice else "The recipe fits."
-    )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class PipelineAdapter(ModelAdapter):
         """
         self.pipeline, self.base, self.config = pipeline, base, config
         self._resting: list[nn.Module] = []
+        self.runs_on: torch.device | None = None  # set where offloaded weights lie elsewhere than they run
         self.vae_config, self.vae_factor = vae_config, spatial_factor(vae_config)
         self.describe(config)
         self.max_sequence_length = max_sequence_length or self.longest_sequence()
@@ -145,6 +146,8 @@ class PipelineAdapter(ModelAdapter):
 
     @property
     def device(self) -> torch.device:
+        if self.runs_on is not None:
+            return self.runs_on
         # Offloaded components lie elsewhere than they run; diffusers knows where that is.
         hooks = ("_hf_hook", "_diffusers_hook")
         if any(hasattr(m, hook) for c in self._modules() for m in (c, *c.children()) for hook in hooks):

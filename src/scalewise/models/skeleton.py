@@ -68,10 +68,7 @@ def skeleton(
     family: Any = family_named(config["pipeline_class"], str(base))
     with torch.device("meta"):
         denoiser = build(diffusers, config["denoiser"]["_class_name"], config["denoiser"])
-    exact = denoiser._keep_in_fp32_modules or ()
-    for name, tensor in [*denoiser.named_parameters(), *denoiser.named_buffers()]:
-        if tensor.is_floating_point() and not any(part in name.split(".") for part in exact):
-            tensor.data = tensor.data.to(dtype)
+    cast(denoiser, dtype)
     scheduler = getattr(diffusers, config["scheduler"]["_class_name"]).from_config(config["scheduler"])
     options = inspect.signature(family.pipeline_class.__init__).parameters
     parts: dict[str, Any] = {
@@ -93,20 +90,46 @@ def build(library: Any, name: str, config: Mapping[str, Any]) -> Any:
     return getattr(library, name).from_config(config)
 
 
-def part_sizes(base: str | Path) -> dict[str, int]:
-    """Parameters of denoiser, VAE and text encoders, counted on the real classes."""
+def cast(module: Any, dtype: torch.dtype) -> None:
+    """Bring a skeleton to the type that loading gives it: some layers stay in float32, as their class says.
+
+    transformers keeps `_keep_in_fp32_modules` for float16 alone, diffusers for both half precisions.
+    """
+    exact = [*(getattr(module, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == torch.float16 or type(module).__module__.startswith("diffusers."):
+        exact += module._keep_in_fp32_modules or ()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not any(part in name.split(".") for part in exact):
+            tensor.data = tensor.data.to(dtype)
+
+
+def autoencoder(base: str | Path, *, dtype: torch.dtype = torch.float32, vae: str | None = None) -> Any:
+    """The VAE of a model without numbers, in the type that the family loads it in.
+
+    `vae`: the folder of another one. Raises ModelError where it holds no configuration.
+    """
     import diffusers
+
+    config = configuration(base)
+    family: Any = family_named(config["pipeline_class"], str(base))
+    own = with_defaults(_read(Path(vae) / "config.json") if vae else config["vae"])
+    with torch.device("meta"):
+        module = build(diffusers, own["_class_name"], own)
+    cast(module, family.vae_dtype(own, dtype))
+    return module.eval()
+
+
+def text_encoders(base: str | Path, *, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """The text encoders of a model without numbers."""
     import transformers
 
-    config, sizes = configuration(base), dict[str, int]()
-    with torch.device("meta"):
-        for part in ("denoiser", "vae"):
-            sizes[part] = count(build(diffusers, config[part]["_class_name"], config[part]))
-        encoders = []
-        for name, values in config["text"]:
-            kind = getattr(transformers, name)
-            encoders.append(count(kind(kind.config_class(**values))))
-    return sizes | {"text": sum(encoders)}
+    found = []
+    for name, values in configuration(base)["text"]:
+        kind = getattr(transformers, name)
+        with torch.device("meta"):
+            found.append(kind(kind.config_class(**values)).eval())
+        cast(found[-1], dtype)
+    return found
 
 
 def count(module: nn.Module) -> int:
