@@ -25,7 +25,7 @@ RANKS = [
     "contents overrides text_files optional",
     "recipe foreign_keys spectrum taps roles heads models",
     "backbone data lora recipes",
-    "sampling distill_step",
+    "sampling distill_step attached",
     "batches teacher",
     "trainer build runs contenders judging evaluate metrics bench comparison studies report pipelines plan "
     "footprint fitting throughput "

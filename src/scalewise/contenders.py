@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from scalewise import mini
+from scalewise.attached import check_student, with_student
 from scalewise.backbone import Backbone, Precision
 from scalewise.data.folder import READABLE, scan_images
 from scalewise.errors import first_line
-from scalewise.lora import Student, fused, load_student
+from scalewise.lora import Student, load_student
 from scalewise.models.base import Condition, ModelAdapter
 from scalewise.pictures import read_picture, to_bytes
 from scalewise.recipe import Recipe
@@ -185,7 +186,7 @@ def check_fit(model: ModelAdapter, contenders: Sequence[Contender]) -> None:
     for contender in contenders:
         if contender.kind == "student":
             assert contender.path is not None
-            load_student(contender.path, schedule=contender.schedule).matched(model.denoiser)
+            check_student(model.denoiser, load_student(contender.path, schedule=contender.schedule))
         if contender.schedule is not None:
             model.check_schedule(contender.schedule)
 
@@ -205,7 +206,7 @@ def enter(
         if student is None:
             assert contender.path is not None
             student = load_student(contender.path)
-        held = fused(model.denoiser, student, weight=weight)
+        held = with_student(model.denoiser, student, weight=weight)
     with held:
         backbone = Backbone(model, precision=precision)
         yield partial(_as_teacher if contender.kind == "teacher" else _as_student, backbone, contender)

@@ -139,12 +139,11 @@ def line(need: Need, recipe: str, typed: Sequence[str], *, prompts: bool) -> str
     own = {change.split("=")[0] for change in need.change.overrides}
     overrides = [t for t in typed if t.split("=")[0] not in own] + list(need.change.overrides)
     batch = ["--batch", str(need.change.batch)] if need.change.batch else []
-    given = [word for override in overrides for word in ("--set", override)]
     file = ["--prompts", "prompts.txt"] if prompts else []
     words = {
         "generate": ["generate", recipe, *overrides, *batch, *file],
         "distill": ["distill", recipe, *overrides],
-        "sample": ["sample", "a cat", "--student", f"runs/{recipe}", *given, *batch],
-        "evaluate": ["evaluate", recipe, "teacher", f"student:runs/{recipe}", *given, *batch, *file],
+        "sample": ["sample", "a cat", *overrides, "--student", f"runs/{recipe}", *batch],
+        "evaluate": ["evaluate", recipe, "teacher", f"student:runs/{recipe}", *overrides, *batch, *file],
     }
     return shlex.join(["scalewise", *words[need.command]])

@@ -163,7 +163,7 @@ def fused(module: nn.Module, student: Student, *, weight: float = 1.0) -> Iterat
         yield
     finally:
         for parameter, original in before.items():
-            parameter.data = original
+            parameter.data = original.to(parameter.device)
 
 
 def fuse(module: nn.Module, student: Student, *, weight: float = 1.0) -> dict[nn.Parameter, Tensor]:
@@ -173,18 +173,23 @@ def fuse(module: nn.Module, student: Student, *, weight: float = 1.0) -> dict[nn
         if name.endswith(".lora_A.weight"):
             parameter: Any = module.get_submodule(name.removesuffix(".lora_A.weight")).weight
             b = student.tensors[name.replace("lora_A", "lora_B")].to(parameter.device)
-            before[parameter] = parameter.detach().clone()
+            before[parameter] = _kept(parameter)
             # A convolution's A has its kernel, and its B one of 1 x 1.
             product = b.float().flatten(1) @ a.to(parameter.device).float().flatten(1)
             update = weight * student.alpha / student.rank * product.view(parameter.shape)
         elif name.endswith(".lora_B.bias"):
             parameter = module.get_submodule(keys.layer_of(name)).bias
-            before[parameter] = parameter.detach().clone()
+            before[parameter] = _kept(parameter)
             update = weight * student.alpha / student.rank * a.to(parameter.device).float()
         else:
             continue
         parameter.data = (parameter.data.float() + update).to(parameter.dtype)
     return before
+
+
+def _kept(parameter: nn.Parameter) -> Tensor:
+    """A copy in main memory: a second one of the base would not fit where the base alone does."""
+    return parameter.detach().to("cpu", copy=True)
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:

@@ -71,8 +71,8 @@ class ModelRecipe(Frozen):
     )
     offload: Literal["none", "components", "blocks"] = Field(
         "none",
-        description="while drawing and encoding, weights rest in main memory, and whole components, or single blocks, "
-        "come to the GPU as they run; training itself holds the denoiser there",
+        description="while drawing and encoding, weights rest in main memory; whole components, or single "
+        "blocks, come to the GPU as they run (training itself holds the denoiser there)",
     )
     max_sequence_length: int | None = Field(
         None, ge=1, description="T5 tokens; None = the family's usual number"

@@ -46,3 +46,26 @@ def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str],
         if sign and (key.strip() in known or ("." in key and ":" not in key and not is_contender(value))):
             overrides.append(word)
     return [word for word in words if word not in overrides], [*overrides, *(old or ())]
+
+
+def model_overrides(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Divide prompts and overrides of a recipe's `model`; a prompt with an "=" has no key before it."""
+    from scalewise.recipe import Recipe
+
+    overrides = []
+    for word in words:
+        key, sign, _ = word.partition("=")
+        group, dot, name = key.strip().partition(".")
+        if not (sign and dot and name.replace("_", "").replace(".", "").isalpha()):
+            continue
+        if group in Recipe.model_fields and group != "model":
+            raise typer.BadParameter(
+                f"{word!r}: a student draws as it was trained; `sample` takes overrides of model alone, such "
+                "as model.offload=components."
+            )
+        if group == "model":
+            overrides.append(word)
+    texts = [word for word in words if word not in overrides]
+    if not texts:
+        raise typer.BadParameter("There is no prompt among the words given; write what to draw.")
+    return texts, tuple(overrides)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from scalewise import console
-from scalewise.cli.arguments import Overrides, RecipeName, recipe_of
+from scalewise.cli.arguments import Overrides, RecipeName, model_overrides, recipe_of
 
 
 def demo(
@@ -97,7 +97,13 @@ def distill(
 
 
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or more prompts. Overrides of how the model is loaded, such as "
+            "model.offload=components, may stand among them."
+        ),
+    ],
     student: Annotated[
         str | None,
         typer.Option(help="'mini' (also the default), a student.safetensors, or the folder of a run."),
@@ -127,8 +133,9 @@ def sample(
     console.quiet_libraries()
     from scalewise.commands.making import Drawing, sample_pictures
 
-    asked = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch)
-    files, seconds = sample_pictures(prompts, asked, out)
+    texts, overrides = model_overrides(prompts)
+    asked = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch, overrides)
+    files, seconds = sample_pictures(texts, asked, out)
     console.out.print(
         f"{len(files)} {'picture' if len(files) == 1 else 'pictures'} in {seconds:.1f} s after loading: "
         f"{', '.join(map(str, files))}",

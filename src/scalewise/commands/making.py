@@ -45,13 +45,15 @@ class Drawing:
     seed: int = 0
     count: int = 1
     batch: int = 8
+    overrides: tuple[str, ...] = ()
+    """Of the recipe that the model is loaded by, such as model.offload=components."""
 
 
 def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list[Path], float]:
     """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
     folder_for(out)
     contender, recipe, student = _who_draws(asked)
-    model = build.load(recipe, ALL_PARTS)
+    model = build.load(recipe.override(asked.overrides), ALL_PARTS)
     assert contender.schedule is not None
     model.check_schedule(contender.schedule)
     texts = [p for p in prompts for _ in range(asked.count)]
