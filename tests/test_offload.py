@@ -67,7 +67,7 @@ def test_components_take_turns_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nn.Module, "to", watch)
     attach(model, "components", torch.device("cpu:0"), denoiser_stays=False)
     assert set(where.values()) == {"cpu"}
-    # A part at "cpu:0" reads as lying on "cpu": what is sent home is seen by calling the hooks in their order.
+    # A part at "cpu:0" reads as lying on "cpu": who sends whom home is read off the hooks.
     texts = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     order = [*texts, "transformer", "vae"]
     previous = [getattr(model.pipeline, name)._hf_hook.prev_module_hook.model for name in order]

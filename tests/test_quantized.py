@@ -12,6 +12,7 @@ from tiny_run import make_tiny
 from torch.utils.checkpoint import checkpoint
 
 from scalewise import build, console
+from scalewise.attached import check_student
 from scalewise.backbone import Backbone
 from scalewise.lora import StudentError, fused, load_student
 from scalewise.models import SD3, SDXL, Flux, ModelAdapter, ModelError, Wan
@@ -154,11 +155,12 @@ def test_a_run_on_a_base_of_4_bits_makes_a_student_for_the_whole_one(tiny: Recip
     rows = list(distill(recipe, tmp_path / "run", console.progress))
     assert rows[-1]["iteration"] == 2
     student = load_student(tmp_path / "run")
-    sampled = build.load(recipe, ["denoiser"])  # fewer bits are for training alone
+    sampled = build.load(tiny, ["denoiser"])
     with fused(sampled.denoiser, student):
         pass
     assert not any(isinstance(p, bitsandbytes.nn.Params4bit) for p in sampled.denoiser.parameters())
-    few = build.load(recipe, ["denoiser"], training=True)
+    few = build.load(recipe, ["denoiser"])  # drawing is in fewer bits too, with the student beside them
+    check_student(few.denoiser, student)
     with pytest.raises(StudentError, match=r"sample with model\.quantize=none"), fused(few.denoiser, student):
         pass
 

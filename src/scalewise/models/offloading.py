@@ -6,7 +6,7 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from accelerate import cpu_offload_with_hook
+from accelerate import cpu_offload_with_hook  # type: ignore[import-untyped]
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
