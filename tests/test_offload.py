@@ -133,7 +133,7 @@ def test_a_student_beside_the_weights_draws_as_one_that_is_fused_and_leaves_no_t
     assert torch.equal(drawn(model), plain)
 
 
-@pytest.mark.parametrize("bits", ["int8"])
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
 def test_a_recipe_in_fewer_bits_draws_in_them_with_a_student_too(
     tiny: Recipe, bits: str, tmp_path: Path
 ) -> None:

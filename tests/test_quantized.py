@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from scalewise import build, console
 from scalewise.attached import check_student
 from scalewise.backbone import Backbone
+from scalewise.counting import bytes_of
 from scalewise.lora import StudentError, fused, load_student
 from scalewise.models import SD3, SDXL, Flux, ModelAdapter, ModelError, Wan
 from scalewise.models.quantized import layers, quantize
@@ -60,7 +61,7 @@ def test_the_weights_take_as_many_bytes_as_the_plan_says(tiny: Recipe) -> None:
     for bits in ("none", "int8", "nf4"):
         own = recipe.override([f"model.quantize={bits}"])
         model = build.load(own, ["denoiser"], training=True)
-        held[bits] = sum(p.numel() * p.element_size() for p in model.denoiser.parameters())
+        held[bits] = bytes_of(model.denoiser)
     # Beside the weights bitsandbytes keeps their scales, which the plan counts, at most 4 % of the whole.
     planned = make_plan(recipe.override(["model.quantize=nf4"])).memory.base
     assert held["nf4"] == pytest.approx(planned, rel=0.04)

@@ -78,12 +78,13 @@ def throughput_of(card: Card) -> Throughput:
 def measured(recipe: Recipe, device: torch.device, *, seconds: float = 0.5) -> Throughput:
     """This machine's: the forward of one block of the network with random weights, timed for `seconds`.
 
-    On a GPU it works at the recipe's full scale, on a CPU with 256 image tokens, so that it takes no minute.
+    On a GPU it works at the recipe's full scale, on a CPU with 256 image tokens at most, to take seconds.
     """
     dtype = getattr(torch, recipe.model.dtype)
     model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), dtype=dtype)
-    side = 16 * model.patch
-    scale = recipe.schedule.build().full if device.type == "cuda" else Scale(1, side, side)
+    full = recipe.schedule.build().full
+    side = min(16 * model.patch, full.height, full.width)
+    scale = full if device.type == "cuda" else Scale(1, side, side)
     block, args, options = first_block(model, scale)
     flops = measure(lambda: block(*args, **options), [block])[1]
     bf16 = settle(recipe.train.precision, device) == "bf16"
