@@ -116,8 +116,10 @@ def student_of(model: ModelAdapter) -> Student:
     other = type(model).tiny()
     roles = Roles(other.denoiser, ["student"], rank=2, targets=other.lora_targets, seed=5)
     tensors = {k: v.detach().clone() + 0.05 for k, v in roles.parameters("student").items()}
-    layer = next(n for n in tensors if ".lora_A." in n).removesuffix(".lora_A.weight")
-    tensors[f"{layer}.lora_B.bias"] = torch.full((len(tensors[f"{layer}.lora_B.weight"]),), 0.5)
+    biased, bias_alone = [n.removesuffix(".lora_A.weight") for n in tensors if ".lora_A." in n][:2]
+    for layer in (biased, bias_alone):
+        tensors[f"{layer}.lora_B.bias"] = torch.full((len(tensors[f"{layer}.lora_B.weight"]),), 0.5)
+    del tensors[f"{bias_alone}.lora_A.weight"], tensors[f"{bias_alone}.lora_B.weight"]
     return Student(tensors, ScaleSchedule.build((1000,), ("8",)), 2, 4.0, "tiny", {})
 
 
@@ -131,6 +133,22 @@ def test_a_student_beside_the_weights_draws_as_one_that_is_fused_and_leaves_no_t
         found = drawn(model)
     assert (wanted - plain).norm() > 100 * (found - wanted).norm() > 0
     assert torch.equal(drawn(model), plain)
+
+
+def test_a_convolution_cannot_be_attached_and_is_named() -> None:
+    model = SD3.tiny()
+    path = "pos_embed.proj"
+    weight = model.denoiser.get_submodule(path).weight
+    pair = {"lora_A": weight.new_ones(2, *weight.shape[1:]), "lora_B": weight.new_ones(len(weight), 2, 1, 1)}
+    student = Student(
+        {f"{path}.{part}.weight": value for part, value in pair.items()},
+        ScaleSchedule.build((1000,), ("8",)), 2, 4.0, "tiny", {},
+    )  # fmt: skip
+    with (
+        pytest.raises(StudentError, match=r"the convolution pos_embed\.proj.*model\.quantize=none"),
+        attached(model.denoiser, student),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("bits", ["int8", "nf4"])

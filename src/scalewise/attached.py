@@ -28,7 +28,7 @@ def with_student(module: nn.Module, student: Student, *, weight: float = 1.0) ->
 def check_student(module: nn.Module, student: Student) -> None:
     """Refuse a student that does not fit a denoiser."""
     if in_fewer_bits(module):
-        _pairs(module, student)
+        _updates(module, student)
     else:
         student.matched(module)
 
@@ -37,10 +37,10 @@ def check_student(module: nn.Module, student: Student) -> None:
 def attached(module: nn.Module, student: Student, *, weight: float = 1.0) -> Iterator[None]:
     """Add weight alpha / rank (B A x + bias) to every layer's output; leaving takes it off again."""
     scale, hooks = weight * student.alpha / student.rank, []
-    for layer, a, b, bias in _pairs(module, student):
+    for layer, a, b, bias in _updates(module, student):
         place = next(layer.parameters()).device
-        given = None if bias is None else bias.to(place) * scale
-        add = partial(_add, a=a.to(place), b=b.to(place) * scale, bias=given)
+        a, b, bias = (None if given is None else given.to(place) for given in (a, b, bias))
+        add = partial(_add, a=a, b=b, bias=bias, scale=scale)
         hooks.append(layer.register_forward_hook(add))
     try:
         yield
@@ -49,39 +49,47 @@ def attached(module: nn.Module, student: Student, *, weight: float = 1.0) -> Ite
             hook.remove()
 
 
+Update = tuple[nn.Linear, Tensor | None, Tensor | None, Tensor | None]
+"""A layer with its A [R, in] and B [out, R], and its bias [out]; both matrices or the bias may be missing."""
+
+
 def _add(
-    _layer: nn.Module, args: tuple[Any, ...], output: Tensor, *, a: Tensor, b: Tensor, bias: Tensor | None
-) -> Tensor:
+    _layer: nn.Module, args: tuple[Any, ...], output: Tensor, *, a: Tensor | None, b: Tensor | None,
+    bias: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     x = args[0]
-    a, b = (matrix.to(device=x.device, dtype=x.dtype) for matrix in (a, b))
-    bias = None if bias is None else bias.to(device=x.device, dtype=x.dtype)
-    return output + F.linear(F.linear(x, a), b, bias).to(output.dtype)
+    if a is not None and b is not None:
+        a, b = (matrix.to(device=x.device, dtype=x.dtype) for matrix in (a, b))
+        output = output + scale * F.linear(F.linear(x, a), b).to(output.dtype)
+    return output if bias is None else output + scale * bias.to(device=output.device, dtype=output.dtype)
 
 
-def _pairs(module: nn.Module, student: Student) -> list[tuple[nn.Linear, Tensor, Tensor, Tensor | None]]:
-    """Every linear layer that a student changes, with its A [R, in], B [out, R] and bias [out], if any."""
+def _updates(module: nn.Module, student: Student) -> list[Update]:
+    """Every linear layer that a student changes, and by what."""
     layers = dict(module.named_modules())
-    tensors, found = keys.match_layers(student.tensors, layers), []
+    tensors, found = keys.match_layers(student.tensors, layers), list[Update]()
     check_pairs(tensors)
-    for name, a in tensors.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        path = keys.layer_of(name)
-        layer, b, bias = (
-            layers.get(path),
-            tensors[f"{path}.lora_B.weight"],
-            tensors.get(f"{path}.lora_B.bias"),
+    for path in dict.fromkeys(keys.layer_of(name) for name in tensors):
+        a, b, bias = (
+            tensors.get(f"{path}.{part}") for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
         )
-        if a.ndim > 2 or isinstance(layer, nn.Conv2d):
+        layer = layers.get(path)
+        if isinstance(layer, nn.Conv2d) or (a is not None and a.ndim > 2):
             raise StudentError(
                 f"The student changes the convolution {path}, which a base in fewer bits cannot take; sample "
                 "with model.quantize=none."
             )
-        size = (b.shape[0], a.shape[1])
-        if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != size:
+        own = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
+        rows = len(bias) if bias is not None else len(b) if b is not None else 0
+        wanted = (rows, a.shape[1]) if a is not None else (rows, own[1] if own else 0)
+        if not isinstance(layer, nn.Linear) or own != wanted:
             raise StudentError(
-                f"The student does not fit this base: {path} is no linear layer of {size[0]} x {size[1]} "
+                f"The student does not fit this base: {path} is no linear layer of {wanted[0]} x {wanted[1]} "
                 "here. Sample with the base it was made for."
             )
-        found.append((layer, a.float(), b.float(), None if bias is None else bias.float()))
+        found.append((layer, _float(a), _float(b), _float(bias)))
     return found
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()

@@ -158,12 +158,9 @@ def _teacher(rest: str, recipe: Recipe) -> Contender:
 def _undistilled(rest: str, recipe: Recipe) -> Contender:
     if rest not in ("", "full"):
         raise ContenderError(f"'undistilled:{rest}' is unknown; write undistilled or undistilled:full.")
-    schedule = recipe.schedule.build()
-    if rest:
-        return Contender(
-            "undistilled, full scale", "undistilled", len(schedule), 1.0, schedule.at_full_scale()
-        )
-    return Contender("undistilled", "undistilled", len(schedule), 1.0, schedule)
+    name = "undistilled, full scale" if rest else "undistilled"
+    schedule = recipe.schedule.build().at_full_scale() if rest else recipe.schedule.build()
+    return Contender(name, "undistilled", len(schedule), 1.0, schedule)
 
 
 def _student(rest: str, recipe: Recipe) -> Contender:

@@ -63,23 +63,20 @@ class ModelRecipe(Frozen):
     base: str = Field("mini", min_length=1, description="'mini', a folder in diffusers' layout, or a hub id")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8", "nf4"] = Field(
-        "none",
-        description="bits of the frozen base's linear layers, also while drawing (needs bitsandbytes)",
+        "none", description="bits of the frozen base's linear layers, also in drawing (needs bitsandbytes)"
     )
     offload_text: bool = Field(
         False, description="keep text encoders in main memory, and bring each to the GPU while it encodes"
     )
     offload: Literal["none", "components", "blocks"] = Field(
         "none",
-        description="while drawing and encoding, weights rest in main memory; whole components, or single "
-        "blocks, come to the GPU as they run (training itself holds the denoiser there)",
+        description="in drawing and encoding, weights rest in main memory and come to the GPU as they run",
     )
     max_sequence_length: int | None = Field(
         None, ge=1, description="T5 tokens; None = the family's usual number"
     )
     vae: str | None = Field(
-        None,
-        description="another autoencoder of the same latents, such as a tiny one; null = the base's",
+        None, description="another autoencoder of the same latents, such as a tiny one; null = the base's"
     )
     embedded_guidance: float | None = Field(
         None, ge=1, description="what a model with guidance as an input (FLUX) is told; None = the family's"
