@@ -21,15 +21,15 @@ FILES = {
 # A module imports only modules of lower rank. From FREE on, modules of one rank may import each other as
 # long as no circle arises. A package stands for all of its files, which are free among themselves.
 RANKS = [
-    "errors scales noise losses rng parallel checkpoint console pictures mini keys counting "
+    "errors signals scales noise losses rng parallel checkpoint pictures mini keys counting "
     "contents overrides text_files optional",
-    "recipe foreign_keys spectrum taps roles heads models",
+    "recipe foreign_keys spectrum taps roles heads models locks console",
     "backbone data lora recipes",
     "sampling distill_step attached",
-    "batches teacher",
+    "batches teacher origin",
     "trainer build runs contenders judging evaluate metrics bench comparison studies report pipelines plan "
     "footprint fitting throughput "
-    "survey speed training_cost api",
+    "drawings survey speed training_cost api",
     "commands demo",
     "cli",
     "__main__",

@@ -215,7 +215,7 @@ def test_a_checkpoint_of_before_a_key_came_is_resumed_with_its_default(tiny: Rec
     trainer = build.build_trainer(
         recipe.override(["train.precision=float32"]), build.prepare_data(recipe, console.progress), tmp_path
     )
-    from scalewise.trainer import _difference
+    from scalewise.origin import difference_of
 
     there = Recipe.from_mapping(content["recipe"]).model_dump(mode="json")
-    assert _difference(there, trainer.recipe.model_dump(mode="json")) == ""
+    assert difference_of(there, trainer.recipe.model_dump(mode="json")) == ""

@@ -84,6 +84,14 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return _decode(skeleton, tensors), json.loads((folder / META).read_text(encoding="utf-8"))
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return the meta of a checkpoint, checking that file alone."""
+    folder = Path(folder)
+    verify(folder, content=False)
+    meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    return meta
+
+
 def verify(folder: Path, *, content: bool = True) -> None:
     """Raise CheckpointError unless every file is there as it was written; content=False skips the SHA-256."""
     folder = Path(folder)
@@ -108,6 +116,17 @@ def latest(root: Path, *, prefix: str = "step-") -> Path | None:
         else:
             return folder
     return None
+
+
+def newest(root: Path, *, prefix: str = "step-") -> Path | None:
+    """Return the checkpoint with the highest step in `root` that looks complete, without reading it."""
+    return next((folder for folder in _by_step(Path(root), prefix) if _looks_complete(folder)), None)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell a checkpoint's folder, finished or not, from others."""
+    names = (MANIFEST, TENSORS, STATE)
+    return folder.is_dir() and any((folder / name).exists() for name in names)
 
 
 def prune(root: Path, keep: int, *, prefix: str = "step-") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,18 @@ from safetensors.torch import load_file
 
 from scalewise import bench, build, mini, parallel
 from scalewise.contenders import (
-    DRAWN_FOR,
     Contender,
     ContenderError,
     Prompts,
     check_fit,
-    number_of,
     parse_contenders,
     read_folder,
 )
+from scalewise.drawings import Drawings, drawn_by
 from scalewise.evaluate import Result, Row, evaluate, save_rows, subject, table
 from scalewise.judging import SCORER, SPECTRUM, Asked, Judge, check_asked, judge_of
 from scalewise.metrics import measure
 from scalewise.models import ModelAdapter, family_of
-from scalewise.pictures import save_picture
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.rng import permutation
 
@@ -94,6 +93,8 @@ def compare(
 ) -> Outcome:
     """Draw, judge and time every contender; writes pictures, figures and timings to `out`.
 
+    Images that an earlier call with the same samplers and prompts has written there are not drawn again.
+
     `each`: samples of every text, from seeds of their own; two or more tell how diverse they are.
     """
     parsed = parse_contenders(contenders, recipe)
@@ -121,9 +122,8 @@ def compare(
     for result in evaluate(
         model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,
         drawing=lambda contender: progress(f"drawing: {contender.name}", len(prompts)),
-        keep=lambda contender, numbers, images: _save_pictures(
-            images, numbers, contender=contender, prompts=prompts, parent=out / "pictures"
-        ),
+        keep=partial(_copy_pictures, prompts, out / "pictures"),
+        drawings=partial(_drawings, recipe, prompts, out / "pictures"),
     ):  # fmt: skip
         results.append(result)
         rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
@@ -157,28 +157,24 @@ def time_all(
         return bench.bench(subjects, batches=(1, 8), rounds=rounds, clock=clock, done=done)
 
 
-def _save_pictures(
-    images: np.ndarray, numbers: Sequence[int], *, contender: Contender, prompts: Prompts, parent: Path
+def _drawings(recipe: Recipe, prompts: Prompts, parent: Path, contender: Contender) -> Drawings | None:
+    """Where the images of a sampler are kept and found again; folders are copied instead."""
+    if contender.kind == "folder":
+        return None
+    return Drawings(parent / file_name(contender.name), prompts, drawn_by(recipe, contender))
+
+
+def _copy_pictures(
+    prompts: Prompts, parent: Path, contender: Contender, numbers: Sequence[int], images: np.ndarray
 ) -> None:
-    """Write this process's part of 0.png, 1.png, ...; what all were drawn for stands beside them once they
-    are there, and later numbers of an earlier comparison go.
-    """
+    """Write this process's part of a folder's images beside the drawn ones, in the order of the prompts."""
     folder = parent / file_name(contender.name)
-    if contender.path and contender.path.resolve() == folder.resolve():
-        return  # these very pictures are judged again
-    folder.mkdir(parents=True, exist_ok=True)
-    if parallel.is_main():
-        (folder / DRAWN_FOR).unlink(missing_ok=True)
-        for path in folder.glob("*.png"):
-            if number_of(path) >= len(prompts):
-                path.unlink()
+    if contender.path is None or contender.kind != "folder" or contender.path.resolve() == folder.resolve():
+        return  # drawn, or these very images are judged again
+    place = Drawings(folder, prompts, f"copied from {contender.path.resolve()}")
+    place.begin()
+    place.write(numbers, images)
     parallel.meet()
-    for number, picture in zip(numbers, images, strict=True):
-        save_picture(picture, folder / f"{number}.png")
-    parallel.meet()
-    if parallel.is_main():
-        told = {"captions": prompts.captions, "seeds": prompts.seeds}
-        (folder / DRAWN_FOR).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def file_name(name: str) -> str:

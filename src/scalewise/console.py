@@ -6,9 +6,9 @@ import errno
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from scalewise.errors import TrainingInterrupted
+from scalewise.signals import Stopped, exit_code
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -46,14 +49,20 @@ def speak(aloud: bool) -> None:
     out.quiet = not aloud
 
 
+class Done(Protocol):
+    """Takes the number done so far, and a note to show beside it, such as the loss."""
+
+    def __call__(self, number: int, /, note: str = "") -> None: ...
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Done]:
     """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse.
 
     Where nobody watches (a log file, say) a line every half minute takes the bar's place.
     """
     if out.quiet:
-        yield lambda done: None
+        yield lambda _number, note="": None
         return
     if not err.is_terminal:
         yield _lines(what, total)
@@ -66,17 +75,18 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=err, transient=False) as bar:
-        task = bar.add_task(escape(what), total=total or None)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(escape(what), total=total or None, note="")
+        yield lambda number, note="": bar.update(task, completed=number, note=note)
 
 
-def _lines(what: str, total: int) -> Callable[[int], None]:
+def _lines(what: str, total: int) -> Done:
     started = said = time.monotonic()
     first: int | None = None
 
-    def done(number: int) -> None:
+    def done(number: int, /, note: str = "") -> None:
         nonlocal said, first
         now = time.monotonic()
         first = number if first is None else first
@@ -86,7 +96,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
         said = now
         rate = (number - first) / max(now - started, 1e-9)
         left = f", about {(total - number) / rate:.0f} s left" if total and rate > 0 and not finished else ""
-        line = f"{what}: {number}/{total or '?'} after {now - started:.0f} s{left}"
+        line = f"{what}: {number}/{total or '?'} after {now - started:.0f} s{left}{note and f'; {note}'}"
         err.print(line, highlight=False, markup=False)
 
     return done
@@ -122,7 +132,7 @@ def explain(error: BaseException) -> int:
     """Print one sentence about an error that a user can act on, and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         err.print("Stopped. What was written so far is kept.")
-        return 130
+        return exit_code(error.signal if isinstance(error, Stopped) else "SIGINT")
     text = str(error)
     if is_out_of_memory(error):
         text = (
@@ -134,7 +144,7 @@ def explain(error: BaseException) -> int:
         where = error.filename or "while writing"
         text = f"The disk is full ({where}); free some space. What was complete is kept."
     err.print(f"[bold red]Error:[/] {escape(text)}", highlight=False, soft_wrap=True)
-    return 1
+    return exit_code(error.signal) if isinstance(error, TrainingInterrupted) else 1
 
 
 def fail_loudly() -> bool:

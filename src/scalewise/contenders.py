@@ -238,32 +238,35 @@ def _as_student(
 
 @torch.no_grad()
 def draw(
-    model: ModelAdapter | None,
-    contender: Contender,
-    prompts: Prompts,
-    *,
+    model: ModelAdapter | None, contender: Contender, prompts: Prompts, *,
     batch: int = 16,
     precision: Precision = "float32",
     numbers: Sequence[int] | None = None,
     done: Callable[[int], None] = lambda count: None,
-) -> np.ndarray:
+    known: Callable[[Sequence[int]], np.ndarray | None] = lambda _numbers: None,
+    keep: Callable[[Sequence[int], np.ndarray], None] = lambda _numbers, _images: None,
+) -> np.ndarray:  # fmt: skip
     """Draw all prompts, or those of some `numbers`: bytes [N, H, W, 3], videos [N, F, H, W, 3].
 
-    Image i depends on its caption and seed, not on the batch.
+    Image i depends on its caption and seed, not on the batch. `known(numbers)` may give a batch that was
+    drawn before; `keep(numbers, images)` is called with every other one as soon as it is drawn.
     """
     if contender.kind == "folder":
         return read_folder(contender, prompts, numbers=numbers)
-    if numbers is not None:
-        prompts = prompts.chosen(numbers)
+    numbers = range(len(prompts)) if numbers is None else numbers
     assert model is not None, "who draws needs a model"
     uncond = encode(model, contender, [contender.negative_prompt])
     parts = []
     with enter(model, contender, precision=precision) as sampler:
-        for start in range(0, len(prompts), batch):
-            some = prompts[start : start + batch]
-            x0 = last(sampler(encode(model, contender, some.captions), uncond, some.seeds))
-            parts.append(to_bytes(model.decode(x0)))
-            done(min(start + batch, len(prompts)))
+        for start in range(0, len(numbers), batch):
+            part = numbers[start : start + batch]
+            images, some = known(part), prompts.chosen(part)
+            if images is None:
+                x0 = last(sampler(encode(model, contender, some.captions), uncond, some.seeds))
+                images = to_bytes(model.decode(x0))
+                keep(part, images)
+            parts.append(images)
+            done(min(start + batch, len(numbers)))
     return np.concatenate(parts)
 
 
@@ -292,9 +295,8 @@ def read_folder(
     if paths and (contender.path / DRAWN_FOR).exists():
         _check_drawn_for(contender.path, prompts)
     paths = paths or _by_caption(contender.path, prompts)
-    return np.stack(
-        list(_pictures(contender.path, paths if numbers is None else [paths[i] for i in numbers]))
-    )
+    chosen = paths if numbers is None else [paths[i] for i in numbers]
+    return np.stack(list(_pictures(contender.path, chosen)))
 
 
 def _pictures(folder: Path, paths: Sequence[Path]) -> Iterator[np.ndarray]:

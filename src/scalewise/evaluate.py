@@ -26,6 +26,7 @@ from scalewise.contenders import (
     parse_contender,
     parse_contenders,
 )
+from scalewise.drawings import Drawings
 from scalewise.judging import Judge
 from scalewise.metrics import METRICS, Interval, Seen, measure
 from scalewise.models.base import ModelAdapter
@@ -105,6 +106,7 @@ def evaluate(
     precision: Precision = "float32",
     drawing: Callable[[Contender], AbstractContextManager[Callable[[int], None]]] = silent,
     keep: Callable[[Contender, Sequence[int], np.ndarray], None] = lambda _contender, _numbers, _images: None,
+    drawings: Callable[[Contender], Drawings | None] = lambda _contender: None,
 ) -> Iterator[Result]:  # fmt: skip
     """Draw and judge one contender after the other; the first is what the others are compared with.
 
@@ -112,15 +114,20 @@ def evaluate(
     alone has results.
 
     `drawing(contender)` is entered while one draws, and what it gives is called with the number done so far;
-    `keep(contender, numbers, images)` is told of what this process drew before it is judged.
+    `keep(contender, numbers, images)` is told of what this process drew before it is judged. Where
+    `drawings(contender)` gives a place, every batch is written there, and read if it is there already.
     """
     first, mine = None, parallel.split(len(prompts))
     own = prompts.chosen(mine)
     for contender in contenders:
         with drawing(contender) as done:
+            place, there = drawings(contender), dict[str, Any]()
+            if place:
+                place.begin()
+                there = {"known": place.read, "keep": place.write}
             images = draw(
                 model, contender, prompts, batch=batch, precision=precision, numbers=mine,
-                done=partial(_report, done, len(prompts)),
+                done=partial(_report, done, len(prompts)), **there,
             )  # fmt: skip
         keep(contender, mine, images)
         looks = parallel.gather_rows(judge.look(images, own.captions))

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from scalewise import foreign_keys, keys
-from scalewise.checkpoint import write_atomically
+from scalewise import checkpoint, foreign_keys, keys
 from scalewise.recipe import Recipe
 from scalewise.scales import ScaleSchedule
 
@@ -89,13 +88,20 @@ def save_student(
     form: keys.Form = "diffusers", denoiser: str = "transformer",
 ) -> None:  # fmt: skip
     """Write a student atomically; the schedule travels with the weights, so that it cannot get lost."""
-    schedule = recipe.schedule.build()
-    alpha = recipe.lora.alpha if recipe.lora.alpha is not None else float(recipe.lora.rank)
-    student = Student(
-        tensors, schedule, recipe.lora.rank, alpha, recipe.model.base, recipe.model_dump(mode="json"),
-        denoiser,
-    )  # fmt: skip
+    student = student_of(tensors, recipe, denoiser=denoiser)
     write_student(path, student, dtype=dtype, form=form)
+
+
+def student_of(
+    tensors: dict[str, Tensor], recipe: Recipe, *, schedule: ScaleSchedule | None = None,
+    denoiser: str = "transformer",
+) -> Student:  # fmt: skip
+    """The student of a recipe with these weights."""
+    alpha = recipe.lora.alpha if recipe.lora.alpha is not None else float(recipe.lora.rank)
+    return Student(
+        tensors, schedule or recipe.schedule.build(), recipe.lora.rank, alpha, recipe.model.base,
+        recipe.model_dump(mode="json"), denoiser,
+    )  # fmt: skip
 
 
 def write_student(
@@ -137,7 +143,7 @@ def write_student(
         path = path / "adapter_model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = sorted_header(save(named, metadata=metadata))
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    checkpoint.write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def sorted_header(data: bytes) -> bytes:
@@ -263,8 +269,11 @@ def find_file(path: str | Path) -> Path:
                 f"{path} holds {pickles[0]}, a pickle, which is never loaded. Convert it first."
             )
     if not file.exists():
+        newest = checkpoint.newest(Path(path) / "checkpoints")
+        or_this = f"; its newest checkpoint is one too: {newest}" if newest else ""
         raise StudentError(
-            f"There is no student at {path}; give a .safetensors file or the folder of a finished run."
+            f"There is no student at {path}; give a .safetensors file, the folder of a finished run or a "
+            f"checkpoint{or_this}."
         )
     if file.suffix != ".safetensors":
         raise StudentError(
@@ -274,10 +283,12 @@ def find_file(path: str | Path) -> Path:
 
 
 def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> Student:
-    """Read a student: a .safetensors file, a run's folder, or a PEFT folder.
+    """Read a student: a .safetensors file, a run's folder, one of its checkpoints, or a PEFT folder.
 
     `schedule` is for files that carry none in their metadata, and replaces the one of those that do.
     """
+    if checkpoint.is_checkpoint(Path(path)):
+        return _of_checkpoint(Path(path), schedule)
     file = find_file(path)
     try:
         with safe_open(file, "pt") as opened:
@@ -320,6 +331,19 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
 
 def _as_bias(name: str) -> str:
     return f"{name.removesuffix('.diff_b')}.lora_B.bias" if name.endswith(".diff_b") else name
+
+
+def _of_checkpoint(folder: Path, schedule: ScaleSchedule | None) -> Student:
+    """The student that training would ship at a checkpoint: the average if there is one."""
+    state, meta = checkpoint.load(folder)
+    recipe = Recipe.from_mapping(meta["recipe"], origin=f"the recipe of {folder}")
+    tensors = {name: value.float() for name, value in state.get("average", state["student"]).items()}
+    refuse_non_finite(tensors, f"The checkpoint {folder}", "Take an earlier one.")
+    unet = any(name.startswith(("down_blocks", "mid_block", "up_blocks")) for name in tensors)
+    recipe = recipe.with_values({"train.iterations": state["iteration"]})
+    return student_of(
+        tensors, recipe, schedule=schedule, denoiser=meta.get("denoiser", "unet" if unet else "transformer")
+    )
 
 
 def _settings(file: Path, head: Mapping[str, str]) -> dict[str, Any]:

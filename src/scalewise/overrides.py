@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
+_CHANGED = " (changed: "
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False,
            "0": False}  # fmt: skip
 
@@ -60,6 +66,17 @@ def read_value(text: str, kind: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else _plain(value)
 
 
+def about_of(before: Any, after: Any, keys: Iterable[str]) -> str:
+    """The `about` of a recipe for one that overrides of `keys` made: behind it, in brackets, what changed."""
+    text, sign, old = before.about.partition(_CHANGED)
+    names = old.removesuffix(")").split(", ") if sign else []
+    for key in keys:
+        value = attrgetter(key)
+        if key != "name" and value(before) != value(after):
+            names.append(key)
+    return f"{text}{_CHANGED}{', '.join(dict.fromkeys(names))})" if names else text
+
+
 def _is_text(kind: Any) -> bool:
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
@@ -73,3 +90,41 @@ def _plain(value: Any) -> Any:
             with contextlib.suppress(ValueError):
                 return number(value)
     return value
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """List all dotted field names of a recipe, for error messages and help."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            names += field_names(part, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def explain_fields(
+    model: type[BaseModel], prefix: str = "", *, defaults: BaseModel | None = None
+) -> list[tuple[str, str, str]]:
+    """Dotted name, default and description of every field, with its choices if it has a few."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in model.model_fields.items():
+        part, value = field.annotation, getattr(defaults, name, field.default)
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            inside = value if isinstance(value, BaseModel) else None
+            rows += explain_fields(part, f"{prefix}{name}.", defaults=inside)
+        else:
+            shown = "" if value is PydanticUndefined else json.dumps(value)
+            choices = ", ".join(choices_of(field.annotation))
+            told = [field.description or "", f"one of {choices}" if choices else ""]
+            rows.append((prefix + name, shown, "; ".join(filter(None, told))))
+    return rows
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return ", did you mean x?" for the nearest known word, or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not close:  # the right field at another place
+        close = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
+    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."

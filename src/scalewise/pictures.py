@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
 FRAME_MS = 1000 // 16  # of an animation; Wan's videos have 16 frames a second
@@ -75,12 +75,35 @@ def middle_frame(pixels: Tensor) -> Tensor:
     return pixels if pixels.ndim == 4 else pixels[:, :, pixels.shape[2] // 2]
 
 
-def sheet(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 4) -> Image.Image:
-    """Lay pictures (uint8 [H, W, 3], possibly of different sizes) out on a white page, row by row."""
+def sheet(
+    pictures: Sequence[np.ndarray], *, columns: int, gap: int = 4, titles: Sequence[str] = (),
+    captions: Sequence[str] = (),
+) -> Image.Image:  # fmt: skip
+    """Lay pictures (uint8 [H, W, 3], possibly of different sizes) out on a white page, row by row.
+
+    `titles` stand above the columns, `captions` above the rows, as much of them as the page is wide.
+    """
     height = max(p.shape[0] for p in pictures) + gap
     width = max(p.shape[1] for p in pictures) + gap
     rows = math.ceil(len(pictures) / columns)
-    page = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    font = ImageFont.load_default(max(10, width // 24))
+    line = round(font.getbbox("Ag")[3]) + 2 * gap
+    top, above = line if titles else 0, line if captions else 0
+    page = Image.new("RGB", (columns * width + gap, top + rows * (height + above) + gap), "white")
     for i, picture in enumerate(pictures):
-        page.paste(Image.fromarray(picture), (gap + (i % columns) * width, gap + (i // columns) * height))
+        x, y = gap + (i % columns) * width, gap + top + (i // columns) * (height + above) + above
+        page.paste(Image.fromarray(picture), (x, y))
+    write = ImageDraw.Draw(page)
+    for i, title in enumerate(titles):
+        write.text((gap + i * width, gap), _fitting(title, font, width - gap), fill="black", font=font)
+    for i, caption in enumerate(captions):
+        place = (gap, gap + top + i * (height + above))
+        write.text(place, _fitting(caption, font, page.width - 2 * gap), fill="black", font=font)
     return page
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """As much of a text as fits into a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    return next((s for n in range(len(text), 0, -1) if font.getlength(s := text[:n] + "...") <= width), "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -11,11 +9,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticUndefined
 
 from scalewise.errors import first_line
 from scalewise.losses import Penalty
-from scalewise.overrides import choices_of, field_type, read_value
+from scalewise.overrides import about_of, field_names, field_type, nearest, read_value
 from scalewise.scales import ScaleSchedule, shifted_sigmas
 from scalewise.text_files import TextFileError, read_utf8
 
@@ -310,11 +307,11 @@ class Recipe(Frozen):
         """Apply dotted overrides: "train.iterations=200", several of them, or {"train.iterations": 200}.
 
         A key that takes a string gets the text as typed; others read numbers and YAML lists. The values of
-        a mapping are taken as they are.
+        a mapping are taken as they are. Unless `about` is given too, it names the keys that were changed.
         """
-        if isinstance(assignments, Mapping):
-            return self.with_values(assignments)
         found = dict[str, Any]()
+        if isinstance(assignments, Mapping):
+            found, assignments = dict(assignments), ()
         for assignment in [assignments] if isinstance(assignments, str) else assignments:
             dotted, sign, text = assignment.partition("=")
             if not sign:
@@ -329,7 +326,8 @@ class Recipe(Frozen):
                     f"Override {assignment!r} has a value that cannot be read ({first_line(error)}); a list "
                     "needs quotes around all of it, as in 'lora.targets=[to_q, to_k]'."
                 ) from None
-        return self.with_values(found)
+        changed = self.with_values(found)
+        return changed if "about" in found else changed.with_values({"about": about_of(self, changed, found)})
 
     def with_values(self, given: Mapping[str, Any]) -> Recipe:
         """Replace fields by dotted name; values are taken as they are, paths as text."""
@@ -339,51 +337,13 @@ class Recipe(Frozen):
         return Recipe.from_mapping(values, origin="override" if given else "recipe")
 
 
-def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """List all dotted field names of a recipe, for error messages and help."""
-    names: list[str] = []
-    for name, field in model.model_fields.items():
-        part = field.annotation
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            names += field_names(part, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
-def explain_fields(
-    model: type[BaseModel] = Recipe, prefix: str = "", *, defaults: BaseModel | None = None
-) -> list[tuple[str, str, str]]:
-    """Dotted name, default and description of every field, with its choices if it has a few."""
-    rows: list[tuple[str, str, str]] = []
-    for name, field in model.model_fields.items():
-        part, value = field.annotation, getattr(defaults, name, field.default)
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            inside = value if isinstance(value, BaseModel) else None
-            rows += explain_fields(part, f"{prefix}{name}.", defaults=inside)
-        else:
-            shown = "" if value is PydanticUndefined else json.dumps(value)
-            choices = ", ".join(choices_of(field.annotation))
-            told = [field.description or "", f"one of {choices}" if choices else ""]
-            rows.append((prefix + name, shown, "; ".join(filter(None, told))))
-    return rows
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return ", did you mean x?" for the nearest known word, or the list of what is known."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close:  # the right field at another place
-        close = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
-    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."
-
-
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     place: Any = values
     for parent in parents:
         place = place.get(parent) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:
-        raise RecipeError(f"Unknown recipe key {dotted!r}; {nearest(dotted, field_names())}")
+        raise RecipeError(f"Unknown recipe key {dotted!r}; {nearest(dotted, field_names(Recipe))}")
     if isinstance(place[last], dict):  # a mapping too: it would silently reset what it leaves out
         inside = ", ".join(f"{dotted}.{k}" for k in place[last])
         raise RecipeError(f"Recipe key {dotted!r} is a group; set one of {inside}.")
@@ -393,7 +353,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {nearest(where, field_names())}"
+        return f"unknown key {where!r}; {nearest(where, field_names(Recipe))}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("value_error", "missing"):
         return f"{where}: {message}"

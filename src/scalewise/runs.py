@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from scalewise import build, checkpoint, parallel
+from scalewise import build, checkpoint, origin, parallel
 from scalewise.backbone import Precision, settle
 from scalewise.distill_step import Numbers
-from scalewise.lora import save_student, versions
-from scalewise.pictures import middle_frame, sheet, to_bytes
+from scalewise.locks import locked
+from scalewise.lora import load_student, save_student, versions
+from scalewise.origin import TUNABLE, Origin, check_resume
+from scalewise.pictures import middle_frame, read_picture, sheet, to_bytes
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.rng import derive
 from scalewise.sampling import student_steps
@@ -32,6 +34,11 @@ class RunFolder:
             raise RecipeError(
                 f"{path} holds a run already; continue it with --resume, or give another --out."
             )
+
+    def is_finished(self, step: int) -> bool:
+        """Tell whether the student of so many iterations is written."""
+        file = self.path / "student.safetensors"
+        return file.exists() and load_student(file).recipe["train"]["iterations"] == step
 
     def describe(self) -> None:
         """Write recipe and versions: once everything is built, and a resumed checkpoint has fitted."""
@@ -85,6 +92,11 @@ class Log:
             if key != "iteration":
                 self._board.add_scalar(key, value, int(row["iteration"]))
 
+    def preview(self, path: Path | None, iteration: int) -> None:
+        """Show a sheet of samples in TensorBoard too."""
+        if path is not None:
+            self._board.add_image("samples", read_picture(path), iteration, dataformats="HWC")
+
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
@@ -94,19 +106,46 @@ class Log:
 def distill(
     recipe: Recipe, out: Path, progress: build.Progress, *, resume: bool = False
 ) -> Iterator[Numbers]:
-    """Train a recipe's student into a folder; yields the log's rows, after one that says where it starts."""
-    recipe = settled(recipe, out)
-    folder = RunFolder(out, recipe, resume=resume)
+    """Train a recipe's student into a folder; yields the log's rows, after one that says where it starts.
+
+    The folder is held meanwhile. Resuming a run that is finished changes nothing, whatever is asked for.
+
+    Raises FolderInUse, RecipeError for a folder that holds a run already, and CheckpointError for one that
+    was begun with another recipe, dataset or base.
+    """
+    with locked(out):
+        recipe = settled(recipe, out)
+        folder = RunFolder(out, recipe, resume=resume)
+        found = checkpoint.latest(out / "checkpoints") if resume else None
+        if found and (step := step_of(found)) >= recipe.train.iterations:
+            meta = checkpoint.read_meta(found)
+            check_resume(found, meta, recipe, None)
+            if folder.is_finished(step):
+                warnings.warn(
+                    f"{out} is finished, {step} iterations are trained, and nothing was changed; set "
+                    f"train.iterations above {step} to train on.",
+                    stacklevel=2,
+                )
+                yield {"iteration": step}
+                return
+            folder.recipe = recipe = as_trained(recipe, origin.recipe_of(found, meta), step)
+        yield from train(folder, found, progress, resume=resume)
+
+
+def train(
+    folder: RunFolder, found: Path | None, progress: build.Progress, *, resume: bool
+) -> Iterator[Numbers]:
+    """Train in a folder that is held, from the checkpoint `found` on or from the beginning."""
+    recipe, out = folder.recipe, folder.path
     data = build.prepare_data(recipe, progress, extra_prompts=recipe.train.sample_prompts)
     trainer = build.build_trainer(recipe, data, out)
-    if resume:
-        found = checkpoint.latest(trainer.checkpoints)
-        if found:
-            trainer.resume(found)
-        else:
-            warnings.warn(
-                f"{out} has no checkpoint to resume from; training starts at iteration 0.", stacklevel=2
-            )
+    trainer.origin = Origin.of(recipe, data.sets)
+    if found:
+        trainer.resume(found)
+    elif resume:
+        warnings.warn(
+            f"{out} has no checkpoint to resume from; training starts at iteration 0.", stacklevel=2
+        )
     main = parallel.is_main()
     if main:
         folder.describe()
@@ -117,13 +156,25 @@ def distill(
         for row in trainer.fit(log.write) if log else trainer.fit():
             yield row
             every = recipe.train.sample_every
-            if main and every and int(row["iteration"]) % every == 0:
-                draw_samples(trainer, data)
+            if log and every and int(row["iteration"]) % every == 0:
+                log.preview(draw_samples(trainer, data), trainer.iteration)
+        if log:
+            finish(trainer, data, log)
     finally:
         if log:
             log.close()
-    if main:
-        finish(trainer, data)
+
+
+def step_of(found: Path) -> int:
+    """Iterations that were trained before a checkpoint."""
+    return int(found.name.rpartition("-")[2])
+
+
+def as_trained(recipe: Recipe, there: Recipe, step: int) -> Recipe:
+    """The recipe of a student that is trained but was not written: what is asked for now changed nothing."""
+    keys = {name: name.partition(".")[2] for name in TUNABLE}
+    rates = {name: getattr(there.optimizer, key) for name, key in keys.items()}
+    return recipe.with_values(rates | {"train.iterations": step})
 
 
 def settled(recipe: Recipe, out: Path) -> Recipe:
@@ -132,22 +183,22 @@ def settled(recipe: Recipe, out: Path) -> Recipe:
         return recipe
     begun = out / "recipe.yaml"
     wanted: Precision = Recipe.from_yaml(begun).train.precision if begun.exists() else "auto"
-    return recipe.override([f"train.precision={settle(wanted, build.device())}"])
+    return recipe.with_values({"train.precision": settle(wanted, build.device())})
 
 
-def finish(trainer: Trainer, data: build.Data) -> None:
+def finish(trainer: Trainer, data: build.Data, log: Log) -> None:
     """Write the student and the last grid of samples."""
     recipe = trainer.recipe
     save_student(
         trainer.folder / "student.safetensors", trainer.student_weights(), recipe,
         denoiser=trainer.backbone.model.denoiser_name,
     )  # fmt: skip
-    draw_samples(trainer, data)
+    log.preview(draw_samples(trainer, data), trainer.iteration)
 
 
 @torch.no_grad()
 def draw_samples(trainer: Trainer, data: build.Data) -> Path | None:
-    """Draw the recipe's fixed prompts with fixed seeds, one row per prompt: x0 of every step, decoded."""
+    """Draw the recipe's fixed prompts with fixed seeds, one labelled row per prompt: x0 of every step."""
     recipe = trainer.recipe
     prompts = list(recipe.train.sample_prompts)
     if not prompts:
@@ -159,12 +210,14 @@ def draw_samples(trainer: Trainer, data: build.Data) -> Path | None:
     decoder = build.load(recipe, ["vae"])
     with using_average(trainer):
         steps = [
-            to_bytes(middle_frame(decoder.decode(x0)))
+            # One at a time: decoding takes more memory than anything else here.
+            [to_bytes(middle_frame(decoder.decode(x0[i : i + 1])))[0] for i in range(len(prompts))]
             for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)
         ]
     pictures = [step[i] for i in range(len(prompts)) for step in steps]
     path = trainer.folder / "samples" / f"iteration-{trainer.iteration:06d}.png"
-    sheet(pictures, columns=len(steps)).save(path)
+    titles = [f"t {step.t:.0f}, {step.scale}" for step in schedule]
+    sheet(pictures, columns=len(steps), titles=titles, captions=prompts).save(path)
     return path
 
 

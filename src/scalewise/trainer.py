@@ -6,11 +6,9 @@ the head, both optimizers, the average, and one counter.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +24,9 @@ from scalewise.batches import Batches
 from scalewise.distill_step import DistillStep, LossError, Numbers
 from scalewise.errors import TrainingInterrupted, TrainingStopped
 from scalewise.heads import DiscriminatorHead
+from scalewise.origin import Origin, check_resume
 from scalewise.recipe import OptimizerRecipe, Recipe
+from scalewise.signals import STOPPING, catching
 
 
 def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
@@ -56,6 +56,8 @@ class Side:
 
     def __init__(self, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, lr: float) -> None:
         self.parameters, self.lr, self.clip, self.warmup = list(parameters), lr, recipe.clip, recipe.warmup
+        self.rate = lr
+        """Of the last update: the warm-up rises to `lr`."""
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
@@ -66,8 +68,9 @@ class Side:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         if not math.isfinite(norm):
             raise LossError("gradient norm", norm)
+        self.rate = self.lr * min(1.0, (iteration + 1) / max(1, self.warmup))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (iteration + 1) / max(1, self.warmup))
+            group["lr"] = self.rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -97,6 +100,8 @@ class Trainer:
     batches: Batches
     folder: Path
     iteration: int = 0
+    origin: Origin | None = None
+    """What it trains on, kept in every checkpoint."""
     _stop: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -122,7 +127,7 @@ class Trainer:
         return (self.recipe.loss.fake.updates if self.fake else 0) + 1
 
     def fit(self, log: Callable[[Numbers], None] = lambda row: None) -> Iterator[Numbers]:
-        """Train to the recipe's number of iterations, saving at the interval, on SIGTERM and at the end.
+        """Train to the recipe's number of iterations, saving at the interval, on a signal and at the end.
 
         Each row is logged, then the checkpoint (if due) is written, and only then is the row yielded:
         whatever the caller does with it, such as drawing samples, cannot cost a checkpoint.
@@ -139,7 +144,7 @@ class Trainer:
                 row = {"iteration": self.iteration, **row, "seconds": time.perf_counter() - started}
                 log(row)
                 # A signal that comes later gets an iteration of its own.
-                stop, step = self._stop, self.iteration
+                stop, step = self._asked_to_stop(), self.iteration
                 if stop or step % train.checkpoint_every == 0 or step == train.iterations:
                     self.save()
                 yield row
@@ -157,9 +162,8 @@ class Trainer:
             assert side is not None
             numbers = self._together(compute, update)
             norm = side.update(self.iteration)
-            row |= parallel.mean_scalars(numbers) | {
-                ("student" if student else "fake") + "/gradient_norm": norm
-            }
+            role = "student" if student else "fake"
+            row |= parallel.mean_scalars(numbers) | {f"{role}/gradient_norm": norm, f"{role}/lr": side.rate}
         if self.average:
             self.average.update(self.iteration)
         return row
@@ -217,29 +221,21 @@ class Trainer:
         """Write a checkpoint (first process only) and drop the oldest ones."""
         path = self.checkpoints / f"step-{self.iteration:06d}"
         if parallel.is_main():
-            checkpoint.save(path, self.state(), meta={"recipe": self.recipe.model_dump(mode="json")})
+            meta: dict[str, Any] = {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "denoiser": self.backbone.model.denoiser_name,
+            }
+            if self.origin:
+                meta["origin"] = self.origin.to_dict()
+            checkpoint.save(path, self.state(), meta=meta)
             checkpoint.prune(self.checkpoints, self.recipe.train.keep_checkpoints)
         parallel.barrier()
         return path
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint; one of another recipe is refused (iterations and the like are free)."""
+        """Go on from a checkpoint; one of another recipe, dataset or base is refused (see `check_resume`)."""
         state, meta = checkpoint.load(path)
-        # A key that has come since then had its default.
-        there = Recipe.from_mapping(meta["recipe"], origin=f"the recipe of {path}").model_dump(mode="json")
-        difference = _difference(there, self.recipe.model_dump(mode="json"))
-        if difference:
-            raise checkpoint.CheckpointError(
-                f"The checkpoint {path} belongs to another recipe: {difference}. "
-                "Resume with the recipe.yaml in the run's folder, or start a new run in another one."
-            )
-        before, here = there["optimizer"], self.recipe.optimizer.model_dump(mode="json")
-        for name in sorted(key.removeprefix("optimizer.") for key in _TUNABLE):
-            if before[name] != here[name]:
-                warnings.warn(
-                    f"optimizer.{name} was {before[name]} up to {path.name} and is {here[name]} from now on",
-                    stacklevel=2,
-                )
+        check_resume(path, meta, self.recipe, self.origin)
         self.backbone.roles.load("student", state["student"])
         self.student.optimizer.load_state_dict(state["student_optimizer"])
         if self.fake:
@@ -258,22 +254,20 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the current iteration, with a checkpoint."""
+        """Ctrl-C, SIGTERM and SIGHUP end the run after the current iteration, with a checkpoint."""
 
         def ask(number: int, _frame: Any) -> None:
             if self._stop:  # asked a second time: at once
                 raise KeyboardInterrupt
             self._stop = signal.Signals(number).name
 
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: signals stay with their owner
-            before = {}
-        try:
+        with catching(ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+    def _asked_to_stop(self) -> str:
+        """The signal that reached any of the processes, or "": all stop after the same iteration."""
+        votes = parallel.mean_scalars({name: float(self._stop == name) for name in STOPPING})
+        return next((name for name, vote in votes.items() if vote), "")
 
     def _explain(self, error: LossError) -> str:
         """Say what broke, and from which checkpoint to go on: not from the very weights that led here."""
@@ -292,30 +286,3 @@ class Trainer:
             f"{str(error).rstrip('.')} at iteration {self.iteration + 1}; {aside}{kept}. {remedy} a lower "
             "optimizer.lr or optimizer.clip."
         )
-
-
-# What may differ between a checkpoint's recipe and the run that resumes it without changing a single bit.
-_FREE = {
-    "name",
-    "about",
-    "model.offload_text",
-    "train.iterations",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.sample_every",
-    "train.sample_prompts",
-}
-# What may be changed on the way, to get past a loss that broke.
-_TUNABLE = {"optimizer.lr", "optimizer.fake_lr", "optimizer.clip"}
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any], *, prefix: str = "") -> str:
-    """Describe the first field in which two recipes differ, or return ""."""
-    for key in one.keys() | other.keys():
-        name, a, b = f"{prefix}{key}", one.get(key), other.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            if found := _difference(a, b, prefix=f"{name}."):
-                return found
-        elif a != b and name not in _FREE | _TUNABLE:
-            return f"{name} is {json.dumps(a)} there and {json.dumps(b)} here"
-    return ""

@@ -14,6 +14,7 @@ from scalewise import console
 from scalewise.cli import making, measuring
 from scalewise.errors import TrainingStopped
 from scalewise.optional import without_bitsandbytes
+from scalewise.signals import STOPPING, Stopped, catching
 
 app = typer.Typer(
     name="scalewise",
@@ -55,34 +56,35 @@ UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let a polite kill end a command as Ctrl-C does: what is done is written first."""
+def stopping_politely() -> Iterator[list[str]]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: what is done is written first.
 
-    def stop(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
+    Gives a list that takes up the signal's name.
+    """
+    came: list[str] = []
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: signals stay with their owner
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def stop(number: int, _frame: Any) -> None:
+        came.append(signal.Signals(number).name)
+        raise Stopped(came[0])
+
+    with catching(stop, [name for name in STOPPING if name != "SIGINT"]):
+        yield came
+
+
+def _stopped(came: list[str]) -> int:
+    return console.explain(Stopped(came[0] if came else "SIGINT"))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
+    came: list[str] = []
     try:
-        with sigterm_as_ctrl_c(), without_bitsandbytes():
+        with stopping_politely() as came, without_bitsandbytes():
             code: Any = app(arguments, standalone_mode=False)
-        # Typer makes of Ctrl-C this code or, in older versions, an exception.
-        sys.exit(
-            console.explain(KeyboardInterrupt()) if code == 130 else code if isinstance(code, int) else 0
-        )
+        # Typer makes of Ctrl-C (and of every other signal) this code or, in older versions, an exception.
+        sys.exit(_stopped(came) if code == 130 else code if isinstance(code, int) else 0)
     except typer.Abort:
-        sys.exit(console.explain(KeyboardInterrupt()))
+        sys.exit(_stopped(came))
     except UsageProblem as error:
         error.show()
         sys.exit(error.exit_code)

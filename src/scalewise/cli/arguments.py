@@ -35,11 +35,12 @@ def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str],
     sampler stands behind the "=": labels of samplers have the same form, as in "first=student:runs/a".
     """
     from scalewise.contenders import is_contender
-    from scalewise.recipe import field_names
+    from scalewise.overrides import field_names
+    from scalewise.recipe import Recipe
 
     if old:
         warnings.warn("--set is deprecated; write key=value by itself, as for `distill`.", stacklevel=2)
-    known = {name for name in field_names() if "." in name}
+    known = {name for name in field_names(Recipe) if "." in name}
     overrides = []
     for word in words:
         key, sign, value = word.partition("=")

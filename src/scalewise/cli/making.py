@@ -91,9 +91,6 @@ def distill(
         return
     folder = out or run_folder(chosen)
     run_distill(chosen, folder, resume=resume)
-    console.out.print(
-        f"The student is {folder / 'student.safetensors'}; the log and sample grids lie beside it."
-    )
 
 
 def sample(
@@ -106,7 +103,9 @@ def sample(
     ],
     student: Annotated[
         str | None,
-        typer.Option(help="'mini' (also the default), a student.safetensors, or the folder of a run."),
+        typer.Option(
+            help="'mini' (also the default), a student.safetensors, the folder of a run or of its checkpoint."
+        ),
     ] = None,
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Draw with the student's teacher, at its full steps.")

@@ -23,7 +23,8 @@ def recipes(
 
     Example: `scalewise recipes mini > mine.yaml`, edit it (its name too), then `scalewise distill mine.yaml`.
     """
-    from scalewise.recipe import explain_fields
+    from scalewise.overrides import explain_fields
+    from scalewise.recipe import Recipe
     from scalewise.recipes import RECIPES, find_recipe
 
     if keys:
@@ -31,7 +32,7 @@ def recipes(
         table.add_column("key", no_wrap=True)
         table.add_column("default", overflow="fold")
         table.add_column("what it is")
-        for row in explain_fields():
+        for row in explain_fields(Recipe):
             table.add_row(*map(escape, row))
         console.out.print(table)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -170,7 +171,18 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
     console.speak(parallel.is_main())
     console.err.print(f"{recipe.name}: {recipe.about}; {recipe.train.iterations} iterations")
     follow(distill(recipe, out, console.progress, resume=resume), recipe.train.iterations)
+    report_run(recipe, out)
     parallel.shutdown()
+
+
+def report_run(recipe: Recipe, out: Path) -> None:
+    """Print what a finished run's folder holds, and the command that draws with its student."""
+    sheets = sorted((out / "samples").glob("*.png"))
+    shown = f", previews: {sheets[-1]}" if sheets else ""
+    prompt = next(iter(recipe.train.sample_prompts), "a cat")
+    say = partial(console.out.print, markup=False, soft_wrap=True, highlight=False)
+    say(f"The student is {out / 'student.safetensors'}; losses: {out / 'log.jsonl'}{shown}")
+    say(f"Next: {shlex.join(['scalewise', 'sample', prompt, '--student', str(out)])}")
 
 
 def follow(rows: Iterator[Numbers], total: int) -> None:
@@ -179,7 +191,12 @@ def follow(rows: Iterator[Numbers], total: int) -> None:
     with console.progress("distilling", total) as done:
         done(first)
         for row in rows:
-            done(int(row["iteration"]))
+            done(int(row["iteration"]), losses_of(row))
+
+
+def losses_of(row: Numbers) -> str:
+    """The losses of an iteration, for the eye: "mmd 0.0123, dmd 0.45"."""
+    return ", ".join(f"{name} {row[name]:.3g}" for name in ("mmd", "dmd", "gan") if name in row)
 
 
 def print_dry_run(recipe: Recipe) -> None:
@@ -226,15 +243,16 @@ def run_generate(
         for number in drawing:
             done(number)
     if parallel.is_main():
-        _report_set(out, count=count)
+        _report_set(out, name=recipe.name, count=count)
     parallel.shutdown()
 
 
-def _report_set(out: Path, *, count: int) -> None:
+def _report_set(out: Path, *, name: str, count: int) -> None:
     """Print what a finished set holds, and that it is more than was asked for if it is."""
     header = SetHeader.read(out)
     say = partial(console.out.print, markup=False, soft_wrap=True)
     say(f"{header.rows} samples at {len(header.scales)} scales in {out}")
+    say(f"Next: {shlex.join(['scalewise', 'distill', name, f'data.path={out}'])}")
     if header.rows > count:
         say(
             f"That is more than --count {count}: they were there before, none was drawn or removed, and "

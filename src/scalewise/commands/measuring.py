@@ -59,7 +59,9 @@ def run_evaluate(
         out=out,
     )
     if parallel.is_main():
-        console.out.print(outcome.markdown, highlight=False, soft_wrap=True, markup=False)
+        say = partial(console.out.print, highlight=False, soft_wrap=True, markup=False)
+        say(outcome.markdown)
+        say(f"The images are in {out / 'pictures'}, the metrics in {out / 'figures.json'} and .md beside it.")
     parallel.shutdown()
 
 

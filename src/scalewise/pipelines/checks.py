@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalewise.recipe import nearest
+from scalewise.overrides import nearest
 
 
 def check_integers(**given: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from scalewise.recipe import Recipe, RecipeError, nearest
+from scalewise.overrides import nearest
+from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import mini
 from scalewise.recipes.published import PUBLISHED
 

@@ -17,6 +17,14 @@ from scalewise.scales import shifted_sigmas
 
 Build = Callable[[], Recipe]
 
+PREVIEWED = (
+    "a red fox sitting in fresh snow, photograph",
+    "a glass of orange juice on a wooden table by a window",
+    "an old lighthouse on a cliff in a storm, oil painting",
+    "a shop window with a neon sign that says OPEN",
+)
+"""What previews show of every real model: a photograph, materials, a style, lettering."""
+
 
 def entries(*numbers: int) -> tuple[float, ...]:
     """Timesteps of the 28-step schedule with shift 3: 0 4 7 12 14 18 are 1000 945 896 790 737 602."""
@@ -42,6 +50,8 @@ def _recipe(
             "iterations": 3000,
             "batch": 3,
             "gradient_checkpointing": True,
+            "sample_every": 250,
+            "sample_prompts": PREVIEWED,
             "step_choice": "round-robin" if released else "sampled",
         },
     }
@@ -58,7 +68,7 @@ def _medium(
         block=11, released=released, teacher={"steps": 40}, train={"batch": 8},
     )  # fmt: skip
     # The released script asks the real score for more guidance than the paper.
-    return recipe.override(["loss.dmd.guidance=7.0"]) if released else recipe
+    return recipe.with_values({"loss.dmd.guidance": 7.0}) if released else recipe
 
 
 def _large(name: str, about: str, *, released: bool = False) -> Recipe:

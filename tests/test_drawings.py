@@ -1,0 +1,96 @@
+"""A comparison that is stopped goes on behind the last batch of images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scalewise.contenders import DRAWN_FOR, Prompts, draw, parse_contender
+from scalewise.drawings import Drawings, drawn_by
+from scalewise.models import SD3
+from scalewise.recipe import Recipe
+
+PROMPTS = Prompts.of(["a cat", "a red dog", "the moon", "an old house", "a ship", "a tree"])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    SD3.tiny().save(tmp_path / "base")
+    return Recipe.from_mapping({
+        "name": "tiny", "model": {"base": str(tmp_path / "base")},
+        "schedule": {"timesteps": [1000, 500], "scales": ["4", "8"]},
+        "teacher": {"steps": 2, "guidance": 3.0},
+    })  # fmt: skip
+
+
+class Sampler:
+    """Draws batches of two into a folder, and notes the numbers that it drew."""
+
+    def __init__(self, recipe: Recipe, folder: Path, prompts: Prompts = PROMPTS, *, stop: int = 99) -> None:
+        self.contender = parse_contender("undistilled", recipe)
+        self.place = Drawings(folder, prompts, drawn_by(recipe, self.contender))
+        self.prompts, self.stop, self.drawn = prompts, stop, list[int]()
+
+    def draw(self) -> np.ndarray:
+        self.place.begin()
+        return draw(SD3.tiny(), self.contender, self.prompts, batch=2, known=self.place.read, keep=self.keep)
+
+    def keep(self, numbers, images: np.ndarray) -> None:
+        self.place.write(numbers, images)
+        self.drawn += numbers
+        if len(self.drawn) >= self.stop:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_keeps_what_is_drawn_and_the_rest_is_drawn_later(recipe: Recipe, tmp_path: Path) -> None:
+    whole = Sampler(recipe, tmp_path / "whole").draw()
+    first = Sampler(recipe, tmp_path / "halves", stop=4)
+    with pytest.raises(KeyboardInterrupt):
+        first.draw()
+    assert sorted(p.name for p in (tmp_path / "halves").glob("*.png")) == [f"{i}.png" for i in range(4)]
+    second = Sampler(recipe, tmp_path / "halves")
+    assert np.array_equal(second.draw(), whole) and second.drawn == [4, 5]
+    third = Sampler(recipe, tmp_path / "halves")
+    assert np.array_equal(third.draw(), whole) and third.drawn == []
+
+
+def test_what_is_damaged_or_drawn_by_another_is_drawn_again(recipe: Recipe, tmp_path: Path) -> None:
+    whole = Sampler(recipe, tmp_path / "a").draw()
+    data = (tmp_path / "a" / "3.png").read_bytes()
+    (tmp_path / "a" / "3.png").write_bytes(data[: len(data) // 2])
+    again = Sampler(recipe, tmp_path / "a")
+    assert np.array_equal(again.draw(), whole) and again.drawn == [2, 3]
+    other = Sampler(recipe.override(["schedule.scales=['6', '8']"]), tmp_path / "a")
+    assert not np.array_equal(other.draw(), whole) and other.drawn == list(range(6))
+    told = json.loads((tmp_path / "a" / DRAWN_FOR).read_text())
+    assert told["captions"] == list(PROMPTS.captions) and told["drawn_by"] == other.place.drawn_by
+
+
+def test_more_prompts_go_on_and_other_ones_begin_again(recipe: Recipe, tmp_path: Path) -> None:
+    Sampler(recipe, tmp_path / "a", PROMPTS[:4]).draw()
+    longer = Sampler(recipe, tmp_path / "a")
+    longer.draw()
+    assert longer.drawn == [4, 5]
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "mine.png")
+    others = Sampler(recipe, tmp_path / "a", Prompts.of(["a house", "a hill"]))
+    others.draw()
+    assert others.drawn == [0, 1]
+    assert sorted(p.name for p in (tmp_path / "a").glob("*.png")) == ["0.png", "1.png", "mine.png"]
+
+
+def test_what_draws_an_image_is_known_by_content(recipe: Recipe, tmp_path: Path) -> None:
+    contender = parse_contender("teacher", recipe)
+    own = drawn_by(recipe, contender)
+    SD3.tiny().save(tmp_path / "moved")
+    assert drawn_by(recipe.with_values({"model.base": str(tmp_path / "moved")}), contender) == own
+    other = SD3.tiny()
+    other.denoiser.proj_out.weight.data += 1
+    other.save(tmp_path / "moved")
+    assert drawn_by(recipe.with_values({"model.base": str(tmp_path / "moved")}), contender) != own
+    assert drawn_by(recipe, replace(contender, guidance=2.0)) != own
+    assert drawn_by(recipe.with_values({"train.precision": "bf16"}), contender) != own
