@@ -18,6 +18,7 @@ from scalewise.recipe import Recipe
 FREE = {
     "name",
     "about",
+    "model.offload",
     "model.offload_text",
     "train.iterations",
     "train.checkpoint_every",

@@ -159,7 +159,7 @@ def train(
             if log and every and int(row["iteration"]) % every == 0:
                 log.preview(draw_samples(trainer, data), trainer.iteration)
         if log:
-            finish(trainer, data, log)
+            log.preview(finish(trainer, data), trainer.iteration)
     finally:
         if log:
             log.close()
@@ -186,14 +186,14 @@ def settled(recipe: Recipe, out: Path) -> Recipe:
     return recipe.with_values({"train.precision": settle(wanted, build.device())})
 
 
-def finish(trainer: Trainer, data: build.Data, log: Log) -> None:
-    """Write the student and the last grid of samples."""
+def finish(trainer: Trainer, data: build.Data) -> Path | None:
+    """Write the student and the last grid of samples; returns the grid's file, if samples are drawn."""
     recipe = trainer.recipe
     save_student(
         trainer.folder / "student.safetensors", trainer.student_weights(), recipe,
         denoiser=trainer.backbone.model.denoiser_name,
     )  # fmt: skip
-    log.preview(draw_samples(trainer, data), trainer.iteration)
+    return draw_samples(trainer, data)
 
 
 @torch.no_grad()
