@@ -267,7 +267,7 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
 def test_an_overlong_prompt_is_drawn_with_a_warning(run, recipe_file: str, tmp_path: Path) -> None:
     assert run("distill", recipe_file, "train.iterations=1", "--out", tmp_path / "run")[0] == 0
     code, text = run("sample", "a dog " * 40, "--student", tmp_path / "run", "--out", tmp_path / "pictures")
-    assert code == 0 and "Warning:" in text and "is ignored: CLIP reads 24 of its" in text
+    assert code == 0 and "Warning:" in text and "is longer than CLIP reads (24 tokens)" in text
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
 
 

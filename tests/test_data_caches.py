@@ -8,6 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class Slow:
         time.sleep(0.05)
         with self.ledger.open("a") as file:
             file.write(f"{os.getpid()}\n" * count)
+
+    warned_once = staticmethod(nullcontext)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self._enter(len(prompts))

@@ -100,6 +100,16 @@ def silent(_contender: Contender) -> AbstractContextManager[Callable[[int], None
     return nullcontext(lambda _done: None)
 
 
+def warned_once(
+    model: ModelAdapter | None, contender: Contender, captions: Sequence[str]
+) -> AbstractContextManager[None]:
+    """Warn in one sentence of all captions that are cut for who draws; drawing within it warns no more."""
+    if model is None or contender.kind == "folder":
+        return nullcontext()
+    stock = model.stock_sequence() if contender.kind == "teacher" else None
+    return model.warned_once(captions, tokens=contender.text_length or stock)
+
+
 def evaluate(
     model: ModelAdapter | None, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *,
     batch: int = 16,
@@ -120,7 +130,7 @@ def evaluate(
     first, mine = None, parallel.split(len(prompts))
     own = prompts.chosen(mine)
     for contender in contenders:
-        with drawing(contender) as done:
+        with drawing(contender) as done, warned_once(model, contender, prompts.captions):
             place, there = drawings(contender), dict[str, Any]()
             if place:
                 place.begin()

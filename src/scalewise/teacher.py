@@ -83,22 +83,24 @@ def generate(
     todo = writer.missing(count)
     yield count - len(todo)
     saved = time.monotonic()
+    tokens = recipe.teacher.max_sequence_length or model.stock_sequence()
     try:
-        for start in range(0, len(todo), batch * parallel.world()):
-            indices = todo[start : start + batch * parallel.world()]
-            captions = [prompts[i % len(prompts)] for i in indices]
-            seeds = [sample_seed(seed, i) for i in indices]
-            mine = parallel.split(len(indices))
-            drawn = {s: torch.empty(s.shape(0, model.channels, video=model.video)) for s in scales}
-            if mine:  # the last ones may be fewer than the processes
-                drawn = draw([captions[i] for i in mine], [seeds[i] for i in mine])
-            latents = parallel.gather_rows({str(s): rows.float() for s, rows in drawn.items()})
-            if latents is not None:
-                writer.add(indices, captions, seeds, {s: latents[str(s)] for s in scales})
-                if time.monotonic() - saved > SAFE_SECONDS:
-                    writer.flush()
-                    saved = time.monotonic()
-            yield count - len(todo) + start + len(indices)
+        with model.warned_once([prompts[i % len(prompts)] for i in todo], tokens=tokens):
+            for start in range(0, len(todo), batch * parallel.world()):
+                indices = todo[start : start + batch * parallel.world()]
+                captions = [prompts[i % len(prompts)] for i in indices]
+                seeds = [sample_seed(seed, i) for i in indices]
+                mine = parallel.split(len(indices))
+                drawn = {s: torch.empty(s.shape(0, model.channels, video=model.video)) for s in scales}
+                if mine:  # the last ones may be fewer than the processes
+                    drawn = draw([captions[i] for i in mine], [seeds[i] for i in mine])
+                latents = parallel.gather_rows({str(s): rows.float() for s, rows in drawn.items()})
+                if latents is not None:
+                    writer.add(indices, captions, seeds, {s: latents[str(s)] for s in scales})
+                    if time.monotonic() - saved > SAFE_SECONDS:
+                        writer.flush()
+                        saved = time.monotonic()
+                yield count - len(todo) + start + len(indices)
     except (KeyboardInterrupt, GeneratorExit, RuntimeError, DataError):
         # Stopped here or in the caller's loop, out of memory, or NaN was drawn: what is good is kept, also
         # in a shard that is not full. (Processes but the first have nothing to write.)

@@ -20,6 +20,7 @@ from scalewise.commands.inputs import check_out, check_set_folder, folder_for, r
 from scalewise.contenders import Contender, encode, enter, parse_contender
 from scalewise.data.header import SetHeader
 from scalewise.distill_step import Numbers
+from scalewise.evaluate import warned_once
 from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS, ModelError
 from scalewise.models.skeleton import skeleton
@@ -63,6 +64,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     uncond = encode(model, contender, [contender.negative_prompt])
     total = contender.steps * -(-len(texts) // asked.batch)
     with (
+        warned_once(model, contender, texts),
         # What the student was trained in may be slow here, and another precision draws nearly the same.
         enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
         console.progress("drawing", total) as done,

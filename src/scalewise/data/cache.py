@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,13 +241,15 @@ class PromptCache:
         Raises DataError for embeddings with NaN or infinity.
         """
         folder = Path(path)
-        with alone(folder):
+        with alone(folder), ExitStack() as held:
             shards = _usable(folder, fingerprint)
             todo = cls(folder, shards).missing(captions)
             if not shards:
                 _clear(folder)
             drop_leftovers(folder)
             model = load() if todo else None
+            if model:
+                held.enter_context(model.warned_once(todo))
             waiting: list[Condition] = []
             first = 0
             for start in range(0, len(todo), batch):

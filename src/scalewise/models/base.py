@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -117,6 +118,15 @@ class ModelAdapter(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Embed prompts; warns about those longer than a text encoder reads."""
+
+    @abstractmethod
+    def warned_once(
+        self, prompts: Sequence[str], *, tokens: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Warn in one sentence of all `prompts` that a text encoder cuts; encoding within it warns no more.
+
+        `tokens`: T5 tokens that count, where they are not those of `encode_prompts`.
+        """
 
     @abstractmethod
     def longest_sequence(self) -> int:

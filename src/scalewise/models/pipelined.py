@@ -7,7 +7,7 @@ import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scalewise.errors import first_line
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
+from scalewise.models.long_prompts import overlong, warned_once
 from scalewise.models.shift import shifted
 from scalewise.scales import Scale
 
@@ -46,6 +47,7 @@ class PipelineAdapter(ModelAdapter):
         self.pipeline, self.base, self.config = pipeline, base, config
         self._resting: list[nn.Module] = []
         self.runs_on: torch.device | None = None  # set where offloaded weights lie elsewhere than they run
+        self.warned = False  # of the prompts that are being encoded
         self.vae_config, self.vae_factor = vae_config, spatial_factor(vae_config)
         self.describe(config)
         self.max_sequence_length = max_sequence_length or self.longest_sequence()
@@ -190,18 +192,14 @@ class PipelineAdapter(ModelAdapter):
                 setattr(self.pipeline, name, None)
 
     def warn_of_overflow(self, prompts: Sequence[str]) -> None:
-        """Warn of prompts whose end a text encoder will not read."""
-        for prompt in prompts:
-            cut = []
-            for tokenizer, limit, name in self.tokenizers():
-                length = len(tokenizer(prompt, verbose=False).input_ids)
-                if length > limit:
-                    cut.append(f"{name} reads {limit} of its {length} tokens")
-            if cut:
-                warnings.warn(
-                    f"The end of the prompt {prompt[:60]!r} is ignored: {', '.join(cut)}. Shorten it.",
-                    stacklevel=4,
-                )
+        """Warn, once for all, of prompts whose end a text encoder will not read; not within `warned_once`."""
+        if not self.warned and (told := overlong(prompts, self.tokenizers())):
+            warnings.warn(told, stacklevel=4)
+
+    def warned_once(
+        self, prompts: Sequence[str], *, tokens: int | None = None
+    ) -> AbstractContextManager[None]:
+        return warned_once(self, prompts, tokens)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
