@@ -1,0 +1,33 @@
+"""Half a minute of training on the embedded teacher moves a student towards real images."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from scalewise import mini, runs
+from scalewise.contenders import Prompts, draw, parse_contender
+from scalewise.evaluate import judge_result
+from scalewise.judging import judge_of
+from scalewise.models import load_model
+from scalewise.recipes import find_recipe
+
+
+def test_thirty_two_iterations_of_mmd_bring_the_spectrum_of_images_near_that_of_real_ones(
+    tmp_path: Path,
+) -> None:
+    recipe = find_recipe("mini-mmd").override(
+        {"train.iterations": 32, "train.batch": 4, "train.ema": None, "train.precision": "float32",
+         "train.checkpoint_every": 1000, "train.sample_prompts": [], "optimizer.lr": 1e-3}
+    )  # fmt: skip
+    list(runs.distill(recipe, tmp_path, lambda *_: nullcontext(lambda _: None)))
+    model, judge, prompts = load_model(mini.TEACHER), judge_of(recipe), Prompts.of(mini.captions("test")[::9])
+    found = {}
+    for name in ("undistilled", f"student=student:{tmp_path}"):
+        contender = parse_contender(name, recipe)
+        images = draw(model, contender, prompts)
+        values = judge_result(contender, judge.see(images, prompts)).row.values
+        found[contender.name] = {key: values[key].value for key in ("spectrum", "frechet")}
+    # Measured: 13.0 dB falls to 1.9, and the Frechet distance of 0.185 to 0.121.
+    assert found["student"]["spectrum"] < 0.3 * found["undistilled"]["spectrum"], found
+    assert found["student"]["frechet"] < 0.85 * found["undistilled"]["frechet"], found
