@@ -149,6 +149,7 @@ def test_from_a_set_to_a_student_to_a_drawing_on_the_command_line(family, run, t
         "schedule.timesteps=[1000.0, 600.0]", "lora.rank=4", "loss.feature_block=0", "loss.fake.updates=2",
         "teacher.steps=2", "train.iterations=2", "train.batch=2", "train.sample_every=2",
         "train.gradient_checkpointing=true", "train.sample_prompts=['a dog']",
+        f"model.family={family.family}",
     ])  # fmt: skip
     Path("own.yaml").write_text(recipe.to_yaml())
     Path("prompts.txt").write_text("a dog\na cat\n")
@@ -170,6 +171,7 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
     Wan.tiny().save(tmp_path)
     recipe = find_recipe("mini").override([
         f"model.base={tmp_path}", "schedule.scales=['2x4x4', '3x8x8']", "schedule.timesteps=[1000.0, 600.0]",
+        "model.family=wan",
         "train.precision=float32",  # as the videos below are drawn; "auto" is bfloat16 where that is native
     ])  # fmt: skip
     texts = ["a dog", "a cat", "a house", "the moon"]
@@ -214,7 +216,7 @@ def test_a_folder_of_pictures_is_refused_for_a_video_model(tmp_path):
     Wan.tiny().save(tmp_path / "base")
     recipe = find_recipe("mini").override([
         f"model.base={tmp_path / 'base'}", "schedule.scales=['2x4x4', '3x8x8']",
-        "schedule.timesteps=[1000.0, 600.0]",
+        "schedule.timesteps=[1000.0, 600.0]", "model.family=wan",
     ])  # fmt: skip
     with pytest.raises(RecipeError, match=r"is a folder of pictures, but .* makes videos"):
         build._encode_images(recipe, tmp_path, console.progress)

@@ -87,7 +87,7 @@ def plan(folder):
     scales = [str(scale) for scale in sizes(family)]
     return make_plan(find_recipe("mini").override([
         f"model.base={path}", "schedule.timesteps=[1000, 600]", f"schedule.scales={scales}",
-        "lora.rank=4", "loss.feature_block=0", "model.max_sequence_length=null",
+        "lora.rank=4", "loss.feature_block=0", "model.max_sequence_length=null", "model.family=null",
     ]))  # fmt: skip
 
 
@@ -210,7 +210,11 @@ def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_u
     with pytest.raises(ValueError, match="33x33 is not divisible by the patch size 2"):
         make_plan(find_recipe("sd35-medium-2").override(["schedule.scales=['33', '128']"]))
     with pytest.raises(ModelError, match="of another family: this is a model for videos"):
-        make_plan(find_recipe("flux-dev").override(["model.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]))
+        make_plan(
+            find_recipe("flux-dev").override(
+                ["model.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "model.family=null"]
+            )
+        )
     for name, steps, speed in (("sd35-medium", 6, 4.8 / 0.19), ("wan21-1.3b", 4, 137 / 1.84)):
         recipe = find_recipe(name)
         plan = blank_plan(recipe, steps)
@@ -247,6 +251,7 @@ def test_a_recipe_without_mmd_has_a_plan(folder):
     recipe = find_recipe("mini").override([
         f"model.base={path}", "schedule.timesteps=[1000]", f"schedule.scales=['{sizes(family)[-1]}']",
         "lora.rank=4", "loss.feature_block=0", "model.max_sequence_length=null", "loss.mmd.weight=0",
+        "model.family=null",
     ])  # fmt: skip
     plan = make_plan(recipe)
     assert plan.iteration_mmd < plan.iteration

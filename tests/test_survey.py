@@ -157,6 +157,7 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
     changes = [
         f"model.base={tmp_path / 'model'}", "schedule.timesteps=[1000,500]", f"schedule.scales={scales}",
         f"data.path={tmp_path / 'set'}", "teacher.steps=2", "loss.feature_block=0",
+        f"model.family={family.family}",
     ]  # fmt: skip
     recipe = find_recipe("mini-mmd").override(changes)
     from scalewise import build

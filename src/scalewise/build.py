@@ -55,6 +55,8 @@ def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> Pi
         parts=wanted,
         max_sequence_length=recipe.model.max_sequence_length,
         vae=recipe.model.vae,
+        variant=recipe.model.variant,
+        family=recipe.model.family,
     )
     if recipe.model.embedded_guidance is not None:
         model.embedded_guidance = recipe.model.embedded_guidance
@@ -86,10 +88,14 @@ def fingerprint(recipe: Recipe) -> str:
     lie, family, type and sequence length; "" for a base of the hub that is not downloaded.
     """
     base = mini.resolve(recipe.model.base, mini.TEACHER)
-    files = part_fingerprint(base, "text_encoder", "tokenizer")
+    files = part_fingerprint(base, "text_encoder", "tokenizer", variant=recipe.model.variant)
     if not files:
         return ""
-    parts = [files, family_of(base).family, recipe.model.dtype, str(recipe.model.max_sequence_length)]
+    family = family_of(base, recipe.model.family)
+    parts = [files, family.family, recipe.model.dtype, str(recipe.model.max_sequence_length)]
+    if family.optional_texts:
+        there = family.components(base)
+        parts += [f"no {name}" for name in family.optional_texts if name not in there]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

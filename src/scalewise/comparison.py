@@ -105,7 +105,8 @@ def compare(
             f"{len(prompts)} pictures are fewer than the {parallel.world()} processes; start fewer, or draw "
             "more."
         )
-    check_asked(asked, texts, video=family_of(mini.resolve(recipe.model.base, mini.TEACHER)).video)
+    family = family_of(mini.resolve(recipe.model.base, mini.TEACHER), recipe.model.family)
+    check_asked(asked, texts, video=family.video)
     judge = judge_of(recipe, asked, pool=texts, progress=progress)
     judge.warn_of_few(len(prompts))
     draws = any(contender.kind != "folder" for contender in parsed)

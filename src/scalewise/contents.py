@@ -61,9 +61,11 @@ def base_contents(base: str | Path, *, variant: str | None = None) -> dict[str, 
     return found
 
 
-def model_contents(base: str | Path, vae: str | Path | None = None) -> dict[str, str]:
+def model_contents(
+    base: str | Path, vae: str | Path | None = None, *, variant: str | None = None
+) -> dict[str, str]:
     """`base_contents` with the files of another autoencoder, `vae` (its folder or a base), for its own."""
-    own = base_contents(base)
+    own = base_contents(base, variant=variant)
     if vae is None:
         return own
     other = base_contents(vae)
@@ -99,16 +101,16 @@ def _read_files(folder: Path, variant: str | None) -> list[Path]:
     """Files of a component that loading reads."""
     files = [p for p in folder.iterdir() if p.suffix in READ and p.name[0] != "." and p.is_file()]
     weights = [p for p in files if p.suffix == WEIGHTS]
-    own, plain = ([p for p in weights if _variant(p) == v] for v in (variant, None))
+    own, plain = ([p for p in weights if variant_of_file(p.name) == v] for v in (variant, None))
     wanted = own or plain or weights
     # Which shards of weights there are, their own headers tell; an index may be another variant's.
     others = [p for p in files if p.suffix != WEIGHTS and not p.name.endswith(".index.json")]
     return wanted + others
 
 
-def _variant(path: Path) -> str | None:
+def variant_of_file(name: str) -> str | None:
     """The variant in a name such as model.fp16.safetensors or model.fp16-00001-of-00002.safetensors."""
-    _, dot, rest = path.name.removesuffix(WEIGHTS).partition(".")
+    _, dot, rest = name.removesuffix(WEIGHTS).partition(".")
     return rest.partition("-")[0] if dot else None
 
 

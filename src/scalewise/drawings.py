@@ -83,7 +83,8 @@ def drawn_by(recipe: Recipe, contender: Contender) -> str:
     the batch, in which an image differs by rounding at most.
     """
     model = recipe.model.model_dump(mode="json")
-    base = base_contents(mini.resolve(model.pop("base"), mini.TEACHER))
+    del model["family"]
+    base = base_contents(mini.resolve(model.pop("base"), mini.TEACHER), variant=model.pop("variant"))
     parts: list[Any] = [
         contender.kind, contender.steps, contender.guidance, str(contender.schedule),
         contender.negative_prompt, _student_fingerprint(contender.path), base or recipe.model.base, model,

@@ -18,6 +18,7 @@ from scalewise.recipe import Recipe
 FREE = {
     "name",
     "about",
+    "model.family",
     "model.offload",
     "model.offload_text",
     "train.iterations",
@@ -49,7 +50,8 @@ class Origin:
     @classmethod
     def of(cls, recipe: Recipe, sets: Sequence[LatentSet]) -> Origin:
         """Take the fingerprints of what this run, of `parallel.world()` processes, reads."""
-        base = base_contents(mini.resolve(recipe.model.base, mini.TEACHER))
+        folder = mini.resolve(recipe.model.base, mini.TEACHER)
+        base = base_contents(folder, variant=recipe.model.variant)
         return cls(parallel.world(), sets_fingerprint(sets), sets[0].header.kind, base)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def check_resume(path: Path, meta: dict[str, Any], recipe: Recipe, origin: Origi
     free = FREE | set(TUNABLE) | set(SHARED)
     stored = meta.get("origin")
     if origin is None:
-        free |= {"model.base", "model.vae", "data.path"}
+        free |= {"model.base", "model.variant", "model.vae", "data.path"}
     elif stored is not None:
         free |= _same_contents(path, Origin(**stored), origin, recipe=recipe)
     if difference := difference_of(there, here, free=free):
@@ -120,7 +122,7 @@ def _same_contents(path: Path, was: Origin, now: Origin, *, recipe: Recipe) -> s
             f"{', '.join(changed)} differ. Name that one with model.base=..., or {ELSEWHERE}."
         )
     if common:
-        same |= {"model.base"}
+        same |= {"model.base", "model.variant"}
     if was.data == now.data:
         return same | {"data.path", "model.vae"}
     if was.kind != "images" or now.kind != "images":

@@ -186,7 +186,10 @@ def scales_to_count(recipe: Recipe) -> list[Scale]:
 def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) -> Plan:
     """Count everything for a recipe; `done` is told how many of the scales are counted."""
     base, dtype = mini.resolve(recipe.model.base, mini.TEACHER), getattr(torch, recipe.model.dtype)
-    model = skeleton(base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length)
+    model = skeleton(
+        base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length,
+        variant=recipe.model.variant, family=recipe.model.family,
+    )  # fmt: skip
     schedule, block = recipe.schedule.build(), recipe.loss.feature_block
     model.check_schedule(schedule)
     model.block(block)

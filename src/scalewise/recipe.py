@@ -58,6 +58,12 @@ class ModelRecipe(Frozen):
     """The teacher to distil."""
 
     base: str = Field("mini", min_length=1, description="'mini', a folder in diffusers' layout, or a hub id")
+    family: str | None = Field(
+        None, description="sd3, flux, sdxl or wan: bases of others are refused; None = any"
+    )
+    variant: str | None = Field(
+        None, description="which weights of the base, such as fp16; None = the plain ones, or what is there"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none", description="bits of the frozen base's linear layers, also in drawing (needs bitsandbytes)"

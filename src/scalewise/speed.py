@@ -182,7 +182,7 @@ def gain(laps: bench.Laps, flops: Mapping[str, float], name: str, over: str, bat
 
 def expected_flops(recipe: Recipe, contenders: Sequence[Contender], progress: Progress) -> dict[str, float]:
     """Count the denoiser's operations for one image of each contender."""
-    model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER))
+    model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), family=recipe.model.family)
     embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
     forwards = dict[str, list[Scale]]()
     for c in contenders:

@@ -200,7 +200,10 @@ class Survey:
 def survey(recipe: Recipe, wish: Wish, *, count: int, progress: Progress) -> Survey:
     """Measure latents of the recipe's data, judge its schedule and propose another; loads no denoiser."""
     base = mini.resolve(recipe.model.base, mini.TEACHER)
-    model = skeleton(base, max_sequence_length=recipe.model.max_sequence_length)
+    model = skeleton(
+        base, max_sequence_length=recipe.model.max_sequence_length, variant=recipe.model.variant,
+        family=recipe.model.family,
+    )  # fmt: skip
     own = recipe.schedule.build()
     model.check_schedule(own)
     timesteps = chosen_timesteps(model, own, wish)

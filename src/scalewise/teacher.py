@@ -37,7 +37,8 @@ def weights_key(network: nn.Module) -> int:
 
 def contents_of(recipe: Recipe) -> dict[str, str]:
     """Fingerprints of the files of a recipe's teacher, the autoencoder it asks for included, by component."""
-    return model_contents(mini.resolve(recipe.model.base, mini.TEACHER), recipe.model.vae)
+    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    return model_contents(base, recipe.model.vae, variant=recipe.model.variant)
 
 
 def latents_of_all_scales(

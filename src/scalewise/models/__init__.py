@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from scalewise.errors import first_line
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
 from scalewise.models.flux import Flux
+from scalewise.models.folder import model_index
 from scalewise.models.pipelined import PipelineAdapter
 from scalewise.models.sd3 import SD3
 from scalewise.models.sdxl import SDXL
@@ -30,29 +30,38 @@ __all__ = [
     "Part",
     "PipelineAdapter",
     "Wan",
+    "check_family",
     "family_named",
     "family_of",
     "load_model",
 ]
 
 
-def family_of(base: str | Path) -> type[PipelineAdapter]:
-    """Find the family of a model folder or hub id by the pipeline class that its model_index.json names."""
-    index = Path(base) / "model_index.json"
-    if not index.exists():
-        if Path(base).exists() or str(base).startswith((".", "/")):
-            raise ModelError(
-                f"{base} is no model folder: it has no model_index.json. Give a folder in diffusers' layout."
-            )
-        index = _from_hub(str(base))
-    try:
-        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{index} does not describe a model ({error}); fetch the model again.") from error
-    return family_named(name, str(base))
+def family_of(base: str | Path, wanted: str | None = None) -> type[PipelineAdapter]:
+    """Find the family of a model folder or hub id by the pipeline class that its model_index.json names.
+
+    ModelError for no family of here, and for another than the one `wanted` by a recipe (`model.family`).
+    """
+    name = model_index(base).get("_class_name")
+    return check_family(family_named(name, str(base)), wanted, base)
 
 
-def family_named(pipeline_class: str, base: str) -> type[PipelineAdapter]:
+def check_family(
+    family: type[PipelineAdapter], wanted: str | None, base: str | Path
+) -> type[PipelineAdapter]:
+    """Refuse a base of another family than its recipe's."""
+    if wanted is not None and wanted not in FAMILIES:
+        raise ModelError(f"There is no family {wanted!r}; set model.family to one of {', '.join(FAMILIES)}.")
+    if wanted in (None, family.family):
+        return family
+    raise ModelError(
+        f"The recipe is for models of the family {wanted!r} (model.family), but {base} is a "
+        f"{family.pipeline_classes[0]}, of the family {family.family!r}. Give a base of {wanted!r}, or a "
+        f"recipe for {family.family!r}: `scalewise recipes` lists them."
+    )
+
+
+def family_named(pipeline_class: Any, base: str) -> type[PipelineAdapter]:
     """The family of a pipeline class."""
     for family in FAMILIES.values():
         if pipeline_class in family.pipeline_classes:
@@ -71,20 +80,10 @@ def load_model(
     parts: Sequence[Part] = ALL_PARTS,
     max_sequence_length: int | None = None,
     vae: str | Path | None = None,
+    variant: str | None = None,
+    family: str | None = None,
 ) -> PipelineAdapter:
-    """Load the parts of a model that are asked for, whatever its family."""
-    return family_of(base).load(
-        base, dtype=dtype, parts=parts, max_sequence_length=max_sequence_length, vae=vae
+    """Load the parts of a model that are asked for; one of another `family`, if given, is refused."""
+    return family_of(base, family).load(
+        base, dtype=dtype, parts=parts, max_sequence_length=max_sequence_length, vae=vae, variant=variant
     )
-
-
-def _from_hub(base: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(base, "model_index.json"))
-    except Exception as error:
-        raise ModelError(
-            f"Cannot find the model {base!r}: it is no folder here, and the hub answered: "
-            f"{first_line(error)} Give a folder in diffusers' layout, or log in if the model is gated."
-        ) from error

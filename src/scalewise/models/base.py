@@ -100,10 +100,12 @@ class ModelAdapter(ABC):
         parts: Sequence[Part] = ALL_PARTS,
         max_sequence_length: int | None = None,
         vae: str | Path | None = None,
+        variant: str | None = None,
     ) -> ModelAdapter:
         """Load the parts asked for from a folder in diffusers' layout or the hub; safetensors only.
 
-        `vae` is another autoencoder of the same latents, such as a tiny one (AutoencoderTiny).
+        `vae` is another autoencoder of the same latents, such as a tiny one (AutoencoderTiny). `variant`
+        chooses weights such as model.fp16.safetensors; None = the plain ones, or those that are there.
         """
 
     @classmethod

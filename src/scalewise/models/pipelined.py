@@ -12,14 +12,33 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
-from safetensors import SafetensorError
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import Tensor, nn
 
-from scalewise.errors import first_line
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
+from scalewise.models.folder import (
+    check_index,
+    check_variant,
+    diffusers_class,
+    model_index,
+    variant_of,
+    weight_names,
+)
+from scalewise.models.loading import (
+    autoencoder_config,
+    check_complete,
+    check_tokenizers,
+    component_config,
+    load_component,
+    loading,
+    other_autoencoder,
+    settle_lengths,
+    spatial_factor,
+    text_encoders,
+    vae_class_of,
+)
 from scalewise.models.long_prompts import overlong, warned_once
+from scalewise.models.schedulers import dynamic_shift, is_stochastic
 from scalewise.models.shift import shifted
 from scalewise.scales import Scale
 
@@ -30,6 +49,8 @@ class PipelineAdapter(ModelAdapter):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     text_names: ClassVar[tuple[str, ...]]
     reads_t5: ClassVar[bool] = True
+    optional_texts: ClassVar[tuple[str, ...]] = ()
+    """The text encoder that a base may do without, and its tokenizer."""
 
     def __init__(
         self,
@@ -100,6 +121,20 @@ class PipelineAdapter(ModelAdapter):
         return {"denoiser": (cls.denoiser_name,), "vae": ("vae",), "text": cls.text_names}
 
     @classmethod
+    def components(cls, base: str | Path) -> dict[str, tuple[str, str]]:
+        """Library and class of a base's components; ModelError if one that is needed is missing."""
+        required = (cls.denoiser_name, "vae", "scheduler", *cls.text_names)
+        found = check_index(model_index(base), base, required=required, optional=cls.optional_texts)
+        if cls.optional_texts and cls.optional_texts[0] not in found:  # a tokenizer alone is of no use
+            return {name: entry for name, entry in found.items() if name not in cls.optional_texts}
+        return check_index(model_index(base), base, required=required)
+
+    @classmethod
+    def usual_sequence(cls, components: Mapping[str, tuple[str, str]]) -> int | None:
+        """Tokens of the long text encoder in a base that has these components; None = `longest_sequence`."""
+        return None
+
+    @classmethod
     def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
         """Type of the VAE in a model of `dtype`; some VAEs overflow or lose too much in half precision."""
         return dtype
@@ -113,31 +148,36 @@ class PipelineAdapter(ModelAdapter):
         parts: Sequence[Part] = ALL_PARTS,
         max_sequence_length: int | None = None,
         vae: str | Path | None = None,
+        variant: str | None = None,
     ) -> Self:
-        names = cls.parts()
-        chosen: dict[str, Any] = {n: None for part in ALL_PARTS if part not in parts for n in names[part]}
+        names, place = cls.parts(), str(base)
         with loading(f"the model {base}"):
-            config = AutoencoderKL.load_config(str(base), subfolder=cls.denoiser_name)
-            where = {"pretrained_model_name_or_path": str(vae)} if vae else {
-                "pretrained_model_name_or_path": str(base), "subfolder": "vae"}  # fmt: skip
-            with loading(f"the autoencoder {vae}" if vae else f"the model {base}"):
-                vae_config = with_defaults(AutoencoderKL.load_config(**where))
-            kind = cls.vae_dtype(vae_config, dtype)
-            if vae:
-                check_vae(vae_config, AutoencoderKL.load_config(str(base), subfolder="vae"), str(vae))
-            if "vae" in parts and (vae or kind != dtype):
-                vae_class = vae_class_of(vae_config)
-                with loading(f"the autoencoder of {vae or base}"):
-                    chosen["vae"] = vae_class.from_pretrained(**where, torch_dtype=kind, use_safetensors=True)
+            found, files = cls.components(base), weight_names(base)
+            check_variant(files, variant, base)
+            variants = {name: variant_of(files, name, variant) for name in found}
+            left_out = [n for part in ALL_PARTS if part not in parts for n in names[part]]
+            left_out += [n for n in cls.text_names if n not in found]
+            chosen: dict[str, Any] = dict.fromkeys(left_out)
+            config = component_config(place, cls.denoiser_name, found)
+            own_vae = component_config(place, "vae", found)
+            vae_config = autoencoder_config(str(vae), own_vae) if vae else own_vae
+            if "vae" in parts:
+                kind, half = vae_class_of(vae_config), cls.vae_dtype(vae_config, dtype)
+                if vae:
+                    chosen["vae"] = other_autoencoder(str(vae), kind, dtype=half)
+                else:
+                    chosen["vae"] = load_component(place, "vae", kind, dtype=half, variant=variants["vae"])
             if "text" in parts:
-                chosen |= text_encoders(cls.pipeline_class, cls.text_names, str(base), dtype=dtype)
-            pipeline = cls.pipeline_class.from_pretrained(
-                str(base), dtype=dtype, use_safetensors=True, **chosen
-            )
-        check_complete(pipeline, str(base))
-        check_tokenizers(pipeline, cls.text_names, str(base))
-        model = cls(pipeline, config, vae_config, base=str(base), max_sequence_length=max_sequence_length)
-        return model.freeze()
+                chosen |= text_encoders(place, found, cls.text_names, dtype=dtype, variants=variants)
+            if "denoiser" in parts:
+                kind, name = diffusers_class(found, cls.denoiser_name, base), cls.denoiser_name
+                chosen[name] = load_component(place, name, kind, dtype=dtype, variant=variants[name])
+            pipeline = cls.pipeline_class.from_pretrained(place, dtype=dtype, use_safetensors=True, **chosen)
+        check_complete(pipeline, place)
+        check_tokenizers(pipeline, cls.text_names, place)
+        settle_lengths(pipeline, cls.text_names)
+        longest = max_sequence_length or cls.usual_sequence(found)
+        return cls(pipeline, config, vae_config, base=place, max_sequence_length=longest).freeze()
 
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder, safe_serialization=True)
@@ -276,120 +316,3 @@ class PipelineAdapter(ModelAdapter):
 
     def _modules(self) -> list[nn.Module]:
         return [c for c in self.pipeline.components.values() if isinstance(c, nn.Module)]
-
-
-@contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turn what goes wrong while a part is found and read into a ModelError that names it."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"Cannot load {what}: {first_line(error)}") from error
-
-
-def text_encoders(
-    pipeline_class: type[DiffusionPipeline], names: Sequence[str], base: str, *, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Load a base's text encoders; weights that its files lack are an error, not drawn at random."""
-    index, found = pipeline_class.load_config(base), {}
-    for name in names:
-        library, kind = index.get(name) or ("", "")
-        if library != "transformers" or not name.startswith("text_encoder"):
-            continue
-        found[name], report = getattr(transformers, kind).from_pretrained(
-            base, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ModelError(
-                f"The {name} of {base} lacks {len(missing)} of its weights, for example {missing[0]}. Fetch "
-                "the model again."
-            )
-    return found
-
-
-def check_complete(pipeline: Any, base: str) -> None:
-    """Refuse modules with weights that their files lack; diffusers leaves those on the meta device."""
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
-            empty = [key for key, value in component.named_parameters() if value.is_meta]
-            if empty:
-                raise ModelError(
-                    f"The {name} of {base} lacks {len(empty)} of its weights, for example {empty[0]}. Fetch "
-                    "the model again."
-                )
-
-
-def check_tokenizers(pipeline: Any, names: Sequence[str], base: str) -> None:
-    """Refuse a tokenizer whose files are missing: transformers makes one of a handful of words instead."""
-    for name in names:
-        tokenizer = getattr(pipeline, name, None)
-        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
-        if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
-            continue
-        gone = Path(base).is_dir() and not (Path(base) / name).is_dir()
-        # Some text encoders have a few more embeddings than words.
-        if gone or len(tokenizer) < encoder.config.vocab_size / 2:
-            raise ModelError(
-                f"The {name} of {base} knows {len(tokenizer)} words where its text encoder has "
-                f"{encoder.config.vocab_size}: files are missing there. Fetch the model again."
-            )
-
-
-def is_stochastic(scheduler: Any) -> bool:
-    """Whether a scheduler, whose timesteps are set, draws noise of its own: tried out on its first step."""
-    found = []
-    for seed in (0, 1):
-        probe, x_t = copy.deepcopy(scheduler), torch.ones(1, 1, 2, 2)
-        t, rng = probe.timesteps[0], torch.Generator().manual_seed(seed)
-        x_t = probe.scale_model_input(x_t, t) if hasattr(probe, "scale_model_input") else x_t
-        found.append(probe.step(torch.zeros_like(x_t), t, x_t, generator=rng, return_dict=False)[0])
-    return not torch.equal(*found)
-
-
-def check_vae(other: Mapping[str, Any], own: Mapping[str, Any], place: str) -> None:
-    """Refuse an autoencoder whose latents are not the base's own: other channels, or pictures for video."""
-    own = with_defaults(own)
-    for what in ("latent_channels", "z_dim", "scale_factor_temporal"):
-        if other.get(what) != own.get(what):
-            raise ModelError(
-                f"The VAE {place} has {what} {other.get(what)} and the base's has {own.get(what)}, so its "
-                "latents are others. Give one that was made for this base."
-            )
-
-
-def with_defaults(vae_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A VAE's configuration with its class's own defaults: files written before a setting came lack it."""
-    kind = vae_class_of(vae_config)
-    options = inspect.signature(kind.__init__).parameters
-    defaults = {name: o.default for name, o in options.items() if o.default is not o.empty}
-    return {**defaults, **vae_config}
-
-
-def spatial_factor(vae_config: Mapping[str, Any]) -> int:
-    """Pixels along each side of a latent cell."""
-    if "scale_factor_spatial" in vae_config:
-        return int(vae_config["scale_factor_spatial"])
-    levels = vae_config.get("encoder_block_out_channels") or vae_config["block_out_channels"]
-    return 2 ** (len(levels) - 1)
-
-
-def vae_class_of(vae_config: Mapping[str, Any]) -> Any:
-    """The class that a VAE's configuration names, if diffusers has it and it is an autoencoder."""
-    import diffusers
-
-    name = str(vae_config.get("_class_name", ""))
-    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
-        raise ModelError(f"{name or 'a nameless class'} is no autoencoder of diffusers; give another VAE.")
-    return getattr(diffusers, name)
-
-
-def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift mu of a flow-matching schedule that depends on the number of image tokens: a line through
-    (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
-    """
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return base + (top - base) * (tokens - low) / (high - low)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,9 @@ from scalewise.models.base import Condition
 from scalewise.models.pipelined import PipelineAdapter
 from scalewise.noise import FlowMatching
 from scalewise.scales import Scale
+
+STOCK = 256
+"""T5 tokens that diffusers' own pipeline reads by default."""
 
 
 class SD3(PipelineAdapter):
@@ -29,6 +34,7 @@ class SD3(PipelineAdapter):
         "tokenizer_2",
         "tokenizer_3",
     )
+    optional_texts = ("text_encoder_3", "tokenizer_3")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")  # as released
 
     def describe(self, config: Mapping[str, Any]) -> None:
@@ -48,20 +54,37 @@ class SD3(PipelineAdapter):
         return 512 if tokenizer is None else min(512, tokenizer.model_max_length)
 
     def stock_sequence(self) -> int:
-        return min(256, self.longest_sequence())  # the default of diffusers' pipeline
+        return min(STOCK, self.longest_sequence())
+
+    @classmethod
+    def usual_sequence(cls, components: Mapping[str, tuple[str, str]]) -> int | None:
+        # Zeros stand for the tokens of a T5 that is not there: as many as the stock pipeline has, for more
+        # would say nothing and cost time.
+        return None if "text_encoder_3" in components else STOCK
 
     def tokenizers(self) -> list[tuple[Any, int, str]]:
-        clip = self.pipeline.tokenizer
-        return [
-            (clip, clip.model_max_length, "CLIP"),
-            (self.pipeline.tokenizer_3, self.max_sequence_length, "T5"),
-        ]
+        clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_3
+        found = [(clip, clip.model_max_length, "CLIP")]
+        return found if t5 is None else [*found, (t5, self.max_sequence_length, "T5")]
+
+    @contextmanager
+    def _telling_the_width(self) -> Iterator[None]:
+        """The stock zeros are as wide as the pipeline's transformer says, which may not be loaded."""
+        if self.pipeline.transformer is not None:
+            yield
+            return
+        width = self.config["joint_attention_dim"]
+        self.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
+        try:
+            yield
+        finally:
+            self.pipeline.transformer = None
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self._need("text_encoder", "text")
         self.warn_of_overflow(prompts)
-        with self.text_at_work() as device:
+        with self.text_at_work() as device, self._telling_the_width():
             tokens, _, pooled, _ = self.pipeline.encode_prompt(
                 list(prompts),
                 None,

@@ -46,7 +46,8 @@ class SDXL(PipelineAdapter):
         levels = config["block_out_channels"]
         self.patch, self.channels, self.blocks = 2 ** (len(levels) - 1), int(config["in_channels"]), 1
         self.width = int(levels[-1])
-        self.full_scale, self.largest_scale = Scale(1, config["sample_size"], config["sample_size"]), None
+        side = int(config["sample_size"] or 128)  # as the stock pipeline has it
+        self.full_scale, self.largest_scale = Scale(1, side, side), None
 
     @classmethod
     def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:

@@ -15,9 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalewise.models import SD3, family_named
+from scalewise.models import SD3, check_family, family_named
 from scalewise.models.base import ModelError
-from scalewise.models.pipelined import PipelineAdapter, with_defaults
+from scalewise.models.folder import (
+    check_variant,
+    diffusers_class,
+    model_index,
+    refuse_quantized,
+    tokens_read,
+    variant_of,
+    weight_names,
+    with_defaults,
+)
+from scalewise.models.loading import check_vae, vae_class_of
+from scalewise.models.pipelined import PipelineAdapter
 
 FOLDER = Path(__file__).parent / "known"
 
@@ -40,46 +51,63 @@ def configuration(base: str | Path) -> dict[str, Any]:
             f"The configuration of {base} is not known here; give its folder in diffusers' layout, or one of "
             f"{names}."
         )
-    index = _read(folder / "model_index.json")
-    texts = sorted(name for name in index if name.startswith("text_encoder") and index[name][0])
-    denoiser = "unet" if "unet" in index else "transformer"
-    tokenizers = sorted(name for name in index if name.startswith("tokenizer") and index[name][0])
-    lengths = [_read(folder / name / "tokenizer_config.json")["model_max_length"] for name in tokenizers]
+    index = model_index(base)
+    family = family_named(index.get("_class_name"), str(base))
+    found, denoiser = family.components(base), family.denoiser_name
+    texts = sorted(name for name in found if name.startswith("text_encoder"))
+    configs = {name: _read(folder / name / "config.json") for name in (denoiser, "vae", *texts)}
+    for name, values in configs.items():
+        refuse_quantized(values, name, base)
+    lengths = [_tokens_read(folder, name, found[name][1], configs[name]) for name in texts]
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     return {
         "base": str(base),
         "pipeline_class": index["_class_name"],
-        "sequence": min(512, lengths[-1]),
+        "sequence": family.usual_sequence(found) or min(512, lengths[-1]),
         "clip_sequence": lengths[0],
-        "denoiser": _read(folder / denoiser / "config.json"),
-        "vae": _read(folder / "vae" / "config.json"),
-        "text": [[index[name][1], _read(folder / name / "config.json")] for name in texts],
-        "scheduler": _read(folder / "scheduler" / "scheduler_config.json"),
+        "denoiser": {"_class_name": diffusers_class(found, denoiser, base).__name__, **configs[denoiser]},
+        "vae": {"_class_name": found["vae"][1], **configs["vae"]},
+        "text": [[found[name][1], configs[name]] for name in texts],
+        "scheduler": {"_class_name": found["scheduler"][1], **scheduler},
         "pipeline": {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)},
     }
 
 
 def skeleton(
-    base: str | Path, *, dtype: torch.dtype = torch.float32, max_sequence_length: int | None = None
+    base: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_sequence_length: int | None = None,
+    variant: str | None = None,
+    family: str | None = None,
 ) -> PipelineAdapter:
-    """The adapter of a model whose denoiser has shapes and no numbers; VAE and text encoders are left out."""
+    """The adapter of a model whose denoiser has shapes and no numbers; VAE and text encoders are left out.
+
+    What loading refuses before it reads weights is refused here too.
+    """
     import diffusers
 
     config = configuration(base)
-    family: Any = family_named(config["pipeline_class"], str(base))
+    kind: Any = check_family(family_named(config["pipeline_class"], str(base)), family, base)
+    if str(base) not in known():
+        files = weight_names(base)
+        check_variant(files, variant, base)
+        for name in kind.components(base):
+            variant_of(files, name, variant)
     with torch.device("meta"):
         denoiser = build(diffusers, config["denoiser"]["_class_name"], config["denoiser"])
     cast(denoiser, dtype)
     scheduler = getattr(diffusers, config["scheduler"]["_class_name"]).from_config(config["scheduler"])
-    options = inspect.signature(family.pipeline_class.__init__).parameters
+    options = inspect.signature(kind.pipeline_class.__init__).parameters
     parts: dict[str, Any] = {
         name: None for name, option in options.items() if name != "self" and option.default is option.empty
     }
-    parts |= {"scheduler": scheduler, family.denoiser_name: denoiser, **config["pipeline"]}
-    pipeline = family.pipeline_class(**parts)
+    parts |= {"scheduler": scheduler, kind.denoiser_name: denoiser}
+    parts |= {name: value for name, value in config["pipeline"].items() if name in options}
+    pipeline = kind.pipeline_class(**parts)
     longest = max_sequence_length or config.get("sequence")
-    model: PipelineAdapter = family(
-        pipeline, denoiser.config, with_defaults(config["vae"]), base=str(base), max_sequence_length=longest
-    )
+    vae = with_defaults(config["vae"], vae_class_of(config["vae"]))
+    model: PipelineAdapter = kind(pipeline, denoiser.config, vae, base=str(base), max_sequence_length=longest)
     if isinstance(model, SD3):
         model.clip_length = config.get("clip_sequence", 77)
     return model
@@ -112,7 +140,13 @@ def autoencoder(base: str | Path, *, dtype: torch.dtype = torch.float32, vae: st
 
     config = configuration(base)
     family: Any = family_named(config["pipeline_class"], str(base))
-    own = with_defaults(_read(Path(vae) / "config.json") if vae else config["vae"])
+    own = with_defaults(config["vae"], vae_class_of(config["vae"]))
+    if vae:
+        other = _read(Path(vae) / "config.json")
+        refuse_quantized(other, "autoencoder", vae)
+        other = with_defaults(other, vae_class_of(other))
+        check_vae(other, own, vae)
+        own = other
     with torch.device("meta"):
         module = build(diffusers, own["_class_name"], own)
     cast(module, family.vae_dtype(own, dtype))
@@ -135,6 +169,15 @@ def text_encoders(base: str | Path, *, dtype: torch.dtype = torch.float32) -> li
 def count(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
+
+
+def _tokens_read(folder: Path, name: str, kind: str, config: Mapping[str, Any]) -> int:
+    """Tokens that a text encoder of transformers reads, by its tokenizer's or its own configuration."""
+    import transformers
+
+    path = folder / name.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
+    length = _read(path).get("model_max_length") if path.exists() else None
+    return tokens_read(length, getattr(transformers, kind).config_class(**config))
 
 
 def _read(path: Path) -> dict[str, Any]:

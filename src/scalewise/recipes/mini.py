@@ -29,6 +29,7 @@ def _recipe(name: str, about: str, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": name,
         "about": about,
+        "model": {"family": "sd3"},
         "schedule": {"timesteps": _TIMESTEPS, "scales": _SCALES},
         "lora": {"rank": 64},
         "loss": released_loss(_BLOCK),

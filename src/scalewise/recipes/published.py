@@ -33,13 +33,13 @@ def entries(*numbers: int) -> tuple[float, ...]:
 
 
 def _recipe(
-    name: str, about: str, *, base: str, timesteps: Sequence[float], scales: Sequence[str | int], block: int,
-    released: bool = False, **changes: dict[str, Any],
+    name: str, about: str, *, base: str, family: str, timesteps: Sequence[float],
+    scales: Sequence[str | int], block: int, released: bool = False, **changes: dict[str, Any],
 ) -> Recipe:  # fmt: skip
     values: dict[str, Any] = {
         "name": name,
         "about": about,
-        "model": {"base": base, "dtype": "bfloat16"},
+        "model": {"base": base, "family": family, "dtype": "bfloat16"},
         "teacher": {"steps": 28, "guidance": 4.5},
         "schedule": {"timesteps": timesteps, "scales": [str(scale) for scale in scales]},
         "lora": {"rank": 64},
@@ -64,8 +64,8 @@ def _medium(
     name: str, about: str, timesteps: Sequence[float], scales: Sequence[int], *, released: bool = False
 ) -> Recipe:
     recipe = _recipe(
-        name, about, base="stabilityai/stable-diffusion-3.5-medium", timesteps=timesteps, scales=scales,
-        block=11, released=released, teacher={"steps": 40}, train={"batch": 8},
+        name, about, base="stabilityai/stable-diffusion-3.5-medium", family="sd3", timesteps=timesteps,
+        scales=scales, block=11, released=released, teacher={"steps": 40}, train={"batch": 8},
     )  # fmt: skip
     # The released script asks the real score for more guidance than the paper.
     return recipe.with_values({"loss.dmd.guidance": 7.0}) if released else recipe
@@ -73,15 +73,16 @@ def _medium(
 
 def _large(name: str, about: str, *, released: bool = False) -> Recipe:
     return _recipe(
-        name, about, base="stabilityai/stable-diffusion-3.5-large", timesteps=entries(0, 7, 14, 18),
-        scales=(64, 80, 96, 128), block=20, released=released,
+        name, about, base="stabilityai/stable-diffusion-3.5-large", family="sd3",
+        timesteps=entries(0, 7, 14, 18), scales=(64, 80, 96, 128), block=20, released=released,
         train={"batch": 4, "iterations": 4000} if released else {},
     )  # fmt: skip
 
 
 def _flux(name: str, about: str, timesteps: Sequence[float], scales: Sequence[int]) -> Recipe:
     return _recipe(
-        name, about, base="black-forest-labs/FLUX.1-dev", timesteps=timesteps, scales=scales, block=15,
+        name, about, base="black-forest-labs/FLUX.1-dev", family="flux", timesteps=timesteps, scales=scales,
+        block=15,
         model={"embedded_guidance": 4.5}, teacher={"steps": 30, "guidance": 5.0}, lora={"rank": 128},
         data={"path": f"synthetic/{name}"},  # the two forms have other scales
     )  # fmt: skip
@@ -97,8 +98,8 @@ WAN_NEGATIVE_PROMPT = (
 
 def _wan(name: str, about: str, scales: Sequence[str]) -> Recipe:
     return _recipe(
-        name, about, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", timesteps=entries(0, 7, 14, 18), scales=scales,
-        block=15, lora={"rank": 128},
+        name, about, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", family="wan", timesteps=entries(0, 7, 14, 18),
+        scales=scales, block=15, lora={"rank": 128},
         teacher={"steps": 50, "guidance": 6.0, "shift": 8.0, "negative_prompt": WAN_NEGATIVE_PROMPT},
     )  # fmt: skip
 
@@ -109,7 +110,7 @@ def _sdxl() -> Recipe:
     """
     return _recipe(
         "sdxl", "SDXL, 4 steps; timesteps, scales and MMD alone as released, the rest ours",
-        base="stabilityai/stable-diffusion-xl-base-1.0",
+        base="stabilityai/stable-diffusion-xl-base-1.0", family="sdxl",
         timesteps=(1000, 800, 600, 400), scales=(64, 80, 96, 128), block=0, released=True,
         teacher={"steps": 50, "guidance": 5.0}, loss={"mmd_only": True},
         train={"gradient_checkpointing": False},

@@ -1,0 +1,164 @@
+"""Components of a base, loaded from safetensors; what is incomplete or damaged is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from torch import nn
+
+from scalewise.errors import first_line
+from scalewise.models.base import ModelError
+from scalewise.models.folder import (
+    diffusers_class,
+    refuse_quantized,
+    tokens_read,
+    variant_of,
+    weight_names,
+    with_defaults,
+)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn what goes wrong while a part is found and read into a ModelError that names it."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"Cannot load {what}: {first_line(error)}") from error
+
+
+def component_config(base: str, name: str, components: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """The configuration of a base's denoiser or VAE with its class's defaults; fewer bits are refused."""
+    config = AutoencoderKL.load_config(base, subfolder=name)
+    refuse_quantized(config, name, base)
+    named = {"_class_name": components[name][1], **config}
+    return with_defaults(
+        named, vae_class_of(named) if name == "vae" else diffusers_class(components, name, base)
+    )
+
+
+def autoencoder_config(vae: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of another autoencoder than the base's `own`; refused if its latents are others."""
+    with loading(f"the autoencoder {vae}"):
+        config = AutoencoderKL.load_config(vae)
+        refuse_quantized(config, "autoencoder", vae)
+        found = with_defaults(config, vae_class_of(config))
+    check_vae(found, own, vae)
+    return found
+
+
+def load_component(base: str, name: str, kind: Any, *, dtype: torch.dtype, variant: str | None) -> Any:
+    """Load a component of diffusers from its folder in a base, or from `base` itself if `name` is ""."""
+    return kind.from_pretrained(
+        base, subfolder=name or None, torch_dtype=dtype, use_safetensors=True, variant=variant
+    )
+
+
+def other_autoencoder(vae: str, kind: Any, *, dtype: torch.dtype) -> Any:
+    """Load an autoencoder from a folder or hub id of its own, in the only variant that it has."""
+    with loading(f"the autoencoder {vae}"):
+        return load_component(vae, "", kind, dtype=dtype, variant=variant_of(weight_names(vae), "", None))
+
+
+def text_encoders(
+    base: str,
+    components: Mapping[str, tuple[str, str]],
+    names: Sequence[str],
+    *,
+    dtype: torch.dtype,
+    variants: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """Load a base's text encoders; weights that its files lack are an error, not drawn at random."""
+    found = {}
+    for name in names:
+        library, kind = components.get(name, ("", ""))
+        if library != "transformers" or not name.startswith("text_encoder"):
+            continue
+        refuse_quantized(AutoencoderKL.load_config(base, subfolder=name), name, base)
+        found[name], report = getattr(transformers, kind).from_pretrained(
+            base, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            variant=variants[name],
+        )  # fmt: skip
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"The {name} of {base} lacks {len(missing)} of its weights, for example {missing[0]}. Fetch "
+                "the model again."
+            )
+    return found
+
+
+def check_complete(pipeline: Any, base: str) -> None:
+    """Refuse modules with weights that their files lack; diffusers leaves those on the meta device."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            empty = [key for key, value in component.named_parameters() if value.is_meta]
+            if empty:
+                raise ModelError(
+                    f"The {name} of {base} lacks {len(empty)} of its weights, for example {empty[0]}. Fetch "
+                    "the model again."
+                )
+
+
+def check_tokenizers(pipeline: Any, names: Sequence[str], base: str) -> None:
+    """Refuse a tokenizer whose files are missing: transformers makes one of a handful of words instead."""
+    for name in names:
+        tokenizer = getattr(pipeline, name, None)
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
+        if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
+            continue
+        gone = Path(base).is_dir() and not (Path(base) / name).is_dir()
+        # Some text encoders have a few more embeddings than words.
+        if gone or len(tokenizer) < encoder.config.vocab_size / 2:
+            raise ModelError(
+                f"The {name} of {base} knows {len(tokenizer)} words where its text encoder has "
+                f"{encoder.config.vocab_size}: files are missing there. Fetch the model again."
+            )
+
+
+def settle_lengths(pipeline: Any, names: Sequence[str]) -> None:
+    """Give tokenizers without a length of their own the one that their text encoders read."""
+    for name in names:
+        tokenizer = getattr(pipeline, name, None)
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
+        if name.startswith("tokenizer") and tokenizer is not None and encoder is not None:
+            tokenizer.model_max_length = tokens_read(tokenizer.model_max_length, encoder.config)
+    if hasattr(pipeline, "tokenizer_max_length") and pipeline.tokenizer is not None:
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length  # taken before
+
+
+def check_vae(other: Mapping[str, Any], own: Mapping[str, Any], place: str) -> None:
+    """Refuse an autoencoder whose latents are not the base's own: other channels, or pictures for video."""
+    for what in ("latent_channels", "z_dim", "scale_factor_temporal"):
+        if other.get(what) != own.get(what):
+            raise ModelError(
+                f"The VAE {place} has {what} {other.get(what)} and the base's has {own.get(what)}, so its "
+                "latents are others. Give one that was made for this base."
+            )
+
+
+def spatial_factor(vae_config: Mapping[str, Any]) -> int:
+    """Pixels along each side of a latent cell."""
+    if "scale_factor_spatial" in vae_config:
+        return int(vae_config["scale_factor_spatial"])
+    levels = vae_config.get("encoder_block_out_channels") or vae_config["block_out_channels"]
+    return 2 ** (len(levels) - 1)
+
+
+def vae_class_of(vae_config: Mapping[str, Any]) -> Any:
+    """The class that a VAE's configuration names, if diffusers has it and it is an autoencoder."""
+    import diffusers
+
+    name = str(vae_config.get("_class_name", ""))
+    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
+        raise ModelError(f"{name or 'a nameless class'} is no autoencoder of diffusers; give another VAE.")
+    return getattr(diffusers, name)

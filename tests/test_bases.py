@@ -1,0 +1,335 @@
+"""Bases as they are published: without T5, as variants, with short configurations, quantized, damaged."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+import scalewise
+from scalewise import build
+from scalewise.cli import main
+from scalewise.models import FAMILIES, SD3, SDXL, ModelError, PipelineAdapter, load_model
+from scalewise.models.skeleton import configuration, skeleton
+from scalewise.origin import FREE, difference_of
+from scalewise.plan import make_plan
+from scalewise.recipe import Recipe
+from scalewise.recipes import RECIPES, find_recipe
+from scalewise.scales import Scale
+from scalewise.teacher import generate
+
+PROMPTS = ["a dog", ""]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature of every family, saved; its folder has the family's name."""
+    folder = tmp_path_factory.mktemp("saved") / request.param
+    FAMILIES[request.param].tiny().save(folder)
+    return folder
+
+
+@pytest.fixture
+def base(saved: Path, tmp_path: Path) -> Path:
+    """A copy to be spoiled."""
+    return Path(shutil.copytree(saved, tmp_path / saved.name))
+
+
+def edit(path: Path, *without: str, **changes: Any) -> None:
+    """Change a JSON file."""
+    content = {k: v for k, v in json.loads(path.read_text()).items() if k not in without}
+    path.write_text(json.dumps(content | changes))
+
+
+def small(base: Path, *changes: str) -> Recipe:
+    """A recipe of the mini's for a saved miniature of SD3."""
+    return find_recipe("mini").override([
+        f"model.base={base}", f"data.path={base.parent / 'set'}", "schedule.scales=['4', '6', '6', '8']",
+        "lora.rank=4", "loss.feature_block=1", "loss.fake.updates=1", "teacher.steps=2", "train.iterations=1",
+        "train.batch=2", "train.precision=float32", "train.sample_every=0", "train.sample_prompts=[]",
+        *changes,
+    ])  # fmt: skip
+
+
+def without_t5(folder: Path, *, kept: bool = False) -> Path:
+    """A saved SD3 without its third text encoder; with its files, or not."""
+    SD3.tiny().save(folder)
+    edit(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    for name in [] if kept else ["text_encoder_3", "tokenizer_3"]:
+        shutil.rmtree(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_sd3_without_t5_embeds_the_zeros_of_the_stock_pipeline(tmp_path, kept):
+    folder = without_t5(tmp_path / "base", kept=kept)
+    stock = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    want, _, pooled, _ = stock.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    for parts in (("text",), ("denoiser", "vae", "text")):
+        model = load_model(folder, parts=parts)
+        found = model.encode_prompts(PROMPTS)
+        assert torch.equal(found.tensors["tokens"], want) and torch.equal(found.tensors["pooled"], pooled)
+        assert not found.tensors["tokens"][:, 24:].any() and found.tensors["tokens"].shape[1] == 24 + 256
+        assert torch.equal(model.encode_for_teacher(PROMPTS).tensors["tokens"], want)
+        assert (model.pipeline.transformer is None) == (parts == ("text",))
+    for same in (model, skeleton(folder)):
+        shapes = {name: tensor.shape for name, tensor in same.empty_condition(2, "meta").tensors.items()}
+        assert shapes == {name: tensor.shape for name, tensor in found.tensors.items()}
+
+
+def test_sd3_without_t5_makes_a_set_trains_and_samples(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
+    recipe = small(without_t5(tmp_path / "base"))
+    for _ in generate(build.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=4, batch=4):
+        pass
+    (tmp_path / "own.yaml").write_text(recipe.to_yaml())
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 0
+    pipe = scalewise.load(tmp_path / "base", student=tmp_path / "run" / "student.safetensors")
+    images = pipe(["a dog"], seed=0, output_type="pt").images
+    assert images.shape == (1, 3, 16, 16) and torch.isfinite(images).all() and images.std() > 0.01
+
+
+def test_embeddings_with_and_without_t5_are_cached_apart(tmp_path):
+    SD3.tiny().save(tmp_path / "whole")
+    without_t5(tmp_path / "base", kept=True)  # the same files
+    names = {build.fingerprint(small(tmp_path / name)) for name in ("whole", "base")}
+    assert len(names) == 2
+
+
+# --- Variants ---
+
+
+def as_variant(folder: Path, name: str = "fp16") -> Path:
+    """Give all weights of a saved model the names of a variant, as save_pretrained(variant=...) does."""
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.{name}.safetensors"))
+    return folder
+
+
+def same_weights(one: PipelineAdapter, other: PipelineAdapter) -> bool:
+    parts = [{k: p for c in m._modules() for k, p in c.named_parameters()} for m in (one, other)]
+    return all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0].keys() | parts[1].keys())
+
+
+def test_weights_that_are_there_as_a_variant_alone_are_found_by_loading_and_plan(saved, base):
+    as_variant(base)
+    loaded = load_model(base)
+    assert same_weights(loaded, load_model(saved)) and same_weights(loaded, load_model(base, variant="fp16"))
+    shutil.copy(next((saved / "vae").glob("*.safetensors")), base / "vae")  # some plain, some not
+    assert same_weights(load_model(base), loaded)
+    for variant in (None, "fp16"):
+        assert skeleton(base, variant=variant).width == loaded.width
+
+
+def test_a_variant_that_is_asked_for_is_taken_where_plain_weights_are_there_too(base, tmp_path):
+    other = tmp_path / "other"
+    FAMILIES[base.name].tiny(1).save(other)
+    for path in as_variant(other).glob("*/*.safetensors"):
+        shutil.copy(path, base / path.parent.name)
+    plain, fp16 = load_model(base), load_model(base, variant="fp16")
+    assert same_weights(plain, FAMILIES[base.name].tiny(0)) and same_weights(
+        fp16, FAMILIES[base.name].tiny(1)
+    )
+
+
+def test_a_recipes_variant_decides_weights_caches_and_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    SD3.tiny(1).save(base)
+    as_variant(base)
+    SD3.tiny(0).save(base)
+    plain, fp16 = small(base), small(base, "model.variant=fp16")
+    weights = [next(build.load(r, ["vae"]).pipeline.vae.parameters()) for r in (plain, fp16)]
+    assert not torch.equal(*weights)
+    assert build.fingerprint(plain) != build.fingerprint(fp16) and build.vae_key(plain) != build.vae_key(fp16)
+    missing = small(base, "model.variant=bf16")
+    for judge in (make_plan, build.dry_run):
+        with pytest.raises(ModelError, match=r"model.variant=bf16: .*base has no file .*, only fp16\. Set"):
+            judge(missing)
+
+
+def test_several_variants_and_no_plain_weights_want_a_choice(base):
+    as_variant(base)
+    for path in list(base.glob("*/*.fp16.safetensors")):
+        shutil.copy(path, path.with_name(path.name.replace("fp16", "ema")))
+    for judge in (load_model, skeleton):
+        with pytest.raises(
+            ModelError, match=r"are there as ema, fp16, and not plain; choose with model.variant"
+        ):
+            judge(base)
+        judge(base, variant="ema")
+
+
+def test_another_autoencoder_is_found_as_a_variant_too(tmp_path):
+    SD3.tiny(0).save(tmp_path / "base")
+    SD3.tiny(1).save(tmp_path / "other")
+    as_variant(tmp_path / "other")
+    loaded = load_model(tmp_path / "base", vae=tmp_path / "other" / "vae").pipeline.vae
+    assert torch.equal(next(loaded.parameters()), next(SD3.tiny(1).pipeline.vae.parameters()))
+
+
+# --- Configurations ---
+
+
+@pytest.mark.parametrize("part", ["denoiser", "vae"])
+def test_what_a_class_has_by_default_may_be_missing_in_a_configuration(base, part):
+    family = FAMILIES[base.name]
+    path = base / (family.denoiser_name if part == "denoiser" else "vae") / "config.json"
+    config = json.loads(path.read_text())
+    options = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
+    before = load_model(base)
+    equal = [k for k in config if k in options and json.loads(json.dumps(options[k].default)) == config[k]]
+    assert equal
+    edit(path, "_class_name", *equal)
+    after = load_model(base, parts=[part])
+    assert after.patch == before.patch and after.width == before.width and after.blocks == before.blocks
+    counted = configuration(base)[part]["_class_name"], skeleton(base).width
+    assert counted == (config["_class_name"], before.width)
+
+
+def test_sdxl_without_a_size_of_its_own_is_as_large_as_the_stock_pipeline_makes_it(tmp_path):
+    SDXL.tiny().save(tmp_path)
+    edit(tmp_path / "unet" / "config.json", "sample_size")
+    assert (
+        load_model(tmp_path, parts=["denoiser"]).full_scale
+        == skeleton(tmp_path).full_scale
+        == Scale(1, 128, 128)
+    )
+
+
+@pytest.mark.parametrize("length", [None, 1e30, int(1e30)])
+def test_a_tokenizer_without_a_length_reads_what_its_text_encoder_does(base, length):
+    for path in base.glob("tokenizer*/tokenizer_config.json"):
+        edit(path, "model_max_length", **({} if length is None else {"model_max_length": length}))
+    model, family = load_model(base), base.name
+    clip, t5 = 24, 512  # the miniature's positions; what the pipelines read of T5
+    assert [limit for _, limit, _ in model.tokenizers()] == {
+        "sd3": [clip, t5], "flux": [clip, t5], "sdxl": [clip], "wan": [t5]
+    }[family]  # fmt: skip
+    found = {name: tensor.shape for name, tensor in model.encode_prompts(PROMPTS).tensors.items()}
+    assert found["tokens"][1] == {"sd3": clip + t5, "flux": t5, "sdxl": clip, "wan": t5}[family]
+    planned = skeleton(base).empty_condition(2, "meta").tensors
+    assert found == {name: tensor.shape for name, tensor in planned.items()}
+
+
+def test_settings_in_an_index_that_the_pipeline_does_not_know_do_not_stop_plan(base):
+    edit(base / "model_index.json", is_distilled=True)
+    assert skeleton(base).width == load_model(base, parts=["denoiser"]).width
+
+
+# --- What is refused, in one sentence, by loading and by `plan` ---
+
+
+def refused(base: Path, words: str) -> None:
+    """Loading and `plan` refuse a base in one line with these words."""
+    for judge in (load_model, skeleton):
+        with pytest.raises(ModelError, match=words) as error:
+            judge(base)
+        assert "\n" not in str(error.value) and str(base) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"text"', "{"])
+def test_an_index_that_holds_no_mapping_is_refused(saved, base, text):
+    (base / "model_index.json").write_text(text)
+    refused(base, r"model_index\.json does not describe a model .*fetch the model again")
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"_class_name": None}, {"_class_name": ["x"]}, {"_class_name": "Other"}]
+)
+def test_an_index_of_no_pipeline_of_a_family_is_refused(base, index):
+    (base / "model_index.json").write_text(json.dumps(index))
+    refused(base, r"is a .*which no family here handles; known are StableDiffusion3Pipeline, FluxPipeline")
+
+
+@pytest.mark.parametrize("entry", ["absent", None, [None, None], ["diffusers"]])
+def test_an_index_without_a_part_that_is_needed_is_refused(base, entry):
+    for name in ("vae", "text_encoder", FAMILIES[base.name].denoiser_name, "tokenizer"):
+        before = (base / "model_index.json").read_text()
+        edit(base / "model_index.json", name, **({} if entry == "absent" else {name: entry}))
+        refused(base, rf"is incomplete: its model_index\.json names no {name}\.")
+        (base / "model_index.json").write_text(before)
+
+
+def test_a_t5_without_its_tokenizer_is_refused(tmp_path):
+    SD3.tiny().save(tmp_path)
+    edit(tmp_path / "model_index.json", tokenizer_3=[None, None])
+    refused(tmp_path, "names no tokenizer_3")
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "torchao", "quant_type": "int8wo"},
+        {"quant_method": "gguf"},
+        {"quant_method": "of tomorrow"},
+    ],
+)
+def test_a_base_that_was_saved_quantized_is_refused_with_the_remedy(base, quantization):
+    for name in (FAMILIES[base.name].denoiser_name, "text_encoder", "vae"):
+        before = (base / name / "config.json").read_text()
+        edit(base / name / "config.json", quantization_config=quantization)
+        method = quantization["quant_method"]
+        refused(
+            base, rf"The {name} of .* was saved quantized \(by {method}\).*unquantized.*model.quantize=nf4"
+        )
+        (base / name / "config.json").write_text(before)
+
+
+def test_a_denoiser_of_another_library_is_refused(base):
+    name = FAMILIES[base.name].denoiser_name
+    edit(base / "model_index.json", **{name: ["nunchaku", "NunchakuTransformer"]})
+    refused(base, rf"The {name} of .* is a NunchakuTransformer of 'nunchaku'")
+
+
+# --- Families ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_recipe_says_which_family_it_is_for(family):
+    named = {find_recipe(name).model.family for name in RECIPES}
+    assert named == set(FAMILIES)
+    with pytest.raises(ModelError, match=r"There is no family 'sd4'; set model.family to one of sd3, flux"):
+        make_plan(find_recipe("mini").override(["model.family=sd4"]))
+
+
+def test_a_recipe_of_another_family_than_the_bases_is_refused_by_loading_and_plan(
+    saved, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
+    own = FAMILIES[saved.name]
+    for name in ("mini", "sdxl", "flux-dev", "wan21-1.3b"):
+        recipe = find_recipe(name).override([f"model.base={saved}", "train.batch=1"])
+        if recipe.model.family == saved.name:
+            continue
+        words = (
+            rf"for models of the family '{recipe.model.family}' .* is a {own.pipeline_classes[0]}, of the "
+        )
+        words += rf"family '{saved.name}'.*recipe for '{saved.name}'"
+        for judge in (make_plan, build.dry_run, build.teacher_backbone, build.fingerprint):
+            with pytest.raises(ModelError, match=words):
+                judge(recipe)
+        anything = recipe.override(["model.family=null"])
+        assert build.fingerprint(anything)
+
+
+def test_known_models_are_judged_by_their_family_too():
+    with pytest.raises(ModelError, match=r"family 'sd3' .*is a FluxPipeline, of the family 'flux'"):
+        make_plan(find_recipe("sd35-large").override(["model.base=black-forest-labs/FLUX.1-dev"]))
+
+
+def test_a_run_that_was_begun_before_recipes_had_a_family_goes_on():
+    new = find_recipe("mini")
+    old = new.override(["model.family=null"])
+    assert not difference_of(old.model_dump(mode="json"), new.model_dump(mode="json"), free=FREE)
