@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from world_scenes import held_out_scenes, training_scenes
 from world_text import TeacherText, encode
-from world_vae import finished, resized
+from world_vae import CHANNELS, finished, resized
 
 SCALES = (8, 10, 12, 16)
 SMALL_MIX, LARGE_MIX = (0.8, 0.08, 0.08, 0.04), (0.2, 0.1, 0.1, 0.6)
@@ -30,7 +30,6 @@ BATCHES = {8: 128, 10: 96, 12: 64, 16: 48}
 # StableDiffusion3Pipeline pads the T5's tokens to 256 unless told otherwise; one batch in 16 learns that.
 PADDED_LENGTH, PADDED_SHARE = 256, 1 / 16
 SHIFT = 3.0  # of the sampling schedule, as in SD3
-CHANNELS = 8
 
 
 def build() -> SD3Transformer2DModel:

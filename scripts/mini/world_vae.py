@@ -1,8 +1,8 @@
 """World, stage 3: the autoencoder (diffusers' AutoencoderKL, factor 8), with a latent made for scaling.
 
-    python scripts/mini/world_vae.py                # trains, resumes by itself, writes mini-work/world-vae8
+    python scripts/mini/world_vae.py                # trains, resumes by itself, writes mini-work/world-vae16
     python scripts/mini/world_vae.py --measure      # PSNR of held-out scenes at 128, 96, 80 and 64 pixels
-    python scripts/mini/world_vae.py --channels 16 --plain   # another variant, to compare
+    python scripts/mini/world_vae.py --channels 8 --plain    # another variant, to compare
 
 The decoder has to turn a downscaled, turned or mirrored latent into the downscaled, turned or mirrored image
 (EQ-VAE, arXiv 2502.09509). A linear patch basis (principal components of 8 x 8 x 3 patches) pulls the
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from world_scenes import held_out_scenes, training_scenes
 
+CHANNELS = 16
 SIZES = (128, 96, 80, 64)
 """Sides in pixels of the schedule's scales."""
 
@@ -150,7 +151,7 @@ def balance(channels: int, *, plain: bool) -> AutoencoderKL:
     return model
 
 
-def finished(channels: int = 8, *, plain: bool = False) -> AutoencoderKL:
+def finished(channels: int = CHANNELS, *, plain: bool = False) -> AutoencoderKL:
     """The trained and balanced autoencoder."""
     path = work_folder() / stage_name(channels, plain) / "balanced.safetensors"
     if not path.exists():
@@ -197,9 +198,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--channels", type=int, default=8)
+    parser.add_argument("--channels", type=int, default=CHANNELS)
     parser.add_argument("--plain", action="store_true", help="without the equivariance")
     parser.add_argument("--measure", action="store_true")
     options = parser.parse_args()
