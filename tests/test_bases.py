@@ -12,16 +12,23 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from families import ask_diffusers
+from safetensors.torch import load_file, save_file
+from tiny_run import make_tiny
 
 import scalewise
-from scalewise import build
+from scalewise import build, checkpoint, console
+from scalewise.backbone import Backbone
 from scalewise.cli import main
-from scalewise.models import FAMILIES, SD3, SDXL, ModelError, PipelineAdapter, load_model
+from scalewise.finite import non_finite
+from scalewise.models import FAMILIES, SD3, SDXL, Flux, ModelError, PipelineAdapter, load_model
 from scalewise.models.skeleton import configuration, skeleton
 from scalewise.origin import FREE, difference_of
 from scalewise.plan import make_plan
 from scalewise.recipe import Recipe
 from scalewise.recipes import RECIPES, find_recipe
+from scalewise.rng import SampleNoise
+from scalewise.sampling import last, teacher_steps
 from scalewise.scales import Scale
 from scalewise.teacher import generate
 
@@ -333,3 +340,158 @@ def test_a_run_that_was_begun_before_recipes_had_a_family_goes_on():
     new = find_recipe("mini")
     old = new.override(["model.family=null"])
     assert not difference_of(old.model_dump(mode="json"), new.model_dump(mode="json"), free=FREE)
+
+
+# --- Schedulers ---
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+DYNAMIC = FLOW | {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+
+
+def with_scheduler(family: str, kind: str, **options: Any) -> PipelineAdapter:
+    """A miniature whose base has another scheduler."""
+    model = FAMILIES[family].tiny()
+    model.pipeline.scheduler = getattr(diffusers, kind)(**options)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "options"),
+    [
+        ("flux", "DPMSolverMultistepScheduler", DYNAMIC),
+        ("flux", "DPMSolverSinglestepScheduler", DYNAMIC),
+        ("flux", "DEISMultistepScheduler", DYNAMIC),
+        ("flux", "UniPCMultistepScheduler", FLOW | {"use_dynamic_shifting": True}),
+        ("flux", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("sd3", "DPMSolverMultistepScheduler", FLOW | {"flow_shift": 3.0}),
+        ("sd3", "FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+        ("wan", "DPMSolverMultistepScheduler", FLOW | {"flow_shift": 3.0}),
+        ("wan", "FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+    ],
+)
+def test_with_another_scheduler_the_teacher_samples_what_diffusers_pipeline_does(family, kind, options):
+    model = with_scheduler(family, kind, **options)
+    scale = Scale(2, 8, 8) if model.video else Scale(1, 8, 8)
+    noise, cond = SampleNoise([3])(scale.shape(1, 4, video=model.video)[1:]), model.encode_prompts(["a dog"])
+    want = ask_diffusers(model, ["a dog"], noise, num_inference_steps=4, guidance_scale=3.0)
+    uncond = None if family == "flux" else model.encode_prompts([""])
+    steps = teacher_steps(Backbone(model), scale, cond, [3], steps=4, guidance=3.0, uncond=uncond)
+    assert torch.allclose(last(steps), want, atol=1e-4) and want.std() > 0.5
+
+
+def test_flux_with_dpm_solver_of_a_fixed_shift_samples_at_that_shift():
+    # The stock pipeline ends in an assertion: it passes a dynamic shift to all schedulers.
+    model = with_scheduler("flux", "DPMSolverMultistepScheduler", **FLOW, flow_shift=3.0)
+    sigmas = model.teacher_scheduler(4, Scale(1, 8, 8)).sigmas.tolist()
+    assert sigmas == pytest.approx([0.9997, 0.9, 0.75, 0.5, 0.0], abs=1e-3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_flux_with_heun_samples_by_eulers_method_with_its_shift_and_says_so(dynamic):
+    model = Flux.tiny()
+    options: dict[str, Any] = {} if dynamic else {"use_dynamic_shifting": False}
+    own = {**model.pipeline.scheduler.config, **options}
+    model.pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(own)
+    want = model.teacher_scheduler(4, Scale(1, 8, 8)).sigmas
+    model.pipeline.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(own)
+    told = "dynamic shifting" if dynamic else "shift 3"
+    with pytest.warns(
+        UserWarning, match=f"FlowMatchHeunDiscrete.* takes no .*sigmas.* samples with .*Euler.*{told}"
+    ):
+        found = model.teacher_scheduler(4, Scale(1, 8, 8))
+    assert type(found) is diffusers.FlowMatchEulerDiscreteScheduler and torch.equal(found.sigmas, want)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "wan"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "epsilon", "use_flow_sigmas": True}),
+    ],
+)
+def test_a_scheduler_of_another_noise_process_is_refused_for_models_of_flow_matching(family, kind, options):
+    model = with_scheduler(family, kind, **options)
+    with pytest.raises(
+        ModelError, match=rf"scheduler {kind} of .* another noise process .*samples would be noise"
+    ):
+        model.teacher_scheduler(4, Scale(3, 8, 8) if model.video else Scale(1, 8, 8))
+
+
+def test_sdxl_with_zero_terminal_snr_and_epsilon_is_refused_by_loading_and_plan(tmp_path):
+    SDXL.tiny().save(tmp_path)
+    assert load_model(tmp_path).noise
+    edit(tmp_path / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    refused(tmp_path, "has zero terminal SNR .*does not follow from a prediction of 'epsilon'")
+    betas = [0.01] * 999 + [1.0]
+    edit(tmp_path / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=False, trained_betas=betas)
+    refused(tmp_path, "has zero terminal SNR")
+
+
+# --- Weights that are no numbers ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_base_with_a_number_that_is_none_is_refused_on_loading(base, value):
+    denoiser = FAMILIES[base.name].denoiser_name
+    for part, name in (("denoiser", denoiser), ("vae", "vae"), ("text", "text_encoder")):
+        [file] = (base / name).glob("*.safetensors")
+        whole = load_file(file)
+        key = max(whole, key=lambda k: whole[k].numel())
+        spoiled = {k: v.clone() for k, v in whole.items()}
+        spoiled[key].view(-1)[5] = value
+        save_file(spoiled, file, metadata={"format": "pt"})
+        words = rf"The {name} of {base} has NaN or infinity in 1 of its \d+ weights \(as float32\), .* "
+        with pytest.raises(ModelError, match=words) as error:
+            load_model(base)
+        assert key.removeprefix("text_model.") in str(error.value)
+        load_model(base, parts=[p for p in ("denoiser", "vae", "text") if p != part])
+        save_file(whole, file, metadata={"format": "pt"})
+
+
+def test_a_base_that_half_precision_cannot_hold_is_refused_in_it(tmp_path):
+    SD3.tiny().save(tmp_path)
+    [file] = (tmp_path / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["proj_out.weight"][0, 0] = 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    load_model(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(
+        ModelError, match=r"\(as float16\), for example proj_out.weight.* set model.dtype=bfloat16"
+    ):
+        load_model(tmp_path, dtype=torch.float16)
+
+
+def test_numbers_that_are_none_are_found_in_nested_state_of_every_type():
+    good = {"a": torch.ones(3), "b": [torch.zeros(0), torch.arange(3)], "c": 1.0, "d": "text", "e": None}
+    assert non_finite(good) == []
+    for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2):
+        bad = torch.ones(5, 7).to(kind)
+        bad.view(-1)[3] = float("nan")
+        assert non_finite(good | {"f": {"g": (torch.ones(2), bad)}}) == ["f/g/1"]
+        assert non_finite({"x": torch.tensor([1.0, -float("inf")]).to(kind)}) == ["x"]
+
+
+@pytest.mark.parametrize("key", ["student", "student_optimizer", "fake", "head", "average"])
+def test_a_checkpoint_with_a_number_that_is_none_is_not_resumed(tmp_path, key):
+    recipe = make_tiny(tmp_path).override(["train.iterations=2", "train.ema=0.9"])
+    trainer = build.build_trainer(recipe, build.prepare_data(recipe, console.progress), tmp_path / "run")
+    list(trainer.fit())
+    [path] = trainer.checkpoints.glob("step-*")
+    trainer.resume(path)
+    state, meta = checkpoint.load(path)
+    first_tensor(state[key]).view(-1)[0] = float("nan")
+    checkpoint.save(path, state, meta=meta)
+    words = rf"{path} cannot be resumed: its tensors\.safetensors has NaN or infinity in 1 tensors, .* {key}/"
+    with pytest.raises(checkpoint.CheckpointError, match=words):
+        trainer.resume(path)
+
+
+def first_tensor(state: Any) -> Any:
+    """The first tensor in a nested state, or None."""
+    if isinstance(state, torch.Tensor):
+        return state
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return next((found for item in items if (found := first_tensor(item)) is not None), None)

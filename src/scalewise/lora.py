@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from scalewise import checkpoint, foreign_keys, keys
+from scalewise.finite import non_finite
 from scalewise.recipe import Recipe
 from scalewise.scales import ScaleSchedule
 
@@ -200,7 +201,7 @@ def _kept(parameter: nn.Parameter) -> Tensor:
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
     """Raise StudentError, which begins with `what`, for weights with NaN or infinity: they draw black."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    broken = non_finite(tensors)
     if broken:
         raise StudentError(
             f"{what} has NaN or infinity in {len(broken)} of its {len(tensors)} weights, for example "

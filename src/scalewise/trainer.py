@@ -23,6 +23,7 @@ from scalewise.backbone import Backbone
 from scalewise.batches import Batches
 from scalewise.distill_step import DistillStep, LossError, Numbers
 from scalewise.errors import TrainingInterrupted, TrainingStopped
+from scalewise.finite import non_finite
 from scalewise.heads import DiscriminatorHead
 from scalewise.origin import Origin, check_resume
 from scalewise.recipe import OptimizerRecipe, Recipe
@@ -236,6 +237,11 @@ class Trainer:
         """Go on from a checkpoint; one of another recipe, dataset or base is refused (see `check_resume`)."""
         state, meta = checkpoint.load(path)
         check_resume(path, meta, self.recipe, self.origin)
+        if broken := non_finite(state):
+            raise checkpoint.CheckpointError(
+                f"The checkpoint {path} cannot be resumed: its {checkpoint.TENSORS} has NaN or infinity in "
+                f"{len(broken)} tensors, for example {broken[0]}. {checkpoint.EARLIER}"
+            )
         self.backbone.roles.load("student", state["student"])
         self.student.optimizer.load_state_dict(state["student_optimizer"])
         if self.fake:

@@ -122,6 +122,8 @@ class Flux(PipelineAdapter):
 
     def scheduler_options(self, scheduler: Any, steps: int, scale: Scale) -> dict[str, Any]:
         options = super().scheduler_options(scheduler, steps, scale)
+        if scheduler.config.get("use_flow_sigmas"):  # makes its own, as in the pipeline
+            return options
         return options | {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
     @classmethod

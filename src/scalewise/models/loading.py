@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from scalewise.errors import first_line
+from scalewise.finite import non_finite
 from scalewise.models.base import ModelError
 from scalewise.models.folder import (
     diffusers_class,
@@ -107,6 +108,21 @@ def check_complete(pipeline: Any, base: str) -> None:
                     f"The {name} of {base} lacks {len(empty)} of its weights, for example {empty[0]}. Fetch "
                     "the model again."
                 )
+
+
+def refuse_non_finite(pipeline: Any, base: str) -> None:
+    """Refuse modules with weights that are NaN or infinite in the type they were loaded in."""
+    for name, module in pipeline.components.items():
+        if not isinstance(module, nn.Module):
+            continue
+        weights = dict[str, Any](module.named_parameters()) | dict(module.named_buffers())
+        if broken := non_finite(weights):
+            kind = str(weights[broken[0]].dtype).removeprefix("torch.")
+            raise ModelError(
+                f"The {name} of {base} has NaN or infinity in {len(broken)} of its {len(weights)} weights "
+                f"(as {kind}), for example {broken[0]}. Fetch the model again; if float16 cannot hold it, "
+                "set model.dtype=bfloat16."
+            )
 
 
 def check_tokenizers(pipeline: Any, names: Sequence[str], base: str) -> None:

@@ -32,14 +32,16 @@ from scalewise.models.loading import (
     load_component,
     loading,
     other_autoencoder,
+    refuse_non_finite,
     settle_lengths,
     spatial_factor,
     text_encoders,
     vae_class_of,
 )
 from scalewise.models.long_prompts import overlong, warned_once
-from scalewise.models.schedulers import dynamic_shift, is_stochastic
+from scalewise.models.schedulers import dynamic_shift, for_flow_matching, is_stochastic
 from scalewise.models.shift import shifted
+from scalewise.noise import FlowMatching
 from scalewise.scales import Scale
 
 
@@ -174,6 +176,7 @@ class PipelineAdapter(ModelAdapter):
                 chosen[name] = load_component(place, name, kind, dtype=dtype, variant=variants[name])
             pipeline = cls.pipeline_class.from_pretrained(place, dtype=dtype, use_safetensors=True, **chosen)
         check_complete(pipeline, place)
+        refuse_non_finite(pipeline, place)
         check_tokenizers(pipeline, cls.text_names, place)
         settle_lengths(pipeline, cls.text_names)
         longest = max_sequence_length or cls.usual_sequence(found)
@@ -288,6 +291,9 @@ class PipelineAdapter(ModelAdapter):
 
     def teacher_scheduler(self, steps: int, scale: Scale, *, shift: float | None = None) -> Any:
         scheduler = copy.deepcopy(self.pipeline.scheduler)
+        if flow := isinstance(self.noise, FlowMatching):
+            needed = self.scheduler_options(scheduler, steps, scale)
+            scheduler = for_flow_matching(scheduler, needed, base=self.base)
         options = self.scheduler_options(scheduler, steps, scale)
         if shift is not None:
             scheduler, own = shifted(scheduler, shift, base=self.base)
@@ -295,11 +301,12 @@ class PipelineAdapter(ModelAdapter):
         scheduler.set_timesteps(steps, **options)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
+        usual = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler or DDIMScheduler"
         if "generator" in inspect.signature(scheduler.step).parameters and is_stochastic(scheduler):
             raise ModelError(
                 f"The scheduler {type(scheduler).__name__} of {self.base} draws noise of its own, so samples "
-                "could not be made again; put a deterministic one, such as EulerDiscreteScheduler or "
-                "DDIMScheduler, into the base's scheduler folder."
+                f"could not be made again; put a deterministic one, such as {usual}, into the base's "
+                "scheduler folder."
             )
         return scheduler
 

@@ -3,10 +3,45 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from scalewise.models.base import ModelError
+
+
+def for_flow_matching(scheduler: Any, needed: Mapping[str, Any], *, base: str) -> Any:
+    """The scheduler to sample a flow-matching model with: its own, or FlowMatchEulerDiscreteScheduler in its
+    place, with a warning, if its `set_timesteps` does not take what the family's pipeline has to give it.
+
+    ModelError for a scheduler of another noise process, by which such a model draws noise.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    flow = config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
+    if not (name.startswith("FlowMatch") or flow):
+        raise ModelError(
+            f"The scheduler {name} of {base} is set for another noise process than flow matching, so its "
+            "samples would be noise. Put FlowMatchEulerDiscreteScheduler with the model's shift into the "
+            "base's scheduler folder."
+        )
+    lacking = [
+        option for option in needed if option not in inspect.signature(scheduler.set_timesteps).parameters
+    ]
+    if not lacking:
+        return scheduler
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    euler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+    how = "dynamic shifting" if config.get("use_dynamic_shifting") else f"shift {shift:g}"
+    warnings.warn(
+        f"The scheduler {name} of {base} takes no {' and no '.join(lacking)}, which the model's pipeline "
+        f"needs; the teacher samples with FlowMatchEulerDiscreteScheduler, {how}.",
+        stacklevel=3,
+    )
+    return euler
 
 
 def is_stochastic(scheduler: Any) -> bool:

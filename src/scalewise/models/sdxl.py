@@ -15,6 +15,9 @@ from scalewise.models.pipelined import PipelineAdapter
 from scalewise.noise import VariancePreserving
 from scalewise.scales import Scale
 
+ZERO = 1e-5
+"""Share of the signal below which none is left; SDXL's own schedule ends at 4.7e-3."""
+
 
 class SDXL(PipelineAdapter):
     """The family of `StableDiffusionXLPipeline`; features come from the UNet's middle block.
@@ -37,10 +40,17 @@ class SDXL(PipelineAdapter):
                 f"{self.base} has the scheduler {type(scheduler).__name__}, of another noise process than "
                 "SDXL's (it has no alphas_cumprod); such models cannot be distilled here."
             )
-        if scheduler.config.prediction_type != "epsilon":
+        predicts = scheduler.config.get("prediction_type", "epsilon")
+        if predicts != "epsilon":
             raise ModelError(
-                f"{self.base} predicts {scheduler.config.prediction_type!r}; of SDXL's relatives only those "
-                "that predict 'epsilon' can be distilled here."
+                f"{self.base} predicts {predicts!r}; of SDXL's relatives only those that predict 'epsilon' "
+                "can be distilled here."
+            )
+        if scheduler.config.get("rescale_betas_zero_snr") or scheduler.alphas_cumprod[-1] < ZERO:
+            raise ModelError(
+                f"The scheduler of {self.base} has zero terminal SNR (rescale_betas_zero_snr): at t = 1000 "
+                "nothing is left of x0, which does not follow from a prediction of 'epsilon' then. If the "
+                "base was not trained so, set rescale_betas_zero_snr to false in its scheduler_config.json."
             )
         self.noise = VariancePreserving(scheduler.alphas_cumprod)
         levels = config["block_out_channels"]
