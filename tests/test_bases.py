@@ -22,6 +22,7 @@ from scalewise.backbone import Backbone
 from scalewise.cli import main
 from scalewise.finite import non_finite
 from scalewise.models import FAMILIES, SD3, SDXL, Flux, ModelError, PipelineAdapter, load_model
+from scalewise.models.folder import variants_of
 from scalewise.models.skeleton import configuration, skeleton
 from scalewise.origin import FREE, difference_of
 from scalewise.plan import make_plan
@@ -182,6 +183,35 @@ def test_another_autoencoder_is_found_as_a_variant_too(tmp_path):
     as_variant(tmp_path / "other")
     loaded = load_model(tmp_path / "base", vae=tmp_path / "other" / "vae").pipeline.vae
     assert torch.equal(next(loaded.parameters()), next(SD3.tiny(1).pipeline.vae.parameters()))
+
+
+def test_weights_of_other_programs_in_a_base_are_no_variant(tmp_path):
+    SD3.tiny().save(tmp_path)
+    as_variant(tmp_path)
+    for name in (
+        "sd3.5_medium.safetensors",
+        "transformer/pytorch_lora_weights.safetensors",
+        "a/model.x.safetensors",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file({"w": torch.ones(1)}, tmp_path / name)
+    assert load_model(tmp_path).width == 16
+    for name in ("5_medium", "x"):
+        with pytest.raises(ModelError, match=rf"model\.variant={name}: .*only fp16\."):
+            load_model(tmp_path, variant=name)
+
+
+def test_a_bases_files_on_the_hub_are_asked_for_their_variants(monkeypatch):
+    files = ["vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.safetensors", "README.md",
+             "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "flux1.dev.safetensors",
+             "text_encoder/model.fp16.safetensors"]  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda base: files)
+    parts = ["vae", "text_encoder", "transformer", "tokenizer"]
+    found = variants_of("some/base", parts, None)
+    assert found == {"vae": "fp16", "text_encoder": None, "transformer": "fp16", "tokenizer": None}
+    assert variants_of("some/base", parts, "fp16") == found | {"text_encoder": "fp16"}
+    with pytest.raises(ModelError, match=r"model\.variant=bf16: some/base has no file .*only fp16"):
+        variants_of("some/base", parts, "bf16")
 
 
 # --- Configurations ---
@@ -449,6 +479,17 @@ def test_a_base_with_a_number_that_is_none_is_refused_on_loading(base, value):
         assert key.removeprefix("text_model.") in str(error.value)
         load_model(base, parts=[p for p in ("denoiser", "vae", "text") if p != part])
         save_file(whole, file, metadata={"format": "pt"})
+
+
+def test_of_another_autoencoder_with_nan_its_own_place_is_named(tmp_path):
+    for name in ("base", "other"):
+        SD3.tiny().save(tmp_path / name)
+    [file] = (tmp_path / "other" / "vae").glob("*.safetensors")
+    save_file({k: v * float("nan") for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=rf"The vae of {file.parent} has NaN or infinity in (\d+) of its \1 "
+    ):
+        load_model(tmp_path / "base", vae=file.parent)
 
 
 def test_a_base_that_half_precision_cannot_hold_is_refused_in_it(tmp_path):

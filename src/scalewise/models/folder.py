@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from scalewise.errors import first_line
 from scalewise.models.base import ModelError
 
 INDEX = "model_index.json"
+READ = re.compile(r"(.*/)?(diffusion_pytorch_model|model)[.-].*")
+"""Weights that loading looks for; others in a base's folders are of other programs."""
 NO_LENGTH = 10**6
 """transformers gives a tokenizer without `model_max_length` 1e30; nothing real is as long as this."""
 
@@ -112,11 +115,12 @@ def variant_of(files: Sequence[str], component: str, wanted: str | None) -> str 
     return there.pop()
 
 
-def check_variant(files: Sequence[str], wanted: str | None, base: str | Path) -> None:
-    """Refuse a variant of which a base has no file at all, though it has others."""
-    there = {variant_of_file(Path(name).name) for name in files}
-    if wanted is None or not files or wanted in there:
-        return
+def variants_of(base: str | Path, components: Collection[str], wanted: str | None) -> dict[str, str | None]:
+    """`variant_of` every component; ModelError for a `wanted` variant of which none of them has a file."""
+    files = weight_names(base)
+    there = {variant_of_file(Path(name).name) for name in files if str(Path(name).parent) in components}
+    if wanted is None or not there or wanted in there:
+        return {name: variant_of(files, name, wanted) for name in components}
     named = ", ".join(sorted(filter(None, there)))
     raise ModelError(
         f"model.variant={wanted}: {base} has no file such as model.{wanted}{WEIGHTS}, only "
@@ -125,16 +129,16 @@ def check_variant(files: Sequence[str], wanted: str | None, base: str | Path) ->
 
 
 def weight_names(base: str | Path) -> list[str]:
-    """Relative names of all safetensors files of a base: a folder's, or a hub id's, there or downloaded."""
-    if not Path(base).is_dir():
-        from huggingface_hub import list_repo_files
-
-        try:
-            return [name for name in list_repo_files(str(base)) if name.endswith(WEIGHTS)]
-        except Exception:  # no hub at hand: what was downloaded counts
-            pass
-    folder = local_folder(base)
-    return [p.relative_to(folder).as_posix() for p in folder.rglob("*" + WEIGHTS)] if folder else []
+    """Relative names of the safetensors files that loading may read: a folder's or a hub id's, without the
+    hub those that were downloaded.
+    """
+    names = list[str]()
+    if Path(base).is_dir() or (listed := _listed_by_hub(str(base))) is None:
+        if folder := local_folder(base):
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*" + WEIGHTS)]
+    else:
+        names = listed
+    return [name for name in names if READ.fullmatch(name)]
 
 
 # --- How many tokens a text encoder reads ---
@@ -147,6 +151,16 @@ def tokens_read(length: Any, encoder: Any) -> int:
     if isinstance(length, int | float) and 0 < length < NO_LENGTH:
         return int(length)
     return int(getattr(encoder, "max_position_embeddings", None) or 512)
+
+
+def _listed_by_hub(base: str) -> list[str] | None:
+    """The safetensors files of a hub id; None without the hub."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return [name for name in list_repo_files(base) if name.endswith(WEIGHTS)]
+    except Exception:  # offline, or no such model, which loading tells in its own words
+        return None
 
 
 def _from_hub(base: str) -> Path:

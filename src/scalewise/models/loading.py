@@ -110,16 +110,20 @@ def check_complete(pipeline: Any, base: str) -> None:
                 )
 
 
-def refuse_non_finite(pipeline: Any, base: str) -> None:
-    """Refuse modules with weights that are NaN or infinite in the type they were loaded in."""
+def refuse_non_finite(pipeline: Any, base: str, *, vae: str) -> None:
+    """Refuse modules with weights that are NaN or infinite in the type they were loaded in.
+
+    `vae` is where the autoencoder comes from.
+    """
     for name, module in pipeline.components.items():
         if not isinstance(module, nn.Module):
             continue
         weights = dict[str, Any](module.named_parameters()) | dict(module.named_buffers())
         if broken := non_finite(weights):
             kind = str(weights[broken[0]].dtype).removeprefix("torch.")
+            place = vae if name == "vae" else base
             raise ModelError(
-                f"The {name} of {base} has NaN or infinity in {len(broken)} of its {len(weights)} weights "
+                f"The {name} of {place} has NaN or infinity in {len(broken)} of its {len(weights)} weights "
                 f"(as {kind}), for example {broken[0]}. Fetch the model again; if float16 cannot hold it, "
                 "set model.dtype=bfloat16."
             )

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
 from scalewise.models.folder import (
     check_index,
-    check_variant,
     diffusers_class,
     model_index,
-    variant_of,
-    weight_names,
+    variants_of,
 )
 from scalewise.models.loading import (
     autoencoder_config,
@@ -154,9 +152,8 @@ class PipelineAdapter(ModelAdapter):
     ) -> Self:
         names, place = cls.parts(), str(base)
         with loading(f"the model {base}"):
-            found, files = cls.components(base), weight_names(base)
-            check_variant(files, variant, base)
-            variants = {name: variant_of(files, name, variant) for name in found}
+            found = cls.components(base)
+            variants = variants_of(base, found.keys(), variant)
             left_out = [n for part in ALL_PARTS if part not in parts for n in names[part]]
             left_out += [n for n in cls.text_names if n not in found]
             chosen: dict[str, Any] = dict.fromkeys(left_out)
@@ -176,7 +173,7 @@ class PipelineAdapter(ModelAdapter):
                 chosen[name] = load_component(place, name, kind, dtype=dtype, variant=variants[name])
             pipeline = cls.pipeline_class.from_pretrained(place, dtype=dtype, use_safetensors=True, **chosen)
         check_complete(pipeline, place)
-        refuse_non_finite(pipeline, place)
+        refuse_non_finite(pipeline, place, vae=str(vae or base))
         check_tokenizers(pipeline, cls.text_names, place)
         settle_lengths(pipeline, cls.text_names)
         longest = max_sequence_length or cls.usual_sequence(found)

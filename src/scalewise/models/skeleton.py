@@ -18,13 +18,11 @@ from torch import nn
 from scalewise.models import SD3, check_family, family_named
 from scalewise.models.base import ModelError
 from scalewise.models.folder import (
-    check_variant,
     diffusers_class,
     model_index,
     refuse_quantized,
     tokens_read,
-    variant_of,
-    weight_names,
+    variants_of,
     with_defaults,
 )
 from scalewise.models.loading import check_vae, vae_class_of
@@ -90,10 +88,7 @@ def skeleton(
     config = configuration(base)
     kind: Any = check_family(family_named(config["pipeline_class"], str(base)), family, base)
     if str(base) not in known():
-        files = weight_names(base)
-        check_variant(files, variant, base)
-        for name in kind.components(base):
-            variant_of(files, name, variant)
+        variants_of(base, kind.components(base).keys(), variant)
     with torch.device("meta"):
         denoiser = build(diffusers, config["denoiser"]["_class_name"], config["denoiser"])
     cast(denoiser, dtype)

@@ -48,7 +48,7 @@ def load(
     PEFT folder, a hub id, or None for the undistilled base. `schedule`: replaces, or stands in for, the one
     in the student's metadata: a ScaleSchedule, a recipe's name, or text such as "1000@64 896@80 737@96
     602@128". `weight`: of the student's adapter. `options` go to the adapter's `load`: `vae` (a tiny
-    autoencoder's folder) and `max_sequence_length`.
+    autoencoder's folder), `variant` (such as "fp16") and `max_sequence_length`.
     """
     if student == "mini" and str(base) != "mini":
         raise StudentError(
