@@ -25,9 +25,10 @@ pictures=$out/comparison/pictures
 scalewise evaluate mini "scale-wise 4=folder:$pictures/scale-wise-4" "full-scale 4=folder:$pictures/full-scale-4" \
   "full-scale 2=folder:$pictures/full-scale-2" "scale-wise 4, MMD=folder:$pictures/scale-wise-4--MMD" \
   "scale-wise 4, MMD, as long=folder:$pictures/scale-wise-4--MMD--as-long" --out "$out/among-students"
-rows=()
-for name in teacher undistilled scale-wise-4 scale-wise-4--MMD scale-wise-4--MMD--as-long full-scale-4 full-scale-2; do
-  rows+=("$pictures/$name")
-done
-python scripts/sheet.py "${rows[@]}" --out docs/images/students.png
+# The real images: `python scripts/mini/data.py` writes mini-work/data.
+python scripts/sheet.py "teacher, 28 steps=$pictures/teacher" "undistilled, 4 steps=$pictures/undistilled" \
+  "scale-wise 4, full loss=$pictures/scale-wise-4" "scale-wise 4, MMD=$pictures/scale-wise-4--MMD" \
+  "scale-wise 4, MMD, as long=$pictures/scale-wise-4--MMD--as-long" \
+  "full-scale 4=$pictures/full-scale-4" "full-scale 2=$pictures/full-scale-2" \
+  --real mini-work/data --out docs/images/students.png
 scalewise bench mini --training --rounds 3 --out "$out/training"
