@@ -22,7 +22,7 @@ FILES = {
 # long as no circle arises. A package stands for all of its files, which are free among themselves.
 RANKS = [
     "errors signals scales noise losses rng parallel checkpoint pictures mini keys counting "
-    "contents overrides text_files optional finite",
+    "contents overrides text_files optional finite paths",
     "recipe foreign_keys spectrum taps roles heads models locks console",
     "backbone data lora recipes",
     "sampling distill_step attached",

@@ -98,10 +98,10 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
     assert skipped.counts == {
         "without a caption": 2,
         "unreadable": 4,
-        "in the unsupported format .heic": 1,
         "with a caption that is not UTF-8 text": 1,
     }
-    assert skipped.summary.startswith("1 image used, 8 skipped: ")
+    assert skipped.summary.startswith("1 image used, 7 skipped: ")
+    assert skipped.others == ("1 file is not read: 1 .heic; convert images to JPEG or PNG",)
     assert "2 without a caption (bare.png, blank.png)" in skipped.summary
     assert "4 unreadable (cut.jpg, cut.png, cut.webp, ...)" in skipped.summary
 

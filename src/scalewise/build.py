@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from scalewise import mini, parallel
+from scalewise import console, mini, parallel
 from scalewise.backbone import Backbone
 from scalewise.batches import Batches
 from scalewise.contents import part_fingerprint
@@ -177,7 +177,7 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
     if recipe.data.shape == "buckets":
         ways.append(least)
     name = hashlib.sha256(" ".join(map(str, ways)).encode()).hexdigest()[:16]
-    with progress("encoding images", len(list_files(folder))) as done:
+    with progress("encoding images", len(list_files(folder).images)) as done:
         return encode_folder(
             model,
             folder,
@@ -189,6 +189,7 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
             least=least,
             caption_from_name=recipe.data.caption_from_name,
             progress=lambda number, _total: done(number),
+            say=console.note,
         )
 
 

@@ -55,6 +55,12 @@ class Done(Protocol):
     def __call__(self, number: int, /, note: str = "") -> None: ...
 
 
+def note(sentence: str) -> None:
+    """Show a line about what is done, beside the progress."""
+    if not out.quiet:
+        err.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Done]:
     """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse.

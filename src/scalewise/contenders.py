@@ -20,10 +20,12 @@ from torch import Tensor
 from scalewise import mini
 from scalewise.attached import check_student, with_student
 from scalewise.backbone import Backbone, Precision
-from scalewise.data.folder import READABLE, scan_images
+from scalewise.data.files import READABLE
+from scalewise.data.folder import scan_images
 from scalewise.errors import first_line
 from scalewise.lora import Student, load_student
 from scalewise.models.base import Condition, ModelAdapter
+from scalewise.paths import one_form
 from scalewise.pictures import read_picture, to_bytes
 from scalewise.recipe import Recipe
 from scalewise.rng import derive
@@ -365,17 +367,16 @@ def number_of(path: Path) -> int:
 def _by_caption(folder: Path, prompts: Prompts) -> list[Path]:
     found = _geneval_layout(folder)
     if not found:
-        entries, _ = scan_images(folder, caption_from_name=True)
-        for image in entries:
-            found.setdefault(image.caption, []).append(image.path)
+        for image in scan_images(folder, caption_from_name=True)[0]:
+            found.setdefault(one_form(image.caption), []).append(image.path)
     there, paths = sum(map(len, found.values())), []
     for caption in prompts.captions:
-        if not found.get(caption):
+        if not found.get(one_form(caption)):
             raise ContenderError(
                 f"{folder} has too few pictures with the caption {caption!r}; name them 0.png to "
                 f"{len(prompts) - 1}.png in the order of the prompts, or give them captions."
             )
-        paths.append(found[caption].pop(0))
+        paths.append(found[one_form(caption)].pop(0))
     _warn_of_more(folder, there, len(paths))
     return paths
 
@@ -393,8 +394,6 @@ def _geneval_layout(folder: Path) -> dict[str, list[Path]]:
             raise ContenderError(
                 f'{told} does not hold GenEval\'s {{"prompt": ...}} ({first_line(error)}); write it again.'
             ) from error
-        images = [
-            path for path in samples.iterdir() if path.suffix.lower() in READABLE and number_of(path) >= 0
-        ]
-        found.setdefault(prompt, []).extend(sorted(images, key=number_of))
+        images = (p for p in samples.iterdir() if p.suffix.lower() in READABLE and number_of(p) >= 0)
+        found.setdefault(one_form(prompt), []).extend(sorted(images, key=number_of))
     return found

@@ -165,8 +165,7 @@ def real_pictures(folder: Path, progress: build.Progress) -> list[ImageEntry]:
     """The usable pictures of a folder; those that are not are warned of."""
     with progress("reading real pictures", 0):
         entries, skipped = scan_images(folder, captions=False)
-    if skipped.counts:
-        warnings.warn(f"{folder}: {skipped.summary}", stacklevel=2)
+    skipped.warn(folder)
     return entries
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
 FRAME_MS = 1000 // 16  # of an animation; Wan's videos have 16 frames a second
+LARGEST = 10**9
+"""Pixels of the largest image that is read; decoded, it has 3 GB."""
+ALONE = 10**8
+"""Images of more pixels are decoded one at a time, however many threads read."""
+
+_one_large = threading.Lock()
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
@@ -53,11 +61,54 @@ def save_picture(picture: np.ndarray, path: Path) -> Path:
 
 def read_picture(path: Path) -> np.ndarray:
     """Read what `save_picture` saved, or any picture: bytes [H, W, 3] or, of an animation, [F, H, W, 3]."""
-    with Image.open(path) as opened:
+    with opened(path) as image:
         frames = [
-            np.asarray(to_rgb(ImageOps.exif_transpose(frame))) for frame in ImageSequence.Iterator(opened)
+            np.asarray(to_rgb(ImageOps.exif_transpose(frame))) for frame in ImageSequence.Iterator(image)
         ]
     return frames[0] if len(frames) == 1 else np.stack(frames)
+
+
+class ImageTooLarge(ValueError):
+    """An image of more pixels than are read; the message says how many it has."""
+
+
+class _PillowsLimit:
+    """Pillow's own limit, one for the whole process, out of force while any thread is within."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.own = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                Image.MAX_IMAGE_PIXELS = self.own
+
+
+_limit = _PillowsLimit()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image of up to LARGEST pixels; Pillow by itself takes a large scan for an attack.
+
+    Raises ImageTooLarge for more, before anything is decoded.
+    """
+    with _limit, Image.open(path) as image:
+        pixels = image.width * image.height
+        if pixels > LARGEST:
+            raise ImageTooLarge(
+                f"{path} has {pixels / 1e6:,.0f} megapixels, and no more than {LARGEST / 1e6:,.0f} are read; "
+                "save it smaller"
+            )
+        with _one_large if pixels > ALONE else nullcontext():
+            yield image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -296,8 +296,7 @@ def gather(recipe: Recipe, model: PipelineAdapter, *, count: int, progress: Prog
             f"{path} holds no set, and {recipe.model.base} makes videos; `scalewise generate` one."
         )
     entries, skipped = scan_images(path, captions=False)
-    if skipped.counts:
-        warnings.warn(f"{path}: {skipped.summary}", stacklevel=2)
+    skipped.warn(path)
     return encode(build.load(recipe, ["vae"]), entries, full, count=count, progress=progress)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from scalewise.data.folder import (
     BucketMode,
     ImageEntry,
     assign_buckets,
+    bucket_faults,
+    bucket_line,
     bucket_sizes,
+    enlarged,
     list_files,
     load_pixels,
     scan_images,
@@ -44,6 +47,8 @@ from scalewise.scales import Scale, downscale_area
 
 FOLDER_FILE = "folder.json"
 PROMPTS_FILE = "prompts.json"
+READING = 2
+"""Rises when the same folder is read otherwise: captions found, images used."""
 SHARD_BYTES = 256 * 2**20
 
 
@@ -60,6 +65,7 @@ def encode_folder(
     least: int = 1,
     caption_from_name: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _sentence: None,
 ) -> list[LatentSet]:
     """Encode an image folder into one set per bucket, `out/<full size>/`, with latents at every scale.
 
@@ -68,11 +74,13 @@ def encode_folder(
     size; `least` is the fewest images a bucket may have (a training batch, say); `vae_key` names the VAE by
     its files' content and type, so that another VAE of the same path is noticed. A second call with nothing
     changed only opens what is there; one after a kill goes on; of several processes one encodes, the others
-    wait. Skipped and enlarged images are warned of.
+    wait. Every call warns of skipped and enlarged images and of a full size that no image has, and lets
+    `say` tell how many images each bucket keeps.
     """
     root, out = Path(folder), Path(out)
     sizes = [full] if mode == "crop" else bucket_sizes(full, adapter.patch)
     plan = {
+        "reading": READING,
         "vae": vae_key,
         "mode": mode,
         "least": None if mode == "crop" else least,
@@ -80,33 +88,30 @@ def encode_folder(
         "scales": [list(map(str, scales_for(size))) for size in sizes],
     }
     fingerprint = fingerprint_folder(root, plan)
-    if _is_encoded(out, fingerprint):
-        return open_sets(out)
-    with alone(out):
-        if _is_encoded(out, fingerprint):  # by the process that this one waited for
-            return open_sets(out)
-        entries, skipped = scan_images(root, caption_from_name=caption_from_name)
-        if skipped.reasons:
-            warnings.warn(f"{root}: {skipped.summary}.", stacklevel=2)
-        buckets = assign_buckets(entries, full, patch=adapter.patch, mode=mode, least=least)
-        _warn_of_enlarging(buckets, adapter.vae_factor)
-        _drop_stale(out, fingerprint)
-        before = 0
-        for size, images in buckets.items():
-            writer = LatentSetWriter(
-                out / str(size),
-                scales=list(scales_for(size)),
-                channels=adapter.channels,
-                kind="images",
-                base=adapter.base,
-                settings={"fingerprint": fingerprint, "full": str(size), CONTENTS: {"vae": vae_key}},
-            )
-            for done in _encode_bucket(adapter, images, writer, size=size, batch=batch):
-                if progress:
-                    progress(before + done, len(entries))
-            before += len(images)
-        write_json(out / FOLDER_FILE, {"fingerprint": fingerprint, "buckets": list(map(str, buckets))})
-        return open_sets(out)
+    if not _is_encoded(out, fingerprint):
+        with alone(out):
+            if not _is_encoded(out, fingerprint):  # by the process that this one waited for
+                entries, skipped = scan_images(root, caption_from_name=caption_from_name)
+                buckets = assign_buckets(entries, full, patch=adapter.patch, mode=mode, least=least)
+                _drop_stale(out, fingerprint)
+                settings = {"fingerprint": fingerprint, CONTENTS: {"vae": vae_key}}
+                _encode_buckets(
+                    adapter, buckets, out, scales_for=scales_for, settings=settings, batch=batch,
+                    progress=progress,
+                )  # fmt: skip
+                faults, kept = [*skipped.faults, *enlarged(buckets, adapter.vae_factor)], ""
+                if mode == "buckets":
+                    faults += bucket_faults(buckets, full, patch=adapter.patch, least=least)
+                    kept = bucket_line(buckets)
+                names = list(map(str, buckets))
+                index = {"fingerprint": fingerprint, "buckets": names, "kept": kept, "faults": faults}
+                write_json(out / FOLDER_FILE, index)
+    index = read_json(out / FOLDER_FILE)
+    for sentence in [*index.get("faults", ()), *list_files(root).told]:
+        warnings.warn(f"{root}: {sentence}.", stacklevel=2)
+    if index.get("kept"):
+        say(f"{root}: {index['kept']}")
+    return open_sets(out)
 
 
 def open_sets(path: Path | str, *, verify: bool = True) -> list[LatentSet]:
@@ -119,10 +124,36 @@ def open_sets(path: Path | str, *, verify: bool = True) -> list[LatentSet]:
 
 def fingerprint_folder(root: Path, plan: Any) -> str:
     """A hash of the images' and captions' names, sizes and times, and of a plan (anything JSON holds)."""
-    if not root.is_dir():
-        raise DataError(f"There is no folder {root}; correct the path.")
-    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in list_files(root)]
+    files = list_files(root).all
+    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps([stats, plan]).encode()).hexdigest()
+
+
+def _encode_buckets(
+    adapter: ModelAdapter,
+    buckets: Mapping[Scale, Sequence[ImageEntry]],
+    out: Path,
+    *,
+    scales_for: Callable[[Scale], Iterable[Scale]],
+    settings: Mapping[str, Any],
+    batch: int,
+    progress: Progress | None,
+) -> None:
+    """Write the set of every bucket, or what it lacks."""
+    before, total = 0, sum(map(len, buckets.values()))
+    for size, images in buckets.items():
+        writer = LatentSetWriter(
+            out / str(size),
+            scales=list(scales_for(size)),
+            channels=adapter.channels,
+            kind="images",
+            base=adapter.base,
+            settings={**settings, "full": str(size)},
+        )
+        for done in _encode_bucket(adapter, images, writer, size=size, batch=batch):
+            if progress:
+                progress(before + done, total)
+        before += len(images)
 
 
 def _encode_bucket(
@@ -172,20 +203,6 @@ def _drop_stale(out: Path, fingerprint: str) -> None:
             index.unlink()
             for shard in header.shards:
                 (index.parent / shard.file).unlink(missing_ok=True)
-
-
-def _warn_of_enlarging(buckets: dict[Scale, list[ImageEntry]], factor: int) -> None:
-    small = sum(
-        image.height < size.height * factor or image.width < size.width * factor
-        for size, images in buckets.items()
-        for image in images
-    )
-    if small:
-        total = sum(map(len, buckets.values()))
-        warnings.warn(
-            f"{small} of {total} images are smaller than the size they get, so they are enlarged.",
-            stacklevel=3,
-        )
 
 
 @dataclass(frozen=True)

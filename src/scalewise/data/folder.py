@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +16,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from scalewise.data.captions import METADATA, CaptionSource
+from scalewise.data.captions import CaptionSource
+from scalewise.data.files import Found, find_files, name_some
 from scalewise.data.shards import DataError
-from scalewise.pictures import to_rgb
+from scalewise.pictures import LARGEST, ImageTooLarge, opened, to_rgb
 from scalewise.scales import Scale
 
 BucketMode = Literal["crop", "buckets"]
-READABLE = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# Images that people keep beside the others; counted so that nobody wonders where they went.
-UNSUPPORTED = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".raw", ".dng"}
-if features.check("avif"):
-    READABLE.add(".avif")
-    UNSUPPORTED.remove(".avif")
 # Width : height of the buckets beside the full size's own; between two of them, cropping loses about a tenth.
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
 
@@ -46,10 +42,12 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class Skipped:
-    """The images of a folder that cannot be used, by reason, and how many can."""
+    """What a folder holds that cannot be used: images by reason, and files that are not read."""
 
     used: int
     reasons: dict[str, list[Path]]
+    others: tuple[str, ...] = ()
+    """Sentences about files of kinds that are not read and links that lead nowhere."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -59,11 +57,21 @@ class Skipped:
     @property
     def summary(self) -> str:
         """One line such as "40 images used, 2 skipped: 1 unreadable (a.png), 1 without a caption (b.png)"."""
-        found = f"{self.used} image{'' if self.used == 1 else 's'} used"
+        found = f"{self.used:,} image{'' if self.used == 1 else 's'} used"
         if not self.reasons:
             return f"{found}, none skipped"
-        parts = (f"{len(paths)} {reason} ({_name_some(paths)})" for reason, paths in self.reasons.items())
-        return f"{found}, {sum(self.counts.values())} skipped: {', '.join(parts)}"
+        parts = (f"{len(paths):,} {reason} ({name_some(paths)})" for reason, paths in self.reasons.items())
+        return f"{found}, {sum(self.counts.values()):,} skipped: {', '.join(parts)}"
+
+    @property
+    def faults(self) -> list[str]:
+        """The summary if an image was skipped, else nothing."""
+        return [self.summary] if self.reasons else []
+
+    def warn(self, folder: Path) -> None:
+        """Warn of what is skipped, if anything is."""
+        for sentence in (*self.faults, *self.others):
+            warnings.warn(f"{folder}: {sentence}.", stacklevel=3)
 
 
 def scan_images(
@@ -71,48 +79,40 @@ def scan_images(
 ) -> tuple[list[ImageEntry], Skipped]:
     """Find every captioned, readable image under `folder`, and count the others by reason.
 
-    Captions come from `<stem>.txt`, else from metadata.jsonl, captions.json or metadata.csv (file_name, and
-    text or caption), else, only with caption_from_name, from the file's name; without `captions` none are
-    looked for. Each image is decoded once, since a truncated one shows itself only then.
+    Captions come from `<stem>.txt` or `<stem>.caption`, else from metadata.jsonl, captions.json,
+    metadata.csv or metadata.parquet (file_name, and text, caption or prompt), else, only with
+    caption_from_name, from the file's name; without `captions` none are looked for. Linked folders are
+    followed, each folder once. Each image is decoded once, since a truncated one shows itself only then.
 
     Raises DataError when the folder is missing or holds no usable image.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"There is no folder {root}; correct the path.")
-    files = list_files(root)
-    source: CaptionSource | None = None
-    if captions:
-        source = CaptionSource([f for f in files if f.name in METADATA], from_name=caption_from_name)
-    images = [f for f in files if f.suffix.lower() in READABLE | UNSUPPORTED]
+    found = list_files(root)
+    source = CaptionSource(found, from_name=caption_from_name) if captions else None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda path: _inspect(path, source), images))
-    entries = [entry for entry in found if isinstance(entry, ImageEntry)]
+        looked = list(pool.map(lambda path: _inspect(path, source), found.images))
+    entries = [entry for entry in looked if isinstance(entry, ImageEntry)]
     reasons: dict[str, list[Path]] = {}
-    for path, entry in zip(images, found, strict=True):
+    for path, entry in zip(found.images, looked, strict=True):
         if isinstance(entry, str):
             reasons.setdefault(entry, []).append(path)
-    if source and (absent := source.absent()):
-        reasons["named in the metadata but not there"] = absent
-    skipped = Skipped(len(entries), reasons)
+    reasons |= source.unmatched() if source else {}
+    skipped = Skipped(len(entries), reasons, tuple(found.told))
     if not entries:
         needed = (
             " Each needs a caption: <name>.txt beside it, a metadata.jsonl, or set "
             "data.caption_from_name=true."
         )
-        raise DataError(f"No usable image in {root}: {skipped.summary}.{needed if captions else ''}")
+        told = ". ".join([skipped.summary, *skipped.others])
+        raise DataError(f"No usable image in {root}: {told}.{needed if captions else ''}")
     return entries, skipped
 
 
-def list_files(root: Path) -> list[Path]:
-    """Images and captions under a folder, hidden ones left out, in a fixed order."""
-    wanted = READABLE | UNSUPPORTED | {".txt"}
-    files = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in wanted or p.name in METADATA)
-    return [
-        p
-        for p in files
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
-    ]
+def list_files(root: Path) -> Found:
+    """Images, captions and metadata under a folder; DataError if there is none."""
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}; correct the path.")
+    return find_files(root)
 
 
 def assign_buckets(
@@ -140,6 +140,53 @@ def assign_buckets(
         sizes = [size for size in buckets if size != smallest]
 
 
+def bucket_line(buckets: Mapping[Scale, Sequence[ImageEntry]]) -> str:
+    """One line such as "2 aspect buckets: 56x74 keeps 7 images and 93% of their area, 64x64 7 and 88%"."""
+    parts = list[str]()
+    for size, images in buckets.items():
+        ratios = [image.width / image.height / _aspect(size) for image in images]
+        area = sum(min(ratio, 1 / ratio) for ratio in ratios) / len(ratios)
+        words = "{} keeps {:,} image{} and {:.0%} of their area" if not parts else "{} {:,}{} and {:.0%}"
+        parts.append(words.format(size, len(images), "" if parts or len(images) == 1 else "s", area))
+    return f"{len(buckets)} aspect bucket{'' if len(buckets) == 1 else 's'}: {', '.join(parts)}"
+
+
+def bucket_faults(
+    buckets: Mapping[Scale, Sequence[ImageEntry]], full: Scale, *, patch: int, least: int
+) -> list[str]:
+    """Sentences about buckets too small for a batch, which are dissolved, and a full size without images."""
+    sizes, before, told = bucket_sizes(full, patch), dict[Scale, int](), list[str]()
+    for image in (image for members in buckets.values() for image in members):
+        size = _nearest(image, sizes)
+        before[size] = before.get(size, 0) + 1
+    gone = {size: count for size, count in sorted(before.items()) if size not in buckets}
+    if gone:
+        count, shapes = sum(gone.values()), ", ".join(f"{size} ({n:,})" for size, n in gone.items())
+        told.append(
+            f"{count:,} image{' is' if count == 1 else 's are'} cropped to the next aspect bucket, since "
+            f"{'its own one has' if count == 1 else 'their own ones have'} fewer than a batch of {least:,}: "
+            f"{shapes}"
+        )
+    if full not in buckets:
+        why = f"only {before[full]:,} have its shape" if full in before else "none has its shape"
+        told.append(
+            f"no image is trained at the full size {full}, at which a student draws unless told otherwise: "
+            f"{why}. Add such images, set data.shape=crop, or lower train.batch"
+        )
+    return told
+
+
+def enlarged(buckets: Mapping[Scale, Sequence[ImageEntry]], factor: int) -> list[str]:
+    """A sentence about images with fewer pixels than `factor` times their latent size, if there are any."""
+    small = [
+        image.height < size.height * factor or image.width < size.width * factor
+        for size, images in buckets.items()
+        for image in images
+    ]
+    told = f"{sum(small):,} of {len(small):,} images are smaller than the size they get, so they are enlarged"
+    return [told] if any(small) else []
+
+
 def bucket_sizes(full: Scale, patch: int) -> list[Scale]:
     """Latent sizes of about the full one's area at a handful of aspect ratios, itself among them."""
     area = full.height * full.width
@@ -155,7 +202,7 @@ def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
     """Read an image as [3, H, W] in [-1, 1]: upright, over white, covering (H, W), cropped to its centre."""
     height, width = size
     try:
-        with Image.open(entry.path) as file:
+        with opened(entry.path) as file:
             image = to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's plugins raise many kinds
         raise DataError(
@@ -171,10 +218,10 @@ def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
 
 def _inspect(path: Path, source: CaptionSource | None) -> ImageEntry | str:
     """Return the image's entry, or the reason why it cannot be used."""
-    if path.suffix.lower() not in READABLE:
-        return f"in the unsupported format {path.suffix.lower()}"
     try:
         width, height = _decoded_size(path)
+    except ImageTooLarge:
+        return f"of more than {LARGEST / 1e6:,.0f} megapixels, which have to be saved smaller"
     except Exception:  # Pillow's plugins raise many kinds for a broken file; the summary names the files
         return "unreadable"
     if source is None:
@@ -188,7 +235,7 @@ def _inspect(path: Path, source: CaptionSource | None) -> ImageEntry | str:
 
 def _decoded_size(path: Path) -> tuple[int, int]:
     """Width and height as seen; decodes everything, because only that shows a truncated file."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         _refuse_float(image)
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
@@ -208,8 +255,3 @@ def _aspect(scale: Scale) -> float:
 
 def _nearest(image: ImageEntry, sizes: Sequence[Scale]) -> Scale:
     return min(sizes, key=lambda size: abs(math.log(_aspect(size) * image.height / image.width)))
-
-
-def _name_some(paths: Sequence[Path], limit: int = 3) -> str:
-    names = ", ".join(path.name for path in paths[:limit])
-    return names if len(paths) <= limit else f"{names}, ..."
