@@ -46,7 +46,7 @@ class SDXL(PipelineAdapter):
                 f"{self.base} predicts {predicts!r}; of SDXL's relatives only those that predict 'epsilon' "
                 "can be distilled here."
             )
-        if scheduler.config.get("rescale_betas_zero_snr") or scheduler.alphas_cumprod[-1] < ZERO:
+        if scheduler.alphas_cumprod[-1] < ZERO:
             raise ModelError(
                 f"The scheduler of {self.base} has zero terminal SNR (rescale_betas_zero_snr): at t = 1000 "
                 "nothing is left of x0, which does not follow from a prediction of 'epsilon' then. If the "
