@@ -28,8 +28,8 @@ def distill(
     fits neither base nor data, or a folder that holds a run already.
     """
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    shown = progress or silent
+    shown, out = progress or silent, Path(out).expanduser()
     with shown("distilling", recipe.train.iterations) as done:
-        for row in rows_of(recipe, Path(out), shown, resume=resume):
+        for row in rows_of(recipe, out, shown, resume=resume):
             done(int(row["iteration"]))
-    return Path(out) / "student.safetensors"
+    return out / "student.safetensors"

@@ -22,6 +22,7 @@ from scalewise.data.folder import list_files
 from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, family_of, load_model
 from scalewise.models.offloading import offload
 from scalewise.models.quantized import quantize
+from scalewise.paths import expand_home
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.scales import Scale
 from scalewise.teacher import contents_of
@@ -33,7 +34,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 def cache_folder() -> Path:
     """Where prompt embeddings and encoded image folders are kept: $SCALEWISE_CACHE or ~/.cache/scalewise."""
-    return Path(os.environ.get("SCALEWISE_CACHE", Path.home() / ".cache" / "scalewise"))
+    return Path(expand_home(os.environ.get("SCALEWISE_CACHE", "~/.cache/scalewise")))
 
 
 def device() -> torch.device:

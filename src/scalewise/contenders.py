@@ -25,7 +25,7 @@ from scalewise.data.folder import scan_images
 from scalewise.errors import first_line
 from scalewise.lora import Student, load_student
 from scalewise.models.base import Condition, ModelAdapter
-from scalewise.paths import one_form
+from scalewise.paths import expand_home, one_form
 from scalewise.pictures import read_picture, to_bytes
 from scalewise.recipe import Recipe
 from scalewise.rng import derive
@@ -126,7 +126,7 @@ def parse_contender(text: str, recipe: Recipe) -> Contender:
         raise ContenderError(
             f"{text!r} is no contender; write {FORMS}, optionally with a label before it (name=...)."
         )
-    contender = readers[word](rest, recipe)
+    contender = readers[word](expand_home(rest), recipe)
     return replace(contender, name=label) if label else contender
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scalewise import checkpoint, foreign_keys, keys
 from scalewise.finite import non_finite
+from scalewise.paths import expand_home
 from scalewise.recipe import Recipe
 from scalewise.scales import ScaleSchedule
 
@@ -288,6 +289,7 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
 
     `schedule` is for files that carry none in their metadata, and replaces the one of those that do.
     """
+    path = expand_home(str(path))
     if checkpoint.is_checkpoint(Path(path)):
         return _of_checkpoint(Path(path), schedule)
     file = find_file(path)

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scalewise.errors import first_line
 from scalewise.losses import Penalty
 from scalewise.overrides import about_of, field_names, field_type, nearest, read_value
+from scalewise.paths import expand_home
 from scalewise.scales import ScaleSchedule, shifted_sigmas
 from scalewise.text_files import TextFileError, read_utf8
 
 
 class RecipeError(ValueError):
     """A recipe, a file of one or an override that cannot be used; the message says what to write instead."""
+
+
+PathText = Annotated[str, AfterValidator(expand_home)]
+"""A path, or a name of the hub; "~" is the home folder."""
 
 
 class Frozen(BaseModel):
@@ -57,7 +62,9 @@ class Levels(Frozen):
 class ModelRecipe(Frozen):
     """The teacher to distil."""
 
-    base: str = Field("mini", min_length=1, description="'mini', a folder in diffusers' layout, or a hub id")
+    base: PathText = Field(
+        "mini", min_length=1, description="'mini', a folder in diffusers' layout, or a hub id"
+    )
     family: str | None = Field(
         None, description="sd3, flux, sdxl or wan: bases of others are refused; None = any"
     )
@@ -78,7 +85,7 @@ class ModelRecipe(Frozen):
     max_sequence_length: int | None = Field(
         None, ge=1, description="T5 tokens; None = the family's usual number"
     )
-    vae: str | None = Field(
+    vae: PathText | None = Field(
         None, description="another autoencoder of the same latents, such as a tiny one; null = the base's"
     )
     embedded_guidance: float | None = Field(
@@ -220,7 +227,7 @@ class LossRecipe(Frozen):
 class DataRecipe(Frozen):
     """Latents and captions to train on."""
 
-    path: str = Field(
+    path: PathText = Field(
         "mini", min_length=1, description="'mini', a set made by `scalewise generate`, or a folder of images"
     )
     downscale: Literal["pixel", "latent"] = Field("pixel", description="latent: the ablation of section 4.1")

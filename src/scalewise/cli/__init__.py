@@ -12,6 +12,7 @@ import typer
 
 from scalewise import console
 from scalewise.cli import making, measuring
+from scalewise.cli.arguments import HomeCommand
 from scalewise.errors import TrainingStopped
 from scalewise.optional import without_bitsandbytes
 from scalewise.signals import STOPPING, Stopped, catching
@@ -31,7 +32,7 @@ COMMANDS = (
     measuring.metrics, measuring.bench, measuring.plan, measuring.spectrum, measuring.study, making.export,
 )  # fmt: skip
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=HomeCommand)(command)
 
 
 def _version(asked: bool) -> None:

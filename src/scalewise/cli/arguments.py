@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
+
+from scalewise.paths import expand_home
 
 if TYPE_CHECKING:
     from scalewise.recipe import Recipe
@@ -19,6 +23,20 @@ Overrides = Annotated[
 OldOverrides = Annotated[
     list[str] | None, typer.Option("--set", hidden=True, help="Deprecated: write key=value by itself.")
 ]
+
+
+class HomeCommand(typer.core.TyperCommand):
+    """A command that reads "~" in all its paths and names of models: `--out=~/x` reaches it unexpanded."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Lists are left: prompts stay as typed, and what holds a path is read elsewhere."""
+        ctx.params = {
+            name: type(value)(expand_home(str(value)))
+            if isinstance(value, str | Path) and name != "prompt"
+            else value
+            for name, value in ctx.params.items()
+        }
+        return super().invoke(ctx)
 
 
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:

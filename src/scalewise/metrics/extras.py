@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scalewise.errors import first_line
 from scalewise.metrics.base import Examiner, Metric
+from scalewise.paths import expand_home
 
 Device = torch.device | str
 
@@ -55,7 +56,7 @@ def parse_metric(text: str, known: Mapping[str, Extra]) -> tuple[Extra, str]:
         raise ValueError(
             f"The metric {name} has no weights of its own; name a hub id or folder, as in {name}=SOURCE."
         )
-    return known[name], source or known[name].source or ""
+    return known[name], expand_home(source) or known[name].source or ""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from scalewise import mini
 from scalewise.errors import first_line
 from scalewise.lora import StudentError, load_student
 from scalewise.models import SD3, SDXL, Flux, PipelineAdapter, Wan, family_of
+from scalewise.paths import expand_home
 from scalewise.pipelines.scale_wise import (
     ADAPTER,
     ScaleWiseFluxPipeline,
@@ -55,11 +56,13 @@ def load(
             f"The student 'mini' is the mini's and does not fit {base}; name its own with student=..., or "
             "give student=None and a schedule for the undistilled base."
         )
-    folder = mini.resolve(str(base), mini.TEACHER)
+    folder = mini.resolve(expand_home(str(base)), mini.TEACHER)
     family = family_of(folder)
     given = read_schedule(schedule) if schedule is not None else None
     found = (
-        load_student(_local(mini.resolve(str(student), mini.STUDENT)), schedule=given) if student else None
+        load_student(_local(mini.resolve(expand_home(str(student)), mini.STUDENT)), schedule=given)
+        if student
+        else None
     )
     if found is None and given is None:
         raise StudentError(
@@ -67,6 +70,8 @@ def load(
         )
     told = found.recipe.get("model", {}) if found else {}
     options = {"max_sequence_length": told.get("max_sequence_length")} | options
+    if options.get("vae"):
+        options["vae"] = expand_home(str(options["vae"]))
     model: Any = family.load(folder, dtype=dtype, **options)
     pipeline: Any = PIPELINES[family](**model.pipeline.components)
     pipeline.register_to_config(**stock_options(model.pipeline, pipeline))

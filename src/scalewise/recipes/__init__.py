@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scalewise.overrides import nearest
+from scalewise.paths import expand_home
 from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import mini
 from scalewise.recipes.published import PUBLISHED
@@ -25,6 +26,7 @@ def find_recipe(name: str) -> Recipe:
     """Return a recipe by its name or from a YAML file."""
     if name in RECIPES:
         return RECIPES[name]()
+    name = expand_home(name)
     if name.endswith((".yaml", ".yml")):
         if not Path(name).exists():
             raise RecipeError(f"There is no recipe file {name}.")
