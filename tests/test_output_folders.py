@@ -66,7 +66,8 @@ def test_a_set_is_not_made_among_files_of_others(generate, tmp_path):
 
 
 def test_a_smaller_count_on_a_larger_set_says_that_all_stays(generate, tmp_path):
-    assert generate(tmp_path / "set", 6)[1].endswith(f"6 samples at 3 scales in {tmp_path / 'set'}")
+    text = generate(tmp_path / "set", 6)[1]
+    assert f"6 samples at 3 scales in {tmp_path / 'set'}" in text and "more than" not in text
     (tmp_path / "set" / ".DS_Store").touch()
     code, text = generate(tmp_path / "set", 4)
     assert code == 0 and f"6 samples at 3 scales in {tmp_path / 'set'} That is more than --count 4:" in text

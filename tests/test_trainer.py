@@ -101,7 +101,7 @@ def run_as_a_process(recipe: Recipe, out: Path, *, resume: bool = False) -> subp
 
 
 def wait_for_iteration(out: Path, iteration: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
+    for _ in range(4000):
         log = out / "log.jsonl"
         if log.exists() and len(log.read_text().splitlines()) >= iteration:
             return
@@ -317,9 +317,10 @@ def test_precision_auto_is_settled_once_and_kept_on_another_machine(recipe, tmp_
 
 
 def test_a_loss_that_breaks_in_another_process_stops_this_one_too(recipe, tmp_path, monkeypatch):
+    trainer = build.build_trainer(recipe, build.prepare_data(recipe, silent), tmp_path)
     monkeypatch.setattr("scalewise.parallel.any_of", lambda flag: True)
     with pytest.raises(TrainingStopped, match="'a term of another process' became nan at iteration 1"):
-        train(recipe, tmp_path)
+        list(trainer.fit())
 
 
 @pytest.mark.parametrize("timesteps", [[1000, 500], [1000, 700, 400], [1000, 900, 800, 700, 600, 500]])

@@ -243,7 +243,7 @@ def measure(count: int = 2000) -> dict[str, float]:
         logits, _ = model.readers[number](vector)
         right = torch.stack([given.argmax(1) == goal[:, i] for i, given in enumerate(logits)]).all(0)
         found[f"exact_{number + 1}"] = round(float(right.float().mean()), 4)
-    (work_folder() / "world-text" / "measured.json").write_text(json.dumps(found))
+    (work_folder() / "world-text" / "measured.json").write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
