@@ -140,7 +140,7 @@ def test_a_kill_ends_other_commands_with_its_own_code(monkeypatch: pytest.Monkey
     from scalewise.commands import measuring
 
     monkeypatch.setattr(measuring, "run_studies", lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP))
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests inherit that it is ignored
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     try:
         with pytest.raises(SystemExit) as ended:
             cli.main(["study", "losses"])

@@ -130,7 +130,7 @@ def test_sigterm_saves_after_the_iteration_and_exits_non_zero(recipe: Recipe, tm
     wait_for_iteration(tmp_path / "run", 2, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
+    assert process.returncode == 143
     assert "Stopped by SIGTERM" in output and "--resume" in output
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None and int(newest.name[5:]) >= 2

@@ -179,7 +179,9 @@ def measure(channels: int, *, plain: bool, count: int = 256) -> dict[str, float]
         )
         values.append(psnr(model.decode(small).sample, resized(part, 64)))
     found["psnr_latents_scaled_to_64"] = round(float(torch.cat(values).mean()), 2)
-    (work_folder() / stage_name(channels, plain) / "measured.json").write_text(json.dumps(found), encoding="utf-8")
+    (work_folder() / stage_name(channels, plain) / "measured.json").write_text(
+        json.dumps(found), encoding="utf-8"
+    )
     return found
 
 

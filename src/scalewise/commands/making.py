@@ -254,9 +254,9 @@ def _report_set(out: Path, *, name: str, count: int) -> None:
     header = SetHeader.read(out)
     say = partial(console.out.print, markup=False, soft_wrap=True)
     say(f"{header.rows} samples at {len(header.scales)} scales in {out}")
-    say(f"Next: {shlex.join(['scalewise', 'distill', name, f'data.path={out}'])}")
     if header.rows > count:
         say(
             f"That is more than --count {count}: they were there before, none was drawn or removed, and "
             f"training reads all {header.rows}. For a smaller set give another --out."
         )
+    say(f"Next: {shlex.join(['scalewise', 'distill', name, f'data.path={out}'])}")
