@@ -16,6 +16,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
 from scalewise import keys
+from scalewise.errors import first_line
 
 _TEXT = re.compile(r"^(lora_te\d?_|text_encoders?[._]|text_encoder_\d\.|te\d?\.)")
 _KINDS = {
@@ -25,6 +26,9 @@ _KINDS = {
     "GLoRA": re.compile(r"\.(a1|a2|b1|b2)\.weight$"),
 }
 _FLUX = re.compile(r"(double|single)_blocks[._]\d")
+_FLUX_OUTER = re.compile(
+    r"^((img|txt)_in|(time|vector|guidance)_in[._](in|out)_layer|final_layer[._](linear|adaLN_modulation[._]1))$"
+)
 _XLABS = re.compile(r"double_blocks\.\d+\.processor\.")
 _SGM = re.compile(r"(input_blocks|middle_block|output_blocks)[._]\d")
 _SGM_OUTER = re.compile(r"^(time_embed|label_emb|out)[._]\d")
@@ -63,6 +67,12 @@ def convert(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, flo
         raise ForeignError(
             f"names layers as SD3's authors do ({strange[0]}), which neither diffusers nor scalewise reads; "
             "convert it to diffusers' names first"
+        )
+    if outer := sorted(layer for layer in layers if _FLUX_OUTER.search(layer)):
+        raise ForeignError(
+            f"holds FLUX layers outside the blocks ({', '.join(outer)}) under the authors' or kohya's names, "
+            "which are not supported and which diffusers leaves out; train without these layers, or remove "
+            "them from the file"
         )
     is_wan = any(_WAN.search(layer) for layer in layers)
     is_sgm = any(_SGM.search(layer) for layer in layers)
@@ -131,9 +141,11 @@ def _placed(layer: str, own: Mapping[str, Tensor], *, is_wan: bool) -> dict[str,
         a, b = torch.zeros(1, 1), torch.zeros(len(next(iter(own.values()))), 1)
     try:
         pairs = _pairs(layer, a, b, is_wan=is_wan)
-    except (ValueError, KeyError, AssertionError, IndexError) as error:
+    except (ValueError, KeyError, AssertionError, IndexError, RuntimeError) as error:
+        reason = first_line(error) if str(error) else "the rows of its second matrix do not split"
         raise ForeignError(
-            f"has a layer {layer} that diffusers' converter does not read ({error})"
+            f"has a layer {layer} that diffusers' converter does not read: {reason} (its matrices are "
+            f"{_shape(a)} and {_shape(b)}); fetch the file again, or one made for this model"
         ) from error
     pairs = {name.partition(".")[2]: value for name, value in pairs.items()}
     paths = [name.removesuffix(".lora_A.weight") for name in pairs if name.endswith(".lora_A.weight")]
@@ -145,11 +157,20 @@ def _placed(layer: str, own: Mapping[str, Tensor], *, is_wan: bool) -> dict[str,
         out = {path: {} for path in paths}
     for part in (".lora_B.bias", ".diff_b"):
         if part in own:
+            if len(own[part]) != sum(rows):
+                raise ForeignError(
+                    f"has a layer {layer} whose bias of {_shape(own[part])} does not fit its {sum(rows)} "
+                    "rows; fetch the file again"
+                )
             for path, value in zip(paths, own[part].split(rows), strict=True):
                 out[path][part] = value
     if ".diff" in own:
         out[paths[0]][".diff"] = own[".diff"]
     return out
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
 
 
 def _pairs(layer: str, a: Tensor, b: Tensor, *, is_wan: bool) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ _PARTS = (
     (re.compile(r"[._]lora[._]up\.weight$"), ".lora_B.weight"),
     (re.compile(r"\.lora_B(\.\w+)?\.bias$|[._]lora[._]up\.bias$"), ".lora_B.bias"),
 )
+# Attention of diffusers' old form: its layers are the processor's, and the last one is that of a list.
+_PROCESSOR = re.compile(r"\.(?:processor\.)?(to_[qkv]|to_out|add_[qkv]_proj|to_add_out)_lora(?=\.|$)")
 _ENDING = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|diff|diff_b)$")
 _PREFIX = re.compile(r"^((transformer|unet|(model\.)?diffusion_model)\.|lora_(unet|transformer)_)")
 
@@ -63,6 +65,8 @@ def read_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 def _plain(name: str) -> str:
     name = _PREFIX.sub("", name.removeprefix(_PEFT))
+    name = _PROCESSOR.sub(lambda found: f".{found[1]}{'.0' if found[1] == 'to_out' else ''}._lora", name)
+    name = name.replace("._lora", ".lora")
     for pattern, ending in _PARTS:
         name = pattern.sub(ending, name)
     return name
