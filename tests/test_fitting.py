@@ -11,7 +11,7 @@ from torch import nn
 
 from scalewise import build
 from scalewise.counting import measure
-from scalewise.fitting import Change, Need, drawing_change, line, needs_of, training_changes
+from scalewise.fitting import Change, Need, Typed, drawing_change, line, needs_of, training_changes
 from scalewise.footprint import BATCHES, RUNS, Drawing, Network
 from scalewise.plan import GB, KEPT_FREE, Forward, Memory, Passes, Plan, make_plan
 from scalewise.recipe import RecipeError
@@ -125,14 +125,15 @@ def test_nothing_is_proposed_where_nothing_helps() -> None:
 
 def test_the_command_that_fits_keeps_what_was_typed_and_replaces_what_it_changes() -> None:
     need = Need("distill", 3, 1.0, False, Change(("train.batch=1", "train.accumulate=3")))
-    found = line(need, "my recipe.yaml", ["train.batch=3", "data.path=my set"], prompts=True)
+    flux = find_recipe("flux-dev")
+    found = line(need, Typed("my recipe.yaml", ["train.batch=3", "data.path=my set"], flux))
     assert shlex.split(found) == [
         "scalewise", "distill", "my recipe.yaml", "data.path=my set", "train.batch=1", "train.accumulate=3",
     ]  # fmt: skip
     drawn = Need("evaluate", 16, 1.0, False, Change(("model.offload=blocks",), 4))
-    assert line(drawn, "flux-dev", [], prompts=True) == (
+    assert line(drawn, Typed("flux-dev", [], flux)) == (
         "scalewise evaluate flux-dev teacher student:runs/flux-dev model.offload=blocks --batch 4 "
-        "--prompts prompts.txt"
+        "--prompts prompts.txt --metric spectrum --reference photos"
     )
 
 

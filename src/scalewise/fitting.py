@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from scalewise.footprint import BATCHES, RUNS, Command
+from scalewise.overrides import key_of, replaced
 from scalewise.plan import KEPT_FREE, Memory, Plan, make_plan, training_memory
 from scalewise.recipe import Recipe
 
 Planner = Callable[[Recipe], Plan]
+PROMPTS, PHOTOS = "prompts.txt", "photos"
+"""What a printed command names where the user has to bring something."""
 
 
 @dataclass(frozen=True)
@@ -130,20 +133,45 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
-def line(need: Need, recipe: str, typed: Sequence[str], *, prompts: bool) -> str:
-    """The command that fits, ready to be pasted: `typed` are the overrides given, which its own replace.
+@dataclass(frozen=True)
+class Typed:
+    """A recipe as it was typed, and what it comes to."""
 
-    `prompts`: the base brings no captions along, so a file of them is named.
+    name: str
+    """Of a recipe or of its file."""
+    overrides: Sequence[str]
+    recipe: Recipe
+    """With the overrides."""
+    set_folder: str | None = None
+    """Where `generate` writes the set that the recipe reads; None for the embedded one."""
+    photos: str = PHOTOS
+    """A folder of real images, for metrics."""
+
+
+def line(need: Need, typed: Typed) -> str:
+    """The command that fits, ready to be pasted, with the overrides typed, which its own replace.
+
+    Each command gets those that it takes: `sample` a model's alone, `evaluate` none of the recipe's name. A
+    base other than the mini brings neither captions nor a judge along: a file of prompts is named
+    (`PROMPTS`), and a metric without weights, which needs real images.
     """
     assert need.change is not None
-    own = {change.split("=")[0] for change in need.change.overrides}
-    overrides = [t for t in typed if t.split("=")[0] not in own] + list(need.change.overrides)
+    recipe = typed.recipe
+    overrides = replaced(typed.overrides, need.change.overrides)
     batch = ["--batch", str(need.change.batch)] if need.change.batch else []
-    file = ["--prompts", "prompts.txt"] if prompts else []
+    foreign = recipe.model.base != "mini"
+    prompts = ["--prompts", PROMPTS] if foreign else []
+    judge = ["--metric", "spectrum", "--reference", typed.photos] if foreign else []
+    out = ["--out", typed.set_folder] if typed.set_folder else []
+    run = f"runs/{recipe.name}"
+    of_model = [text for text in overrides if key_of(text).startswith("model.")]
+    grouped = [text for text in overrides if "." in key_of(text)]
     words = {
-        "generate": ["generate", recipe, *overrides, *batch, *file],
-        "distill": ["distill", recipe, *overrides],
-        "sample": ["sample", "a cat", *overrides, "--student", f"runs/{recipe}", *batch],
-        "evaluate": ["evaluate", recipe, "teacher", f"student:runs/{recipe}", *overrides, *batch, *file],
-    }
+        "generate": ["generate", typed.name, *overrides, *batch, *prompts, *out],
+        "distill": ["distill", typed.name, *overrides],
+        "sample": ["sample", "a cat", *of_model, "--student", run, *batch],
+        "evaluate": [
+            "evaluate", typed.name, "teacher", f"student:{run}", *grouped, *batch, *prompts, *judge
+        ],
+    }  # fmt: skip
     return shlex.join(["scalewise", *words[need.command]])

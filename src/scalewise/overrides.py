@@ -66,6 +66,17 @@ def read_value(text: str, kind: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else _plain(value)
 
 
+def key_of(assignment: str) -> str:
+    """The dotted key of an override as it is typed, "key=value"."""
+    return assignment.partition("=")[0].strip()
+
+
+def replaced(assignments: Sequence[str], by: Sequence[str]) -> list[str]:
+    """Overrides without those whose key others set, and the others behind them."""
+    keys = {key_of(text) for text in by}
+    return [*(text for text in assignments if key_of(text) not in keys), *by]
+
+
 def about_of(before: Any, after: Any, keys: Iterable[str]) -> str:
     """The `about` of a recipe for one that overrides of `keys` made: behind it, in brackets, what changed."""
     text, sign, old = before.about.partition(_CHANGED)

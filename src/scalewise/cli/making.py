@@ -59,9 +59,8 @@ def generate(
     from scalewise.scales import Scale
 
     also = [Scale.parse(text) for text in scale or ()]
-    run_generate(
-        recipe_of(recipe, overrides), prompts, count=count, batch=batch, seed=seed, also=also, out=out
-    )
+    chosen, typed = recipe_of(recipe, overrides), [recipe, *(overrides or ())]
+    run_generate(chosen, prompts, count=count, batch=batch, seed=seed, also=also, out=out, typed=typed)
 
 
 def distill(

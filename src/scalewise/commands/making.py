@@ -24,6 +24,7 @@ from scalewise.evaluate import warned_once
 from scalewise.lora import Student, load_student, write_student
 from scalewise.models import ALL_PARTS, ModelError
 from scalewise.models.skeleton import skeleton
+from scalewise.overrides import replaced
 from scalewise.pictures import save_picture, to_bytes
 from scalewise.pipelines import read_schedule
 from scalewise.recipe import Recipe, RecipeError
@@ -232,8 +233,13 @@ def run_generate(
     seed: int,
     also: Sequence[Scale],
     out: Path,
+    typed: Sequence[str] = (),
 ) -> None:
-    """Make a synthetic set; goes on where a stopped one ended."""
+    """Make a synthetic set; goes on where a stopped one ended.
+
+    `typed`: the recipe's name or file and its overrides, for the command that comes next; without them the
+    recipe's name.
+    """
     check_set_folder(out)
     parallel.init_from_env()
     console.speak(parallel.is_main())
@@ -245,11 +251,11 @@ def run_generate(
         for number in drawing:
             done(number)
     if parallel.is_main():
-        _report_set(out, name=recipe.name, count=count)
+        _report_set(out, typed or [recipe.name], count=count)
     parallel.shutdown()
 
 
-def _report_set(out: Path, *, name: str, count: int) -> None:
+def _report_set(out: Path, typed: Sequence[str], *, count: int) -> None:
     """Print what a finished set holds, and that it is more than was asked for if it is."""
     header = SetHeader.read(out)
     say = partial(console.out.print, markup=False, soft_wrap=True)
@@ -259,4 +265,6 @@ def _report_set(out: Path, *, name: str, count: int) -> None:
             f"That is more than --count {count}: they were there before, none was drawn or removed, and "
             f"training reads all {header.rows}. For a smaller set give another --out."
         )
-    say(f"Next: {shlex.join(['scalewise', 'distill', name, f'data.path={out}'])}")
+    recipe, *overrides = typed
+    words = ["scalewise", "distill", recipe, *replaced(overrides, [f"data.path={out}"])]
+    say(f"Next: {shlex.join(words)}", highlight=False)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.table import Table
 
 from scalewise import build, console
-from scalewise.fitting import Need, line, needs_of
+from scalewise.commands.inputs import check_set_folder
+from scalewise.fitting import PHOTOS, PROMPTS, Need, Typed, line, needs_of
 from scalewise.plan import GB, KEPT_FREE, Plan, make_plan, scales_to_count
+from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.throughput import Card, Throughput, card_named, measured, throughput_of
 
+READING = ("generate", "evaluate")  # commands that take prompts from a file
 GENERATED = 1000  # samples that time and disk are told for
 
 
@@ -52,7 +56,7 @@ def run_plan(name: str, overrides: Sequence[str], device: Device, *, gpus: int) 
     _print_operations(plan)
     _print_hours(plan, device, gpus=gpus)
     _print_memory(plan, gpus=gpus)
-    _print_needs(plan, device, (name, overrides))
+    _print_needs(plan, device, typed_as(name, overrides, recipe=recipe))
 
 
 def _print_steps(plan: Plan) -> None:
@@ -124,7 +128,7 @@ def _print_memory(plan: Plan, *, gpus: int) -> None:
     console.out.print(f"a batch of {train.batch} on each of {gpus} processes: {batch} samples an update")
 
 
-def _print_needs(plan: Plan, device: Device, typed: tuple[str, Sequence[str]]) -> None:
+def _print_needs(plan: Plan, device: Device, typed: Typed) -> None:
     """Peak memory of every command, what fits, and for what does not a command that does."""
     room = None if device.gigabytes is None else device.gigabytes * GB
     needs = needs_of(plan, room)
@@ -148,13 +152,29 @@ def _print_needs(plan: Plan, device: Device, typed: tuple[str, Sequence[str]]) -
             f"All four commands fit, {KEPT_FREE:.0%} of the device kept free (a scorer's model comes on top)."
         )
     for need in missing:
-        _print_line(need, typed, brings_prompts=plan.recipe.model.base == "mini")
+        _print_line(need, typed)
+    if plan.recipe.model.base != "mini" and any(need.change for need in missing if need.command in READING):
+        photos = "" if typed.photos != PHOTOS else f"; {PHOTOS}: a folder of real images"
+        say(f"{PROMPTS}: your prompts, one a line{photos}. Other judges than the spectrum: "
+            "`scalewise metrics`, or --scorer.", highlight=False)  # fmt: skip
 
 
-def _print_line(need: Need, typed: tuple[str, Sequence[str]], *, brings_prompts: bool) -> None:
+def typed_as(name: str, overrides: Sequence[str], *, recipe: Recipe) -> Typed:
+    """What was typed, with the folders of the recipe's data: where a set goes, or real images lie."""
+    folder = recipe.data.path
+    if folder == "mini":
+        return Typed(name, overrides, recipe)
+    try:
+        check_set_folder(Path(folder))
+    except RecipeError:  # images of the user's, which no set is made over
+        return Typed(name, overrides, recipe, photos=folder)
+    return Typed(name, overrides, recipe, set_folder=folder)
+
+
+def _print_line(need: Need, typed: Typed) -> None:
     say = partial(console.out.print, soft_wrap=True, highlight=False, markup=False)
     if need.change is None:
         say(f"{need.command} does not fit, with no setting here: it takes a device with more memory.")
         return
     say(f"{need.command} does not fit as it stands; this does:")
-    say(f"  {line(need, *typed, prompts=not brings_prompts)}")
+    say(f"  {line(need, typed)}")
