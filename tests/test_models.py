@@ -367,7 +367,7 @@ def test_folders_that_hold_pickles_only_are_refused_and_the_pickles_are_never_op
     weights.unlink()
     for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
         weights.with_name(name).write_bytes(pickle.dumps(Trap(tmp_path / "opened")))
-    with pytest.raises(ModelError, match="Cannot load the model"):
+    with pytest.raises(ModelError, match=r"as a pickle alone .*are not read; .*convert them to safetensors"):
         load_model(folder)
     assert not (tmp_path / "opened").exists()
     pickle.loads(weights.with_name("pytorch_model.bin").read_bytes())
@@ -382,7 +382,7 @@ def cut_short(path: Path) -> None:
 @pytest.mark.parametrize("damage", [Path.unlink, cut_short], ids=["missing", "cut short"])
 def test_a_model_whose_weights_are_missing_or_damaged_is_refused_in_one_line(folder, component, damage):
     damage(weights_of(folder, component))
-    with pytest.raises(ModelError, match="Cannot load the model") as raised:
+    with pytest.raises(ModelError, match=r"(has no weights|is damaged): .*Fetch the model again") as raised:
         load_model(folder)
     assert "\n" not in str(raised.value)
     assert str(folder) in str(raised.value)
@@ -393,7 +393,7 @@ def test_a_tokenizer_whose_files_are_missing_is_refused(family, folder):
     for path in sorted(folder.glob("tokenizer*")):
         files = {file.name: file.read_bytes() for file in path.iterdir()}
         shutil.rmtree(path)
-        with pytest.raises(ModelError, match=f"The {path.name} of .* files are missing there"):
+        with pytest.raises(ModelError, match=f"The {path.name} of .* is missing: .*Fetch"):
             load_model(folder)
         path.mkdir()
         for name, content in files.items():

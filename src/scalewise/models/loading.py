@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,11 @@ from scalewise.models.folder import (
     weight_names,
     with_defaults,
 )
+from scalewise.models.intact import check_component
+
+_MISFIT = re.compile(
+    r"because (\S+) expected shape torch\.Size\(\[(.*?)\]\), but got torch\.Size\(\[(.*?)\]\)"
+)
 
 
 @contextmanager
@@ -34,7 +40,8 @@ def loading(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"Cannot load {what}: {first_line(error)}") from error
+        said = first_line(error).rstrip(".")
+        raise ModelError(f"Cannot load {what}: {said}. Fetch the model again.") from error
 
 
 def component_config(base: str, name: str, components: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
@@ -49,6 +56,7 @@ def component_config(base: str, name: str, components: Mapping[str, tuple[str, s
 
 def autoencoder_config(vae: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of another autoencoder than the base's `own`; refused if its latents are others."""
+    find_autoencoder(vae, weights=False)
     with loading(f"the autoencoder {vae}"):
         config = AutoencoderKL.load_config(vae)
         refuse_quantized(config, "autoencoder", vae)
@@ -57,15 +65,51 @@ def autoencoder_config(vae: str, own: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def find_autoencoder(vae: str, *, weights: bool) -> Path:
+    """The config.json of an autoencoder; ModelError with the remedy if there is none on disk or on the hub.
+
+    `weights`: whether a folder has to hold them.
+    """
+    remedy = "Set model.vae to the folder of an autoencoder, which has a config.json, or to a hub id of one."
+    if Path(vae).is_dir():
+        if not (Path(vae) / "config.json").exists():
+            raise ModelError(f"The autoencoder {vae} has no config.json. {remedy}")
+        check_component(
+            Path(vae), f"The autoencoder {vae}", kind=("diffusers", "AutoencoderKL"), weights=weights
+        )
+        return Path(vae) / "config.json"
+    if vae.startswith((".", "/")) or vae.count("/") > 1:
+        raise ModelError(f"There is no autoencoder {vae}. {remedy}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(vae, "config.json"))
+    except Exception as error:
+        raise ModelError(
+            f"Cannot find the autoencoder {vae!r}: it is no folder here, and the hub answered: "
+            f"{first_line(error)} {remedy}"
+        ) from error
+
+
 def load_component(base: str, name: str, kind: Any, *, dtype: torch.dtype, variant: str | None) -> Any:
     """Load a component of diffusers from its folder in a base, or from `base` itself if `name` is ""."""
-    return kind.from_pretrained(
-        base, subfolder=name or None, torch_dtype=dtype, use_safetensors=True, variant=variant
-    )
+    try:
+        return kind.from_pretrained(
+            base, subfolder=name or None, torch_dtype=dtype, use_safetensors=True, variant=variant
+        )
+    except (ValueError, RuntimeError) as error:
+        if found := _MISFIT.search(str(error)):
+            raise ModelError(
+                f"The {name or 'autoencoder'} of {base} has weights that do not fit its config.json: "
+                f"{found[1]} has the shape [{found[3]}] where the configuration makes it [{found[2]}]. Fetch "
+                "the model again."
+            ) from error
+        raise
 
 
 def other_autoencoder(vae: str, kind: Any, *, dtype: torch.dtype) -> Any:
     """Load an autoencoder from a folder or hub id of its own, in the only variant that it has."""
+    find_autoencoder(vae, weights=True)
     with loading(f"the autoencoder {vae}"):
         return load_component(vae, "", kind, dtype=dtype, variant=variant_of(weight_names(vae), "", None))
 
@@ -87,8 +131,13 @@ def text_encoders(
         refuse_quantized(AutoencoderKL.load_config(base, subfolder=name), name, base)
         found[name], report = getattr(transformers, kind).from_pretrained(
             base, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            variant=variants[name],
+            variant=variants[name], ignore_mismatched_sizes=True,
         )  # fmt: skip
+        if misfits := sorted(str(key[0]) for key in report["mismatched_keys"]):
+            raise ModelError(
+                f"The {name} of {base} has {len(misfits)} weights that do not fit its config.json, for "
+                f"example {misfits[0]}. Fetch the model again."
+            )
         missing = sorted(report["missing_keys"])
         if missing:
             raise ModelError(

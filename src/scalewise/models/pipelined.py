@@ -22,6 +22,7 @@ from scalewise.models.folder import (
     model_index,
     variants_of,
 )
+from scalewise.models.intact import check_folder
 from scalewise.models.loading import (
     autoencoder_config,
     check_complete,
@@ -37,7 +38,7 @@ from scalewise.models.loading import (
     vae_class_of,
 )
 from scalewise.models.long_prompts import overlong, warned_once
-from scalewise.models.schedulers import dynamic_shift, for_flow_matching, is_stochastic
+from scalewise.models.schedulers import dynamic_shift, for_flow_matching, is_stochastic, refuse_inverted
 from scalewise.models.shift import shifted
 from scalewise.noise import FlowMatching
 from scalewise.scales import Scale
@@ -130,6 +131,18 @@ class PipelineAdapter(ModelAdapter):
         return check_index(model_index(base), base, required=required)
 
     @classmethod
+    def check_files(
+        cls, base: str | Path, found: Mapping[str, tuple[str, str]], parts: Sequence[Part], *,
+        variants: Mapping[str, str | None], other_vae: bool = False, planned: bool = False,
+    ) -> None:  # fmt: skip
+        """Refuse a folder with missing or damaged files of `parts`; one that is only `planned` needs no
+        weights.
+        """
+        names = [cls.denoiser_name, "vae", "scheduler", *(cls.text_names if "text" in parts else ())]
+        weights = [n for part in parts for n in cls.parts()[part] if not (n == "vae" and other_vae)]
+        check_folder(base, found, names=names, weights=() if planned else weights, variants=variants)
+
+    @classmethod
     def usual_sequence(cls, components: Mapping[str, tuple[str, str]]) -> int | None:
         """Tokens of the long text encoder in a base that has these components; None = `longest_sequence`."""
         return None
@@ -154,6 +167,7 @@ class PipelineAdapter(ModelAdapter):
         with loading(f"the model {base}"):
             found = cls.components(base)
             variants = variants_of(base, found.keys(), variant)
+            cls.check_files(base, found, parts, variants=variants, other_vae=vae is not None)
             left_out = [n for part in ALL_PARTS if part not in parts for n in names[part]]
             left_out += [n for n in cls.text_names if n not in found]
             chosen: dict[str, Any] = dict.fromkeys(left_out)
@@ -172,6 +186,7 @@ class PipelineAdapter(ModelAdapter):
                 kind, name = diffusers_class(found, cls.denoiser_name, base), cls.denoiser_name
                 chosen[name] = load_component(place, name, kind, dtype=dtype, variant=variants[name])
             pipeline = cls.pipeline_class.from_pretrained(place, dtype=dtype, use_safetensors=True, **chosen)
+        refuse_inverted(pipeline.scheduler.config, place)
         check_complete(pipeline, place)
         refuse_non_finite(pipeline, place, vae=str(vae or base))
         check_tokenizers(pipeline, cls.text_names, place)

@@ -6,12 +6,23 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from scalewise.models.base import ModelError
+
+
+def refuse_inverted(config: Mapping[str, Any], base: str | Path) -> None:
+    """Refuse a schedule that rises from the image to noise, as Mochi's does; no family here samples so."""
+    if config.get("invert_sigmas"):
+        raise ModelError(
+            f"The scheduler of {base} has invert_sigmas=true, so its noise rises from step to step, which "
+            "this family was not trained for. Set invert_sigmas to false in its "
+            "scheduler/scheduler_config.json."
+        )
 
 
 def for_flow_matching(scheduler: Any, needed: Mapping[str, Any], *, base: str) -> Any:
@@ -21,6 +32,7 @@ def for_flow_matching(scheduler: Any, needed: Mapping[str, Any], *, base: str) -
     ModelError for a scheduler of another noise process, by which such a model draws noise.
     """
     config, name = scheduler.config, type(scheduler).__name__
+    refuse_inverted(config, base)
     flow = config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
     if not (name.startswith("FlowMatch") or flow):
         raise ModelError(

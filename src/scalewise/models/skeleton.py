@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from scalewise.models import SD3, check_family, family_named
-from scalewise.models.base import ModelError
+from scalewise.models.base import ALL_PARTS, ModelError
 from scalewise.models.folder import (
     diffusers_class,
     model_index,
@@ -25,8 +25,9 @@ from scalewise.models.folder import (
     variants_of,
     with_defaults,
 )
-from scalewise.models.loading import check_vae, vae_class_of
+from scalewise.models.loading import check_vae, find_autoencoder, vae_class_of
 from scalewise.models.pipelined import PipelineAdapter
+from scalewise.models.schedulers import refuse_inverted
 
 FOLDER = Path(__file__).parent / "known"
 
@@ -85,10 +86,11 @@ def skeleton(
     """
     import diffusers
 
+    if str(base) not in known() and (Path(base) / "model_index.json").exists():
+        _check_files(base, variant, family=family)
     config = configuration(base)
     kind: Any = check_family(family_named(config["pipeline_class"], str(base)), family, base)
-    if str(base) not in known():
-        variants_of(base, kind.components(base).keys(), variant)
+    refuse_inverted(config["scheduler"], base)
     with torch.device("meta"):
         denoiser = build(diffusers, config["denoiser"]["_class_name"], config["denoiser"])
     cast(denoiser, dtype)
@@ -106,6 +108,14 @@ def skeleton(
     if isinstance(model, SD3):
         model.clip_length = config.get("clip_sequence", 77)
     return model
+
+
+def _check_files(base: str | Path, variant: str | None, *, family: str | None) -> None:
+    """What loading refuses of a folder's files before it reads weights."""
+    kind = check_family(family_named(model_index(base).get("_class_name"), str(base)), family, base)
+    found = kind.components(base)
+    variants = variants_of(base, found.keys(), variant)
+    kind.check_files(base, found, ALL_PARTS, variants=variants, planned=True)
 
 
 def build(library: Any, name: str, config: Mapping[str, Any]) -> Any:
@@ -137,7 +147,7 @@ def autoencoder(base: str | Path, *, dtype: torch.dtype = torch.float32, vae: st
     family: Any = family_named(config["pipeline_class"], str(base))
     own = with_defaults(config["vae"], vae_class_of(config["vae"]))
     if vae:
-        other = _read(Path(vae) / "config.json")
+        other = _read(find_autoencoder(vae, weights=False))
         refuse_quantized(other, "autoencoder", vae)
         other = with_defaults(other, vae_class_of(other))
         check_vae(other, own, vae)
