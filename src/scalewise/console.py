@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from scalewise.errors import TrainingInterrupted
-from scalewise.signals import Stopped, exit_code
+from scalewise.signals import STOPPED, Stopped, at_work, exit_code, raise_if_asked
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -65,8 +65,20 @@ def note(sentence: str) -> None:
 def progress(what: str, total: int) -> Iterator[Done]:
     """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse.
 
-    Where nobody watches (a log file, say) a line every half minute takes the bar's place.
+    Where nobody watches (a log file, say) a line every half minute takes the bar's place. A command that was
+    asked to end does so here at the latest: raises Stopped.
     """
+    with at_work(), _shown(what, total) as show:
+
+        def done(number: int, /, note: str = "") -> None:
+            raise_if_asked()
+            show(number, note)
+
+        yield done
+
+
+@contextmanager
+def _shown(what: str, total: int) -> Iterator[Done]:
     if out.quiet:
         yield lambda _number, note="": None
         return
@@ -137,7 +149,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 def explain(error: BaseException) -> int:
     """Print one sentence about an error that a user can act on, and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        err.print("Stopped. What was written so far is kept.")
+        err.print(STOPPED)
         return exit_code(error.signal if isinstance(error, Stopped) else "SIGINT")
     text = str(error)
     if is_out_of_memory(error):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from scalewise import console
+from scalewise import console, signals
 from scalewise.cli import making, measuring
 from scalewise.cli.arguments import HomeCommand
 from scalewise.errors import TrainingStopped
 from scalewise.optional import without_bitsandbytes
-from scalewise.signals import STOPPING, Stopped, catching
+from scalewise.signals import STOPPED, STOPPING, Stopped, catching, exit_code
 
 app = typer.Typer(
     name="scalewise",
@@ -58,42 +61,79 @@ UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 
 @contextmanager
 def stopping_politely() -> Iterator[list[str]]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: what is done is written first.
+    """Let Ctrl-C (unless it is ignored), SIGTERM and SIGHUP end a command; what is done is written first.
 
-    Gives a list that takes up the signal's name.
+    Gives a list that takes up the signals' names.
     """
     came: list[str] = []
 
-    def stop(number: int, _frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         came.append(signal.Signals(number).name)
+        signals.ask(came[0])
+        if signals.importing(frame, within=_run.__code__):
+            if signals.is_at_work():
+                return  # raised at the next progress
+            leave(came[0])
         raise Stopped(came[0])
 
-    with catching(stop, [name for name in STOPPING if name != "SIGINT"]):
-        yield came
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    signals.forget()
+    try:
+        with catching(stop, [name for name in STOPPING if not (ignored and name == "SIGINT")]):
+            yield came
+    finally:
+        signals.forget()
+
+
+def leave(name: str) -> None:
+    """End the process at once, without an exception; nothing has been begun that would have to be ended."""
+    with suppress(Exception):  # a signal may come while the stream is written to
+        sys.stdout.flush()
+    os.write(2, f"{STOPPED}\n".encode())
+    os._exit(exit_code(name))
 
 
 def _stopped(came: list[str]) -> int:
+    # Python kills itself by SIGINT at its end if the exception has passed through code that was text, as in
+    # dataclasses, even where it was caught. The next such code resets that: namedtuple makes some.
+    namedtuple("Reset", "mark")
     return console.explain(Stopped(came[0] if came else "SIGINT"))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
-    came: list[str] = []
+    with stopping_politely() as came:
+        try:
+            code = _run(arguments, came)
+        except KeyboardInterrupt:  # a second one, while the first was dealt with
+            if console.fail_loudly():
+                raise
+            code = exit_code(came[0] if came else "SIGINT")
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None, came: list[str]) -> int:
+    """The exit code of a command."""
     try:
-        with stopping_politely() as came, without_bitsandbytes():
+        with without_bitsandbytes():
             code: Any = app(arguments, standalone_mode=False)
-        # Typer makes of Ctrl-C (and of every other signal) this code or, in older versions, an exception.
-        sys.exit(_stopped(came) if code == 130 else code if isinstance(code, int) else 0)
+        # Typer makes of Ctrl-C (and of every other signal) this code or, in older versions, an exception. A
+        # signal whose exception a library dropped counts as well.
+        return _stopped(came) if code == 130 or came else code if isinstance(code, int) else 0
     except typer.Abort:
-        sys.exit(_stopped(came))
+        return _stopped(came)
     except UsageProblem as error:
         error.show()
-        sys.exit(error.exit_code)
-    except (ValueError, OSError, TrainingStopped, KeyboardInterrupt) as error:
+        return int(error.exit_code)
+    except KeyboardInterrupt:
         if console.fail_loudly():
             raise
-        sys.exit(console.explain(error))
+        return _stopped(came)
+    except (ValueError, OSError, TrainingStopped) as error:
+        if console.fail_loudly():
+            raise
+        return console.explain(error)
     except RuntimeError as error:
         if console.fail_loudly() or not console.is_out_of_memory(error):
             raise
-        sys.exit(console.explain(error))
+        return console.explain(error)
