@@ -111,7 +111,7 @@ def test_the_number_of_the_schedules_steps_may_be_given(pipe) -> None:
     ("told", "said"),
     [
         ({"latents": torch.zeros(1, 16, 4, 4)}, r"shape \[1, 16, 4, 4\] after step 1.* \[1, 16, 8, 8\]"),
-        ({"latents": "none"}, r"shape str after step 1"),
+        ({"latents": "none"}, r"latents of str after step 1"),
         (torch.zeros(1), r"returned a Tensor after step 1"),
     ],
 )

@@ -120,3 +120,50 @@ def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path):
     recipe = find_recipe("mini")
     (tmp_path / "mine.yaml").write_text(recipe.to_yaml(), encoding="utf-8-sig")
     assert Recipe.from_yaml(tmp_path / "mine.yaml") == recipe
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("a dog\n".encode("utf-16-le"), "holds NUL characters, as UTF-16 and binary files do; save it as UTF-8"),
+    ("a dog\n".encode("utf-16-be"), "holds NUL characters"),
+    (b"a\x00dog\n", "holds NUL characters"),
+    ("a dog\n".encode("utf-32"), "is UTF-32 text; save it as UTF-8"),
+    ("a dog\n".encode("utf-16"), "is UTF-16 text, as PowerShell"),
+    (b"PK\x03\x04 docx", r"is no text file but a ZIP archive, such as \.docx, .*; save its text as UTF-8"),
+    (b"\x1f\x8b gz", "is no text file but compressed with gzip"),
+    (b"\x89PNG\r\n", "is no text file but a PNG image"),
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".docx", ""])
+def test_what_is_no_text_in_utf8_is_refused_by_file_and_remedy(tmp_path, content, said, suffix):
+    (tmp_path / f"p{suffix}").write_bytes(content)
+    with pytest.raises(DataError, match=said) as raised:
+        read_prompt_file(tmp_path / f"p{suffix}")
+    assert str(tmp_path / f"p{suffix}") in str(raised.value)
+
+
+def test_line_ends_of_every_system_are_read(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"a dog\ra cat\r\na fish\n")
+    assert read_prompt_file(tmp_path / "p.txt") == ["a dog", "a cat", "a fish"]
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.txt"])
+def test_deeply_nested_json_is_refused_in_one_sentence(tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(DataError, match=r"too deeply to be read; give a list|holds JSON; give it a name"):
+        read_prompt_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("field", ["prompt", "text", "Caption"])
+def test_one_object_with_a_prompt_is_one_prompt(tmp_path, field):
+    (tmp_path / "p.json").write_text(json.dumps({"id": "x", field: "a dog", "negative": "blurry"}))
+    assert read_prompt_file(tmp_path / "p.json") == ["a dog"]
+
+
+@pytest.mark.parametrize(("value", "keys"), [
+    ({"id": "x", "negative": "blurry"}, "id, negative"), ({}, "none"),
+    ({"a": "b", "c": {"prompt": "d"}}, "a, c"),
+    ({f"k{i}": "v" for i in range(10)}, "k0, k1, k2, k3, k4, k5, k6, k7 and 2 more"),
+])  # fmt: skip
+def test_an_object_without_a_prompt_is_refused_by_its_keys(tmp_path, value, keys):
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    with pytest.raises(DataError, match=f"with the keys {keys}, of which none is one of prompt, .*a list of"):
+        read_prompt_file(tmp_path / "p.json")

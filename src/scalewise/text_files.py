@@ -5,7 +5,14 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MARKS = {  # UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+_BINARY = {
+    b"PK\x03\x04": "a ZIP archive, such as .docx, .xlsx or .npz", b"\x1f\x8b": "compressed with gzip",
+    b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"%PDF": "a PDF", b"PAR1": "Parquet",
+}  # fmt: skip
 
 
 class TextFileError(ValueError):
@@ -15,16 +22,28 @@ class TextFileError(ValueError):
 def read_utf8(path: Path) -> str:
     """Read a text file; line ends of any system become "\\n", and a byte order mark is dropped.
 
-    Raises TextFileError if the file cannot be opened or is not UTF-8, such as what PowerShell's `>` writes.
+    Raises TextFileError if the file cannot be opened or is not UTF-8, such as what PowerShell's `>` writes,
+    or holds NUL characters, as binary files and UTF-16 without a byte order mark do.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        if path.read_bytes().startswith(_UTF16):
-            raise TextFileError(
-                f"{path} is UTF-16 text, as PowerShell's `>` writes it; save it as UTF-8 (in PowerShell: "
-                "... | Out-File -Encoding utf8 FILE)."
-            ) from error
-        raise TextFileError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+        raw = path.read_bytes()
     except OSError as error:
         raise TextFileError(f"{path} cannot be read ({error.strerror}); name another file.") from error
+    if binary := next((kind for start, kind in _BINARY.items() if raw.startswith(start)), None):
+        raise TextFileError(f"{path} is no text file but {binary}; save its text as UTF-8.")
+    if encoding := next((name for mark, name in _MARKS.items() if raw.startswith(mark)), None):
+        by = ", as PowerShell's `>` writes it" if encoding == "UTF-16" else ""
+        raise TextFileError(
+            f"{path} is {encoding} text{by}; save it as UTF-8 (in PowerShell: ... | Out-File -Encoding utf8 "
+            "FILE)."
+        )
+    if b"\x00" in raw:
+        raise TextFileError(
+            f"{path} is not UTF-8 text: it holds NUL characters, as UTF-16 and binary files do; save it as "
+            "UTF-8."
+        )
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextFileError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

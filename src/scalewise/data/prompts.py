@@ -54,6 +54,8 @@ def _of_lines(file: Path, text: str) -> list[str]:
     first = next((line for line in lines if line.strip()), "")
     try:
         looks_like_json = isinstance(json.loads(first), dict | list)
+    except RecursionError:
+        looks_like_json = True
     except ValueError:
         looks_like_json = first.strip() in ("[", "{")
     if looks_like_json:
@@ -67,13 +69,25 @@ def _of_json_lines(file: Path, text: str) -> list[str]:
 
 
 def _of_json(file: Path, text: str) -> list[str]:
-    """Prompts of a list, of the one list in an object, or of an object that has them by name (as MJHQ)."""
+    """Prompts of a list, of the one list in an object, of an object of objects with prompts (as MJHQ), or of
+    one object that has a prompt itself.
+    """
     value = _json(str(file), text)
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         if len(lists) > 1:
             raise DataError(f"{file} holds {len(lists)} lists ({', '.join(value)}); give a file with one.")
-        value = lists[0] if lists else list(value.values())
+        if lists:
+            value = lists[0]
+        elif _field(value) is not None:
+            value = [value]
+        elif value and all(isinstance(inner, dict) for inner in value.values()):
+            value = list(value.values())
+        else:
+            raise DataError(
+                f"{file} holds an object with the keys {_listed(value)}, of which none is one of "
+                f"{', '.join(FIELDS)}; give such an object, or a list of prompts."
+            )
     if not isinstance(value, list):
         raise DataError(f"{file} must hold a list of prompts, or of objects with a field prompt.")
     return [_prompt(f"{file}, entry {i},", row) for i, row in enumerate(value, 1)]
@@ -82,8 +96,17 @@ def _of_json(file: Path, text: str) -> list[str]:
 def _json(place: str, text: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{place} nests its JSON too deeply to be read; give a list of prompts.") from error
     except ValueError as error:
         raise DataError(f"{place} is not JSON ({error}); correct it.") from error
+
+
+def _listed(names: Iterable[Any], most: int = 8) -> str:
+    """Names in a sentence, of which the first few are enough."""
+    listed = list(map(str, names))
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest if listed else "none"
 
 
 def _prompt(place: str, row: Any) -> str:

@@ -12,6 +12,7 @@ from scalewise.errors import first_line
 from scalewise.lora import StudentError, load_student
 from scalewise.models import SD3, SDXL, Flux, PipelineAdapter, Wan, family_of
 from scalewise.paths import expand_home
+from scalewise.pipelines import checks
 from scalewise.pipelines.scale_wise import (
     ADAPTER,
     ScaleWiseFluxPipeline,
@@ -40,7 +41,7 @@ def load(
     student: str | Path | None = "mini",
     schedule: str | ScaleSchedule | None = None,
     weight: float = 1.0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     **options: Any,
 ) -> Any:
     """Load a base with a student into the family's scale-wise pipeline.
@@ -48,16 +49,19 @@ def load(
     `base`: 'mini', a folder in diffusers' layout, or a hub id. `student`: a safetensors file, a run's or
     PEFT folder, a hub id, or None for the undistilled base. `schedule`: replaces, or stands in for, the one
     in the student's metadata: a ScaleSchedule, a recipe's name, or text such as "1000@64 896@80 737@96
-    602@128". `weight`: of the student's adapter. `options` go to the adapter's `load`: `vae` (a tiny
-    autoencoder's folder), `variant` (such as "fp16") and `max_sequence_length`.
+    602@128". `weight`: of the student's adapter. `dtype`: torch.float32, torch.bfloat16 or torch.float16, or
+    its name. `options` go to the adapter's `load`: `vae` (a tiny autoencoder's folder), `variant` (such as
+    "fp16") and `max_sequence_length`.
     """
+    checks.check_load_options(options, ("vae", "variant", "max_sequence_length"))
+    dtype = checks.check_dtype(dtype)
+    folder = mini.resolve(expand_home(str(base)), mini.TEACHER)
+    family = family_of(folder)
     if student == "mini" and str(base) != "mini":
         raise StudentError(
             f"The student 'mini' is the mini's and does not fit {base}; name its own with student=..., or "
             "give student=None and a schedule for the undistilled base."
         )
-    folder = mini.resolve(expand_home(str(base)), mini.TEACHER)
-    family = family_of(folder)
     given = read_schedule(schedule) if schedule is not None else None
     found = (
         load_student(_local(mini.resolve(expand_home(str(student)), mini.STUDENT)), schedule=given)

@@ -11,12 +11,44 @@ from torch import Tensor
 
 from scalewise.overrides import nearest
 
+_EXAMPLES = {"num_images_per_prompt": 2, "num_frames": 81}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def check_integers(**given: Any) -> None:
-    """Refuse sizes and counts that are given and no whole numbers, such as "128" or 128.0."""
+    """Refuse sizes and counts that are given and are no positive whole numbers, such as "128", 128.0, 0."""
     for name, value in given.items():
         if value is not None and not _is_integer(value):
-            raise ValueError(f"{name} is {value!r}; give a whole number, as in {name}=1024.")
+            example = _EXAMPLES.get(name, 1024)
+            raise ValueError(f"{name} is {value!r}; give a whole number, as in {name}={example}.")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_callback(callback: Any) -> None:
+    """Refuse a callback that cannot be called."""
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"callback_on_step_end is {callback!r}; give a function of pipe, i, t and {{'latents': x0}}, or "
+            "leave it out."
+        )
+
+
+def check_dtype(dtype: Any) -> torch.dtype:
+    """The type to load a model in, also by name; ValueError for one in which no model samples."""
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}; give one of torch.{', torch.'.join(_DTYPES)}.")
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def check_load_options(options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse options that `load` does not take; diffusers' name of the type is told apart from mere typos."""
+    for name in options.keys() - set(known):
+        if name == "torch_dtype":
+            raise TypeError("load takes the type as dtype, not torch_dtype: load(..., dtype=torch.float16).")
+        raise TypeError(f"load takes no argument {name!r}; {nearest(name, list(known))}")
 
 
 def check_options(others: Mapping[str, Any], steps: int, stock: Any, own: Any) -> None:
@@ -57,8 +89,9 @@ def check_strength(strength: Any, image: Any) -> float:
             f"strength {strength!r} has no effect without an image to start from; give image=... or leave it "
             "out."
         )
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise ValueError(f"strength is {strength!r}; give a number above 0 and up to 1.")
+    is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not is_number or not 0 < strength <= 1:  # NaN is not
+        raise ValueError(f"strength is {strength!r}; give a number in (0, 1].")
     return float(strength)
 
 
@@ -92,13 +125,13 @@ def changed_latents(told: Any, x0: Tensor, step: int) -> Tensor | None:
             f"{name} returned a {type(told).__name__} after step {step + 1}; let it return "
             '{"latents": x0} or None.'
         )
-    latents = told.get("latents")
-    if latents is None:
+    if "latents" not in told:
         return None
+    latents = told["latents"]
     if not isinstance(latents, Tensor) or latents.shape != x0.shape:
-        found = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        found = f"shape {list(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(
-            f"{name} returned latents of shape {found} after step {step + 1}, where x0 has the shape "
+            f"{name} returned latents of {found} after step {step + 1}, where x0 has the shape "
             f"{list(x0.shape)}; return that shape."
         )
     return latents.to(x0)

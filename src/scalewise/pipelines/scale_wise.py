@@ -178,16 +178,16 @@ class ScaleWisePipeline:
         whatever the batch. `image` and `strength` in (0, 1], 0.8 unless given: start from pictures
         [N, 3, H, W] in [0, 1] or PIL images, at the first step whose level t is at most 1000 x strength; the
         picture enters at the scale before that step's, as the data did in training.
-        `callback_on_step_end(pipe, i, t, {"latents": x0})` may return other latents. Returns `.images`, or
-        `.frames` of a video, like the stock pipeline.
+        `callback_on_step_end(pipe, i, t, {"latents": x0})` may return {"latents": other}, or None. Returns
+        `.images`, or `.frames` of a video, like the stock pipeline.
         """
         own = self.schedule if schedule is None else read_schedule(schedule)
-        checks.check_options(
-            others, len(own), self.family.pipeline_class.__call__, ScaleWisePipeline.__call__
-        )
+        stock = self.family.pipeline_class.__call__
+        checks.check_options(others, len(own), stock, ScaleWisePipeline.__call__)
         checks.check_integers(
             height=height, width=width, num_frames=num_frames, num_images_per_prompt=num_images_per_prompt
         )
+        checks.check_callback(callback_on_step_end)
         strength = checks.check_strength(strength, image)
         prompts = [p for p in checks.check_prompts(prompt) for _ in range(num_images_per_prompt)]
         model = self.adapter()
@@ -226,12 +226,12 @@ class ScaleWisePipeline:
     ) -> Scale:
         full, cell = schedule.full, model.vae_factor * model.patch
         for name, size in (("height", height), ("width", width)):
-            if size is not None and (size % cell or size <= 0):
+            if size is not None and size % cell:
                 near = max(1, round(size / cell)) * cell
                 raise ValueError(f"{name} {size} is not divisible by {cell}; {near} would be.")
         if frames is not None and not model.video:
             raise ValueError("num_frames has no effect: this is a model for images. Leave it out.")
-        if frames is not None and ((frames - 1) % model.frame_factor or frames < 1):
+        if frames is not None and (frames - 1) % model.frame_factor:
             near = max(0, round((frames - 1) / model.frame_factor)) * model.frame_factor + 1
             raise ValueError(f"num_frames {frames} is not {model.frame_factor} k + 1; {near} would be.")
         return Scale(
@@ -259,10 +259,9 @@ class ScaleWisePipeline:
         levels = [step.t for step in plan]
         # Levels such as 602.15 are shown as 0.602, which has to reach them.
         start = next((i for i, t in enumerate(levels) if t <= 1000 * strength + 0.5), None)
-        if start is None or not 0 < strength <= 1:
-            where = "lies below every step of the schedule" if start is None else "is more than all"
+        if start is None:
             raise ValueError(
-                f"strength {strength:g} {where}; use one of "
+                f"strength {strength:g} lies below every step of the schedule; use one of "
                 f"{', '.join(f'{t / 1000:.3g}' for t in reversed(levels))}, or between them."
             )
         pixels = self._pixels(model, image, model.pixel_size(plan.full))
