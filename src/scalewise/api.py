@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from scalewise.build import Progress
-from scalewise.recipe import Recipe
+from scalewise.recipe import Recipe, RecipeError
 from scalewise.recipes import find_recipe
 from scalewise.runs import distill as rows_of
 
@@ -18,7 +19,7 @@ def silent(_what: str, _total: int) -> AbstractContextManager[Any]:
 
 
 def distill(
-    recipe: Recipe | str, out: str | Path, *, progress: Progress | None = None, resume: bool = False
+    recipe: Recipe | str | Path, out: str | Path, *, progress: Progress | None = None, resume: bool = False
 ) -> Path:
     """Train a student to the end and return its file, for `scalewise.load(base, student=...)`.
 
@@ -27,7 +28,14 @@ def distill(
     shows nothing. `resume`: continue from the last checkpoint in `out`. Raises RecipeError for a recipe that
     fits neither base nor data, or a folder that holds a run already.
     """
-    recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = find_recipe(fspath(recipe)) if isinstance(recipe, str | PathLike) else recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{recipe!r} is no recipe; give a Recipe, the name of one or a YAML file. Recipe.from_mapping "
+            "reads a dict."
+        )
+    if not isinstance(out, str | PathLike):
+        raise RecipeError(f"The folder of the run is {out!r}; give out a path, as in 'runs/mine'.")
     shown, out = progress or silent, Path(out).expanduser()
     with shown("distilling", recipe.train.iterations) as done:
         for row in rows_of(recipe, out, shown, resume=resume):

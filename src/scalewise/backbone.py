@@ -49,9 +49,8 @@ class Backbone:
         """Give the model one LoRA adapter per role; `precision` "bf16" runs every forward under autocast."""
         self.model = model
         self.precision = settle(precision, model.device)
-        self.roles = Roles(
-            model.denoiser, roles, rank=rank, alpha=alpha, targets=targets or model.lora_targets, seed=seed
-        )
+        targets = model.lora_targets if targets is None else targets
+        self.roles = Roles(model.denoiser, roles, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
     @property
     def device(self) -> torch.device:

@@ -176,7 +176,8 @@ def _student(rest: str, recipe: Recipe) -> Contender:
 
 def _folder(rest: str, recipe: Recipe) -> Contender:
     if not rest or not Path(rest).is_dir():
-        raise ContenderError(f"'folder:{rest}' is no folder here; give one that holds pictures.")
+        why = "is a file" if rest and Path(rest).exists() else "does not exist" if rest else "names none"
+        raise ContenderError(f"'folder:{rest}' {why}; give a folder that holds pictures.")
     return Contender(Path(rest).resolve().name, "folder", path=Path(rest))
 
 

@@ -200,8 +200,10 @@ def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) 
     }  # fmt: skip
     # Before adapters bring linear layers of their own.
     drawing = drawing_of(recipe, model, vae=vae, encoders=encoders)
-    roles = Roles(model.denoiser, ["student"], rank=recipe.lora.rank, alpha=recipe.lora.alpha,
-                  targets=recipe.lora.targets or model.lora_targets)  # fmt: skip
+    targets = model.lora_targets if recipe.lora.targets is None else recipe.lora.targets
+    roles = Roles(
+        model.denoiser, ["student"], rank=recipe.lora.rank, alpha=recipe.lora.alpha, targets=targets
+    )
     lora = sum(p.numel() for p in roles.parameters("student").values())
     forwards = {}
     for scale in scales_to_count(recipe):

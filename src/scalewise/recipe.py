@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -136,6 +136,12 @@ class LoraRecipe(Frozen):
     alpha: float | None = Field(None, description="None = the rank, as released")
     targets: tuple[str, ...] | None = Field(None, description="module names; None = the family's")
 
+    @model_validator(mode="after")
+    def _some_target(self) -> LoraRecipe:
+        if self.targets is not None and not all((self.targets, *self.targets)):
+            raise ValueError(f"targets {list(self.targets)} name no module; leave them out for the family's")
+        return self
+
 
 class MmdRecipe(Frozen):
     """Maximum mean discrepancy on a block's features (section 4.2)."""
@@ -244,12 +250,15 @@ class DataRecipe(Frozen):
     )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerRecipe(Frozen):
     """AdamW, the same for the student and the fake model."""
 
     lr: float = Field(4e-6, gt=0)
     fake_lr: float | None = Field(None, gt=0, description="None = lr")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(10.0, gt=0)
     warmup: int = Field(0, ge=0, description="iterations over which the rate rises")
@@ -261,7 +270,7 @@ class TrainRecipe(Frozen):
     iterations: int = Field(3000, ge=1, description="student updates")
     batch: int = Field(16, ge=1, description="samples a process takes at once")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged before each update")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63 - 1)  # torch's are signed numbers of 64 bits; the next one is used
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="bf16 = autocast; auto = bf16 where the device multiplies it natively"
     )
@@ -325,7 +334,7 @@ class Recipe(Frozen):
         found = dict[str, Any]()
         if isinstance(assignments, Mapping):
             found, assignments = dict(assignments), ()
-        for assignment in [assignments] if isinstance(assignments, str) else assignments:
+        for assignment in texts(assignments):
             dotted, sign, text = assignment.partition("=")
             if not sign:
                 raise RecipeError(
@@ -346,8 +355,22 @@ class Recipe(Frozen):
         """Replace fields by dotted name; values are taken as they are, paths as text."""
         values = self.model_dump(mode="json")
         for dotted, value in given.items():
+            if not isinstance(dotted, str):
+                raise RecipeError(f"Recipe key {dotted!r} is no text; write one as in 'train.iterations'.")
             _assign(values, dotted, fspath(value) if isinstance(value, PathLike) else value)
         return Recipe.from_mapping(values, origin="override" if given else "recipe")
+
+
+def texts(assignments: Any) -> list[str]:
+    """Overrides as a list; raises RecipeError for anything but text and lists of it."""
+    found = [assignments] if isinstance(assignments, str) or not isinstance(assignments, Iterable) else None
+    found = list(assignments) if found is None else found
+    if wrong := [text for text in found if not isinstance(text, str)]:
+        raise RecipeError(
+            f"Override {wrong[0]!r} is no text of the form 'train.iterations=200'; write that, several in a "
+            "list, or a mapping {'train.iterations': 200}."
+        )
+    return found
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -370,4 +393,6 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("value_error", "missing"):
         return f"{where}: {message}"
+    if error["type"] == "tuple_type":
+        message += "; write a list with quotes around all of it, as in 'lora.targets=[to_q, to_k]'"
     return f"{where} = {error['input']!r}: {message}"

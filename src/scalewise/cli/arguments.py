@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,10 +27,15 @@ OldOverrides = Annotated[
 
 
 class HomeCommand(typer.core.TyperCommand):
-    """A command that reads "~" in all its paths and names of models: `--out=~/x` reaches it unexpanded."""
+    """A command that reads "~" in all its paths and names of models, for `--out=~/x` reaches it unexpanded,
+    and refuses numbers that are not finite.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Lists are left: prompts stay as typed, and what holds a path is read elsewhere."""
+        for name, value in ctx.params.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"--{name} {value} is no finite number; give one that is.")
         ctx.params = {
             name: type(value)(expand_home(str(value)))
             if isinstance(value, str | Path) and name != "prompt"

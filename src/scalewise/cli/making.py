@@ -85,10 +85,10 @@ def distill(
     from scalewise.commands.making import print_dry_run, run_distill
 
     chosen = recipe_of(recipe, overrides)
+    folder = out or run_folder(chosen)
     if dry_run:
         print_dry_run(chosen)
         return
-    folder = out or run_folder(chosen)
     run_distill(chosen, folder, resume=resume)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -12,9 +13,21 @@ from scalewise.data.prompts import read_prompt_file
 from scalewise.metrics.geneval import geneval_prompts
 from scalewise.recipe import Recipe, RecipeError
 
+LONGEST_NAME = 255
+"""Bytes of a file's name, in nearly all file systems."""
+
 
 def check_out(out: Path) -> None:
     """Refuse what can be no folder for results, before anything is computed; makes nothing yet."""
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RecipeError(
+                f"The folder {out} cannot be made, its name is too long; give --out another."
+            ) from None
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out} is a file; give --out a folder, new or there already.")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -38,7 +51,11 @@ def folder_for(out: Path) -> None:
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run without --out: runs/ and the recipe's name, which must not lead out of it."""
     name = recipe.name
-    if name.strip() in ("", ".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+    if (
+        name.strip() in ("", ".", "..")
+        or any(c in "/\\" or not c.isprintable() for c in name)
+        or len(name.encode()) > LONGEST_NAME
+    ):
         raise RecipeError(
             f"The recipe's name {name!r} cannot name a folder in runs/; change it (name=...) or give --out."
         )

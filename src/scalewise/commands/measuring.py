@@ -67,15 +67,15 @@ def run_evaluate(
 
 def list_metrics() -> None:
     """Print the metrics there are."""
-    table = Table("metric", "figure", "weights", "what it says", box=None, header_style="bold")
-    for metric in OWN:
-        table.add_row("(the scorer's)", metric.title, "", metric.about)
+    own = [("(the scorer's)", "", OWN)]
     for extra in EXTRAS.values():
         weights = "none" if extra.source is None else extra.source or "to be named"
-        for number, metric in enumerate(extra.metrics):
-            first = (extra.name, metric.title, weights) if number == 0 else ("", metric.title, "")
-            table.add_row(*first, metric.about)
-    console.out.print(table)
+        own.append((extra.name, f"; weights: {weights}", extra.metrics))
+    say = partial(console.out.print, soft_wrap=True, highlight=False)
+    for name, told, metrics in own:  # not in columns, which would cut ids on a narrow screen
+        say(f"[bold]{escape(name)}[/]{escape(told)}")
+        for metric in metrics:
+            say(f"  {escape(metric.title)}: {escape(metric.about)}")
 
 
 def size_along(axis: str, scale: Scale) -> str:
@@ -171,7 +171,9 @@ def list_studies() -> None:
     """Print the studies there are."""
     from scalewise.studies import STUDIES, cost
 
-    table = Table("study", "what it checks", "paper", "students", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for heading in ("study", "what it checks", "paper", "students"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "study")
     for study in STUDIES.values():
         trained = len({arm.overrides for arm in study.arms if not arm.contender and not arm.start})
         table.add_row(study.name, study.title, study.source, f"{trained} a seed")

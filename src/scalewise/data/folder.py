@@ -99,12 +99,16 @@ def scan_images(
     reasons |= source.unmatched() if source else {}
     skipped = Skipped(len(entries), reasons, tuple(found.told))
     if not entries:
-        needed = (
-            " Each needs a caption: <name>.txt beside it, a metadata.jsonl, or set "
-            "data.caption_from_name=true."
-        )
         told = ". ".join([skipped.summary, *skipped.others])
-        raise DataError(f"No usable image in {root}: {told}.{needed if captions else ''}")
+        needed = ""
+        if not found.images:
+            needed = " Put images there, or name another folder."
+        elif captions and not caption_from_name:
+            needed = (
+                " Each needs a caption: <name>.txt beside it, a metadata.jsonl, or set "
+                "data.caption_from_name=true."
+            )
+        raise DataError(f"No usable image in {root}: {told}.{needed}")
     return entries, skipped
 
 
