@@ -171,7 +171,7 @@ def test_prompts_that_are_no_text_are_refused(run, recipe_file, tmp_path) -> Non
     code, text = run(
         "generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "set"
     )
-    assert code == 1 and "prompts.txt is not UTF-8 text" in text
+    assert code == 1 and "prompts.txt is no text file but a PNG image" in text
 
 
 def test_a_schedule_that_does_not_begin_with_noise_is_warned_of(run, recipe_file, tmp_path) -> None:
