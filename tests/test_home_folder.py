@@ -85,7 +85,8 @@ def test_every_path_of_a_command_may_begin_with_it(home, monkeypatch, called, wo
         main(words.split())
     assert ended.value.code in (0, None)
     got[-1].pop("typed", None)  # words to be printed as they were typed
-    text = repr(got)
+    # What is printed again as it was typed keeps it.
+    text = repr([{k: v for k, v in g.items() if k != "typed"} if isinstance(g, dict) else g for g in got])
     assert "'~" not in text and "=~" not in text
     assert text.count(str(home)) >= words.count("=~/")
 
