@@ -104,7 +104,7 @@ def test_a_label_before_the_form_becomes_the_name_and_an_equals_sign_in_a_path_d
         ("teacher:0", "needs a number of steps"),
         ("undistilled:half", "write undistilled or undistilled:full"),
         ("student", "as in student:runs/mini"),
-        ("folder:/nowhere", "give one that holds pictures"),
+        ("folder:/nowhere", "does not exist; give a folder that holds pictures"),
     ],
 )
 def test_an_unreadable_contender_is_refused_with_what_to_write_instead(
