@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from scalewise import build, console
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
+from scalewise.common import console
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.training import setup
 
 TARGET = Path(__file__).parents[1] / "tests" / "golden" / "mini_losses.json"
 KEYS = ("mmd", "dmd", "gan", "fake/denoising", "fake/discriminator", "x0/mean", "x0/std")
@@ -40,8 +41,8 @@ def losses(name: str, folder: Path) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     try:
         chosen = recipe(name)
-        data = build.prepare_data(chosen, lambda *_: nullcontext(lambda _: None))
-        rows = build.build_trainer(chosen, data, folder).fit()
+        data = setup.prepare_data(chosen, lambda *_: nullcontext(lambda _: None))
+        rows = setup.build_trainer(chosen, data, folder).fit()
         return [{key: row[key] for key in KEYS} for row in rows]
     finally:
         torch.set_num_threads(threads)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from scalewise import console
-from scalewise.plan import Forward, Passes, iteration_flops, make_plan, scales_to_count
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
+from scalewise.common import console
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.planning.plan import Forward, Passes, iteration_flops, make_plan, scales_to_count
 
 
 def undone(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from scalewise.backbone import Backbone
+from scalewise.method.backbone import Backbone
 from scalewise.models import SD3
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from scalewise.method.scales import Scale
 from scalewise.models import ModelAdapter
 from scalewise.models.flux import pack, unpack
-from scalewise.scales import Scale
 
 
 def ask_diffusers(

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
-from scalewise import losses
-from scalewise.backbone import Backbone
-from scalewise.distill_step import Batch, DistillStep, draw_levels
-from scalewise.heads import DiscriminatorHead
+from scalewise.method import losses
+from scalewise.method.backbone import Backbone
+from scalewise.method.discriminator import DiscriminatorHead
+from scalewise.method.distill import Batch, DistillStep, draw_levels
+from scalewise.method.loss_config import LossRecipe
+from scalewise.method.rng import SampleNoise
 from scalewise.models import SDXL, Flux, ModelAdapter
-from scalewise.recipe import LossRecipe
-from scalewise.rng import SampleNoise
 
 BLOCK = 2
 OFF = {"weight": 0.0}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from scalewise.batches import Batches
-from scalewise.models.base import Condition
-from scalewise.scales import Scale, ScaleSchedule
+from scalewise.data.batches import Batches
+from scalewise.method.adapter import Condition
+from scalewise.method.scales import Scale, ScaleSchedule
 
 
 class Bucket:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scalewise.backbone import Backbone, settle
+from scalewise.method.backbone import Backbone, settle
 from scalewise.models import Flux
 
 

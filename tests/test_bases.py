@@ -17,21 +17,22 @@ from safetensors.torch import load_file, save_file
 from tiny_run import make_tiny
 
 import scalewise
-from scalewise import build, checkpoint, console
-from scalewise.backbone import Backbone
 from scalewise.cli import main
-from scalewise.finite import non_finite
+from scalewise.common import checkpoint, console
+from scalewise.common.finite import non_finite
+from scalewise.config.presets import RECIPES, find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.data.synthetic import generate
+from scalewise.method.backbone import Backbone
+from scalewise.method.rng import SampleNoise
+from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.scales import Scale
 from scalewise.models import FAMILIES, SD3, SDXL, Flux, ModelError, PipelineAdapter, load_model
 from scalewise.models.folder import variants_of
-from scalewise.models.skeleton import configuration, skeleton
-from scalewise.origin import FREE, difference_of
-from scalewise.plan import make_plan
-from scalewise.recipe import Recipe
-from scalewise.recipes import RECIPES, find_recipe
-from scalewise.rng import SampleNoise
-from scalewise.sampling import last, teacher_steps
-from scalewise.scales import Scale
-from scalewise.teacher import generate
+from scalewise.models.meta import configuration, skeleton
+from scalewise.planning.plan import make_plan
+from scalewise.training import setup
+from scalewise.training.origin import FREE, difference_of
 
 PROMPTS = ["a dog", ""]
 
@@ -95,7 +96,7 @@ def test_sd3_without_t5_embeds_the_zeros_of_the_stock_pipeline(tmp_path, kept):
 def test_sd3_without_t5_makes_a_set_trains_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
     recipe = small(without_t5(tmp_path / "base"))
-    for _ in generate(build.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=4, batch=4):
+    for _ in generate(setup.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=4, batch=4):
         pass
     (tmp_path / "own.yaml").write_text(recipe.to_yaml())
     with pytest.raises(SystemExit) as stop:
@@ -109,7 +110,7 @@ def test_sd3_without_t5_makes_a_set_trains_and_samples(tmp_path, monkeypatch):
 def test_embeddings_with_and_without_t5_are_cached_apart(tmp_path):
     SD3.tiny().save(tmp_path / "whole")
     without_t5(tmp_path / "base", kept=True)  # the same files
-    names = {build.fingerprint(small(tmp_path / name)) for name in ("whole", "base")}
+    names = {setup.fingerprint(small(tmp_path / name)) for name in ("whole", "base")}
     assert len(names) == 2
 
 
@@ -156,11 +157,11 @@ def test_a_recipes_variant_decides_weights_caches_and_plan(tmp_path, monkeypatch
     as_variant(base)
     SD3.tiny(0).save(base)
     plain, fp16 = small(base), small(base, "model.variant=fp16")
-    weights = [next(build.load(r, ["vae"]).pipeline.vae.parameters()) for r in (plain, fp16)]
+    weights = [next(setup.load(r, ["vae"]).pipeline.vae.parameters()) for r in (plain, fp16)]
     assert not torch.equal(*weights)
-    assert build.fingerprint(plain) != build.fingerprint(fp16) and build.vae_key(plain) != build.vae_key(fp16)
+    assert setup.fingerprint(plain) != setup.fingerprint(fp16) and setup.vae_key(plain) != setup.vae_key(fp16)
     missing = small(base, "model.variant=bf16")
-    for judge in (make_plan, build.dry_run):
+    for judge in (make_plan, setup.dry_run):
         with pytest.raises(ModelError, match=r"model.variant=bf16: .*base has no file .*, only fp16\. Set"):
             judge(missing)
 
@@ -354,11 +355,11 @@ def test_a_recipe_of_another_family_than_the_bases_is_refused_by_loading_and_pla
             rf"for models of the family '{recipe.model.family}' .* is a {own.pipeline_classes[0]}, of the "
         )
         words += rf"family '{saved.name}'.*recipe for '{saved.name}'"
-        for judge in (make_plan, build.dry_run, build.teacher_backbone, build.fingerprint):
+        for judge in (make_plan, setup.dry_run, setup.teacher_backbone, setup.fingerprint):
             with pytest.raises(ModelError, match=words):
                 judge(recipe)
         anything = recipe.override(["model.family=null"])
-        assert build.fingerprint(anything)
+        assert setup.fingerprint(anything)
 
 
 def test_known_models_are_judged_by_their_family_too():
@@ -518,7 +519,7 @@ def test_numbers_that_are_none_are_found_in_nested_state_of_every_type():
 @pytest.mark.parametrize("key", ["student", "student_optimizer", "fake", "head", "average"])
 def test_a_checkpoint_with_a_number_that_is_none_is_not_resumed(tmp_path, key):
     recipe = make_tiny(tmp_path).override(["train.iterations=2", "train.ema=0.9"])
-    trainer = build.build_trainer(recipe, build.prepare_data(recipe, console.progress), tmp_path / "run")
+    trainer = setup.build_trainer(recipe, setup.prepare_data(recipe, console.progress), tmp_path / "run")
     list(trainer.fit())
     [path] = trainer.checkpoints.glob("step-*")
     trainer.resume(path)

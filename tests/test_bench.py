@@ -9,8 +9,8 @@ from math import comb
 
 import pytest
 
-from scalewise import bench
-from scalewise.bench import Parts, Spread, Subject
+from scalewise.evaluation import timing as bench
+from scalewise.evaluation.timing import Parts, Spread, Subject
 
 
 class Machine:

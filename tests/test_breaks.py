@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_run import make_tiny
 
-from scalewise import build, parallel, runs
-from scalewise.batches import Batches
-from scalewise.lora import load_student
-from scalewise.recipe import Recipe
-from scalewise.trainer import Side, Trainer
+from scalewise.common import distributed
+from scalewise.config.recipe import Recipe
+from scalewise.data.batches import Batches
+from scalewise.models.lora import load_student
+from scalewise.training import run, setup
+from scalewise.training.trainer import Side, Trainer
 
 
 def silent(_what: str, _total: int):
@@ -33,12 +34,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def trainer_of(recipe: Recipe, out: Path) -> Trainer:
-    return build.build_trainer(recipe, build.prepare_data(recipe, silent), out)
+    return setup.build_trainer(recipe, setup.prepare_data(recipe, silent), out)
 
 
 def batches_of(recipe: Recipe) -> Batches:
-    data = build.prepare_data(recipe, silent)
-    return build.batches_for(recipe, data, build.training_backbone(recipe, data))
+    data = setup.prepare_data(recipe, silent)
+    return setup.batches_for(recipe, data, setup.training_backbone(recipe, data))
 
 
 def live_weights(trainer: Trainer) -> torch.Tensor:
@@ -57,12 +58,12 @@ def averaged(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
     recipe = recipe.override(
         ["train.ema=0.3", "optimizer.lr=0.01", "optimizer.warmup=0", "train.iterations=4"]
     )
-    data = build.prepare_data(recipe, silent)
-    trainer = build.build_trainer(recipe, data, out)
+    data = setup.prepare_data(recipe, silent)
+    trainer = setup.build_trainer(recipe, data, out)
     seen = [live_weights(trainer)]
     seen += [live_weights(trainer) for _ in trainer.fit()]
     (out / "samples").mkdir()
-    runs.finish(trainer, data)
+    run.finish(trainer, data)
     return trainer, seen, out
 
 
@@ -154,7 +155,7 @@ def test_a_run_with_sampled_steps_trains_them_all(recipe: Recipe, tmp_path: Path
         ["train.step_choice=sampled", "train.iterations=10", "loss.mmd_only=true",
          "train.sample_prompts=[]"]
     )  # fmt: skip
-    rows = list(runs.distill(cheap, tmp_path, silent))[1:]
+    rows = list(run.distill(cheap, tmp_path, silent))[1:]
     batches = batches_of(cheap)
     steps = [int(row["step"]) for row in rows]
     assert set(steps) == {0, 1, 2, 3} and steps == [batches.index_at(i) for i in range(10)]
@@ -171,7 +172,7 @@ def rows_of(batch_rows: torch.Tensor, pool: torch.Tensor) -> list[int]:
 def test_latents_of_small_scales_come_from_where_the_recipe_says(recipe: Recipe, downscale: str) -> None:
     """latent: the area average of the full latent, by torch; pixel: the set's own latents of that scale."""
     changed = recipe.override([f"data.downscale={downscale}"])
-    data, batches = build.prepare_data(changed, silent), batches_of(changed)
+    data, batches = setup.prepare_data(changed, silent), batches_of(changed)
     (made,), every = data.sets, range(12)
     schedule = changed.schedule.build()
     full = made.latents(every, schedule.full)
@@ -197,8 +198,8 @@ def test_a_set_of_the_full_scale_alone_trains_every_scale_by_latent_averages(
          "train.sample_prompts=[]"]
     )  # fmt: skip
     with pytest.raises(ValueError, match="no latents at 2x2, only at"):
-        list(runs.distill(other, tmp_path / "pixel", silent))
-    rows = list(runs.distill(other.override(["data.downscale=latent"]), tmp_path / "latent", silent))
+        list(run.distill(other, tmp_path / "pixel", silent))
+    rows = list(run.distill(other.override(["data.downscale=latent"]), tmp_path / "latent", silent))
     assert [int(row["step"]) for row in rows[1:]] == [0, 1, 2, 3]
 
 
@@ -206,13 +207,13 @@ def test_every_process_reads_its_own_rows_and_together_those_of_one_larger_batch
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 2 by 2 processes are those of 4 by one; three make a pass over the 12 rows."""
-    (made,) = build.prepare_data(recipe, silent).sets
+    (made,) = setup.prepare_data(recipe, silent).sets
     full = made.latents(range(12), made.scales[-1])
 
     def read(batch: int, rank: int, world: int) -> list[list[int]]:
         with monkeypatch.context() as patch:
-            patch.setattr(parallel, "rank", lambda: rank)
-            patch.setattr(parallel, "world", lambda: world)
+            patch.setattr(distributed, "rank", lambda: rank)
+            patch.setattr(distributed, "world", lambda: world)
             batches = batches_of(recipe.override([f"train.batch={batch}"]))
         return [rows_of(batches.at(position, 3).target, full) for position in range(3)]
 
@@ -237,7 +238,7 @@ def test_every_bucket_of_shapes_is_trained_in_proportion_to_its_images(
     changed = recipe.override(
         [f"data.path={folder}", "data.shape=buckets", "train.batch=2", "loss.mmd_only=true"]
     )  # fmt: skip
-    data = build.prepare_data(changed, silent)
+    data = setup.prepare_data(changed, silent)
     rows = {tuple(max(s.scales, key=lambda x: x.cells).size): len(s) for s in data.sets}
     assert sorted(rows.values()) == [4, 4, 8] and len(rows) == 3
     batches = batches_of(changed)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from scalewise import checkpoint
-from scalewise.checkpoint import CheckpointError
+from scalewise.common import checkpoint
+from scalewise.common.checkpoint import CheckpointError
 
 
 def same(one: object, other: object) -> bool:
@@ -186,7 +186,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path, moment):
     script = f"""
 import os, signal, torch
 from pathlib import Path
-from scalewise import checkpoint
+from scalewise.common import checkpoint
 root = Path({str(tmp_path)!r})
 checkpoint.save(root / "step-000001", {{"x": torch.ones(100)}}, meta={{}})
 original = checkpoint.{moment}

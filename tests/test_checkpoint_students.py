@@ -13,14 +13,15 @@ import torch
 from rich.console import Console
 from tiny_run import make_tiny
 
-from scalewise import checkpoint, console, runs
-from scalewise.commands.making import Drawing, export_student, losses_of, report_run, sample_pictures
-from scalewise.contenders import parse_contender
-from scalewise.lora import StudentError, load_student
-from scalewise.pictures import sheet
-from scalewise.recipe import Recipe
-from scalewise.recipes import RECIPES, find_recipe
-from scalewise.recipes.published import PUBLISHED
+from scalewise.cli.run_making import Drawing, export_student, losses_of, report_run, sample_pictures
+from scalewise.common import checkpoint, console
+from scalewise.common.images import sheet
+from scalewise.config.presets import RECIPES, find_recipe
+from scalewise.config.presets.published import PUBLISHED
+from scalewise.config.recipe import Recipe
+from scalewise.evaluation.samplers import parse_contender
+from scalewise.models.lora import StudentError, load_student
+from scalewise.training import run as runs
 
 
 @dataclass

@@ -19,13 +19,16 @@ from safetensors.torch import save_file
 from test_trainer import run_as_a_process, silent, wait_for_iteration
 from tiny_run import PROMPTS, make_tiny
 
-from scalewise import build, checkpoint, mini, runs, teacher
+from scalewise import mini
 from scalewise.cli import main
-from scalewise.data import LatentSet
+from scalewise.common import checkpoint
+from scalewise.config.overrides import field_names
+from scalewise.config.recipe import Recipe
+from scalewise.data import LatentSet, synthetic
+from scalewise.data.synthetic import generate
 from scalewise.models import SD3
-from scalewise.overrides import field_names
-from scalewise.recipe import Recipe
-from scalewise.teacher import generate
+from scalewise.training import run as runs
+from scalewise.training import setup
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def test_every_key_of_a_recipe_is_listed(run) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_kill_is_said_and_leaves_the_signals_as_they_were(run, monkeypatch, number) -> None:
-    monkeypatch.setattr("scalewise.commands.making.sample_pictures", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("scalewise.cli.run_making.sample_pictures", lambda *_: os.kill(os.getpid(), number))
     # A shell's background jobs ignore Ctrl-C; a foreground one begins like this.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -138,7 +141,7 @@ def test_what_was_drawn_is_kept_when_generating_is_stopped(run, recipe, recipe_f
     (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
     arguments = ["generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--count", 6, "--batch", 2]
     assert run(*arguments, "--out", tmp_path / "whole")[0] == 0
-    backbone = build.teacher_backbone(recipe)
+    backbone = setup.teacher_backbone(recipe)
     drawing = generate(backbone, recipe, ["a dog", "a cat"], tmp_path / "set", count=6, batch=2)
     assert [next(drawing) for _ in range(3)] == [0, 2, 4]
     drawing.close()  # as when the caller's loop is interrupted
@@ -149,8 +152,8 @@ def test_what_was_drawn_is_kept_when_generating_is_stopped(run, recipe, recipe_f
 
 
 def test_a_set_is_written_every_few_minutes(recipe, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(teacher, "SAFE_SECONDS", 0.0)
-    drawing = generate(build.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=6, batch=2)
+    monkeypatch.setattr(synthetic, "SAFE_SECONDS", 0.0)
+    drawing = generate(setup.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=6, batch=2)
     assert [next(drawing) for _ in range(3)] == [0, 2, 4]
     assert len(list((tmp_path / "set").glob("*.arrow"))) == 2  # nothing was stopped yet
 
@@ -184,7 +187,7 @@ def test_a_full_device_ends_in_one_sentence(run, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr("scalewise.commands.making.sample_pictures", full)
+    monkeypatch.setattr("scalewise.cli.run_making.sample_pictures", full)
     code, text = run("sample", "a dog")
     assert code == 1 and "memory is full" in text and "--batch" in text and "2 GiB" in text
 
@@ -431,7 +434,7 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     assert len(list((out / "pictures" / "undistilled").glob("*.png"))) == 8
     assert len(geneval_prompts(4)) == 4
     # The pictures are kept, and judged once more without the model being loaded.
-    monkeypatch.setattr(build, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(setup, "load", lambda *_: pytest.fail("the model was loaded"))
     code, text = run(
         "evaluate", recipe_file, f"folder:{out / 'pictures' / 'undistilled'}", "--prompts", "geneval",
         "--count", 4, "--each", 2, "--metric", metric, "--out", tmp_path / "again",

@@ -8,7 +8,7 @@ import io
 import pytest
 from rich.console import Console
 
-from scalewise import console
+from scalewise.common import console
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import PROMPTS, make_tiny
 
-from scalewise import build, mini
-from scalewise.commands.making import run_generate
-from scalewise.contents import (
+from scalewise import mini
+from scalewise.cli.run_making import run_generate
+from scalewise.common.contents import (
     base_contents,
     file_fingerprint,
     local_folder,
@@ -26,6 +26,7 @@ from scalewise.contents import (
 )
 from scalewise.data import DataError, LatentSet, sets_fingerprint
 from scalewise.data.header import CONTENTS
+from scalewise.training import setup
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_a_synthetic_set_goes_on_with_a_moved_base_and_not_with_an_exchanged_one
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no "was made by another base" either
         moved = recipe.with_values({"model.base": str(base)})
-        build.prepare_data(moved, lambda *_: nullcontext(lambda done: None))
+        setup.prepare_data(moved, lambda *_: nullcontext(lambda done: None))
     again = Path(shutil.copytree(base, tmp_path / "tiny"))  # the name is what it was, one file is not
     file = again / "scheduler" / "scheduler_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))

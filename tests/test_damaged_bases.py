@@ -16,9 +16,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
+from scalewise.method.scales import Scale
 from scalewise.models import SD3, ModelError, load_model
-from scalewise.models.skeleton import autoencoder, skeleton
-from scalewise.scales import Scale
+from scalewise.models.meta import autoencoder, skeleton
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

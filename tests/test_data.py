@@ -17,9 +17,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from scalewise.data import DataError, LatentSet, LatentSetWriter, PromptCache, latents
-from scalewise.models.base import Condition
-from scalewise.scales import Scale
+from scalewise.data import DataError, LatentSet, LatentSetWriter, PromptCache, latent_set
+from scalewise.method.adapter import Condition
+from scalewise.method.scales import Scale
 
 SCALES = [Scale(1, 4, 6), Scale(1, 8, 12)]
 CHANNELS = 3
@@ -244,7 +244,7 @@ def test_a_full_disk_counts_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(latents, "_write_arrow", fail)
+        patched.setattr(latent_set, "_write_arrow", fail)
         with pytest.raises(
             DataError, match=r"disk is full: .* needs [\d,]+ bytes and [\d,]+ are free. The 4 rows"
         ):
@@ -304,7 +304,7 @@ def test_a_prompt_cache_is_reused_extended_and_made_anew(tmp_path):
 
 
 def test_a_damaged_prompt_file_is_encoded_again_and_a_killed_build_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("scalewise.data.cache.SHARD_BYTES", 1)  # a file for every batch
+    monkeypatch.setattr("scalewise.data.encode.SHARD_BYTES", 1)  # a file for every batch
     stopped = Prompts()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(stopped, "asked", Stop(after=2))

@@ -20,12 +20,13 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scalewise import build, checkpoint, console
+from scalewise.common import checkpoint, console
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
 from scalewise.data import DataError, LatentSet, LatentSetWriter, PromptCache, encode_folder
+from scalewise.method.scales import Scale
 from scalewise.models import SD3, Condition
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
-from scalewise.scales import Scale
+from scalewise.training import setup
 
 PROCESSES = 4
 CAPTIONS = ["a", "bb", "ccc", "dddd"]
@@ -162,7 +163,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def latents(recipe: Recipe) -> torch.Tensor:
-    (data,) = build.prepare_data(recipe, console.progress).sets
+    (data,) = setup.prepare_data(recipe, console.progress).sets
     return data.latents(range(4), Scale(1, 8, 8))
 
 
@@ -185,7 +186,7 @@ def test_another_vae_under_the_same_path_is_noticed(tmp_path, recipe):
 def test_other_text_encoders_under_the_same_path_are_noticed(tmp_path, recipe):
     def embedded() -> torch.Tensor:
         return next(
-            iter(build.prompt_cache(recipe, ["a"], console.progress).condition(["a"]).tensors.values())
+            iter(setup.prompt_cache(recipe, ["a"], console.progress).condition(["a"]).tensors.values())
         )
 
     before = embedded()

@@ -26,7 +26,7 @@ from scalewise.data import (
     open_sets,
     scan_images,
 )
-from scalewise.scales import Scale
+from scalewise.method.scales import Scale
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scalewise import demo
+from scalewise.cli import demo
 
 
 @pytest.mark.timeout(900)  # a minute on a quiet machine

@@ -21,11 +21,11 @@ from separate import (
     streams,
 )
 
-from scalewise import losses
-from scalewise.distill_step import Batch, DistillStep, LossError, draw_levels
-from scalewise.heads import DiscriminatorHead
-from scalewise.recipe import Levels, LossRecipe
-from scalewise.rng import SampleNoise
+from scalewise.method import losses
+from scalewise.method.discriminator import DiscriminatorHead
+from scalewise.method.distill import Batch, DistillStep, LossError, draw_levels
+from scalewise.method.loss_config import Levels, LossRecipe
+from scalewise.method.rng import SampleNoise
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import torch
 import torch.multiprocessing as mp
 from tiny_run import make_tiny
 
-from scalewise import parallel, runs
-from scalewise.lora import load_student
-from scalewise.recipe import Recipe
-from scalewise.recipes.forms import paper_loss, released_loss
+from scalewise.common import distributed
+from scalewise.config.presets.losses import paper_loss, released_loss
+from scalewise.config.recipe import Recipe
+from scalewise.models.lora import load_student
+from scalewise.training import run
 
 FORMS = {"released": released_loss(1), "paper": paper_loss(1)}
 WORLD = 2
@@ -25,7 +26,7 @@ WORLD = 2
 
 def train(recipe: Recipe, out: Path) -> dict[str, torch.Tensor]:
     """Train six iterations and return the student's weights."""
-    list(runs.distill(recipe, out, lambda *_: nullcontext(lambda _done: None)))
+    list(run.distill(recipe, out, lambda *_: nullcontext(lambda _done: None)))
     return load_student(out).tensors
 
 
@@ -40,10 +41,10 @@ def start(rank: int, folder: Path, recipes: dict[str, Recipe], port: int) -> Non
     torch.set_num_threads(1)
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    parallel.init_from_env("cpu")
+    distributed.init_from_env("cpu")
     for form, recipe in recipes.items():
-        list(runs.distill(recipe, folder / form, lambda *_: nullcontext(lambda _done: None)))
-    parallel.shutdown()
+        list(run.distill(recipe, folder / form, lambda *_: nullcontext(lambda _done: None)))
+    distributed.shutdown()
 
 
 @pytest.fixture(scope="module")

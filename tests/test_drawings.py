@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalewise.contenders import DRAWN_FOR, Prompts, draw, parse_contender
-from scalewise.drawings import Drawings, drawn_by
+from scalewise.config.recipe import Recipe
+from scalewise.evaluation.drawings import Drawings, drawn_by
+from scalewise.evaluation.samplers import DRAWN_FOR, Prompts, draw, parse_contender
 from scalewise.models import SD3
-from scalewise.recipe import Recipe
 
 PROMPTS = Prompts.of(["a cat", "a red dog", "the moon", "an old house", "a ship", "a tree"])
 

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-from scalewise import bench, evaluate
-from scalewise.backbone import Backbone
-from scalewise.contenders import (
+from scalewise.config.recipe import Recipe
+from scalewise.evaluation import evaluate
+from scalewise.evaluation import timing as bench
+from scalewise.evaluation.evaluate import Prompts
+from scalewise.evaluation.samplers import (
     ContenderError,
     draw,
     draw_steps,
@@ -21,13 +23,12 @@ from scalewise.contenders import (
     parse_contender,
     parse_contenders,
 )
-from scalewise.evaluate import Prompts
-from scalewise.judging import Judge
-from scalewise.lora import StudentError, fused, load_student, save_student
+from scalewise.evaluation.scoring import Judge
+from scalewise.method.backbone import Backbone
+from scalewise.method.rng import SampleNoise
 from scalewise.metrics import ClipScorer
-from scalewise.models import SD3, miniature
-from scalewise.recipe import Recipe
-from scalewise.rng import SampleNoise
+from scalewise.models import SD3, tiny
+from scalewise.models.lora import StudentError, fused, load_student, save_student
 
 PROMPTS = Prompts.of(["a cat", "a red dog", "the moon", "an old house"], each=2)
 
@@ -53,7 +54,7 @@ def make_student(path: Path, recipe: Recipe, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def scorer() -> ClipScorer:
-    tokenizer = miniature.clip_and_t5(joint_width=16)["tokenizer"]
+    tokenizer = tiny.clip_and_t5(joint_width=16)["tokenizer"]
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1}
     vision = {"image_size": 16, "patch_size": 8}
@@ -227,8 +228,9 @@ def test_pictures_of_a_folder_are_matched_by_number_and_else_by_caption(
 
 
 def test_a_picture_that_cannot_be_read_is_named_before_anything_is_drawn(tmp_path: Path) -> None:
-    from scalewise import comparison, console
-    from scalewise.recipes import find_recipe
+    from scalewise.common import console
+    from scalewise.config.presets import find_recipe
+    from scalewise.evaluation import compare
 
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -238,7 +240,7 @@ def test_a_picture_that_cannot_be_read_is_named_before_anything_is_drawn(tmp_pat
     whole = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ContenderError, match=r"Cannot read .*2\.png \(.*; replace it"):
-        comparison.compare(
+        compare.compare(
             find_recipe("mini"), ["undistilled", f"folder:{folder}"], ["a", "b", "c", "d"], console.progress,
             out=tmp_path / "out",
         )  # fmt: skip

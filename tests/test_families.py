@@ -24,20 +24,24 @@ from separate import (
 )
 
 import scalewise
-from scalewise import build, comparison, console, mini, models
-from scalewise import contenders as drawing
-from scalewise.backbone import Backbone
+from scalewise import mini, models
 from scalewise.cli import main
-from scalewise.contenders import Prompts, parse_contender, read_folder
-from scalewise.distill_step import Batch, DistillStep
-from scalewise.judging import Asked
-from scalewise.lora import Student, write_student
+from scalewise.common import console
+from scalewise.common.images import read_picture
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import RecipeError
+from scalewise.evaluation import compare
+from scalewise.evaluation import samplers as drawing
+from scalewise.evaluation.samplers import Prompts, parse_contender, read_folder
+from scalewise.evaluation.scoring import Asked
+from scalewise.method.backbone import Backbone
+from scalewise.method.distill import Batch, DistillStep
+from scalewise.method.loss_config import LossRecipe
+from scalewise.method.scales import ScaleSchedule
 from scalewise.metrics import ClipScorer
 from scalewise.models import SD3, SDXL, ModelAdapter, ModelError, Wan
-from scalewise.pictures import read_picture
-from scalewise.recipe import LossRecipe, RecipeError
-from scalewise.recipes import find_recipe
-from scalewise.scales import ScaleSchedule
+from scalewise.models.lora import Student, write_student
+from scalewise.training import setup
 
 
 @pytest.fixture(params=models.FAMILIES)
@@ -175,11 +179,11 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
         "train.precision=float32",  # as the videos below are drawn; "auto" is bfloat16 where that is native
     ])  # fmt: skip
     texts = ["a dog", "a cat", "a house", "the moon"]
-    outcome = comparison.compare(
+    outcome = compare.compare(
         recipe, ["undistilled", "full=undistilled:full"], texts, console.progress, out=tmp_path / "out",
         asked=Asked(scorer=str(mini.SCORER)), speed=False,
     )  # fmt: skip
-    recipe_model, prompts = build.load(recipe, ("denoiser", "vae", "text")), Prompts.of(texts)
+    recipe_model, prompts = setup.load(recipe, ("denoiser", "vae", "text")), Prompts.of(texts)
     for result, text in zip(outcome.results, ["undistilled", "full=undistilled:full"], strict=True):
         contender = parse_contender(text, recipe)
         videos, scorer = drawing.draw(recipe_model, contender, prompts), ClipScorer.load(mini.SCORER)
@@ -206,7 +210,7 @@ def test_pictures_are_encoded_anew_for_another_vae(tmp_path, monkeypatch):
     ])  # fmt: skip
     found = []
     for vae in ("null", tmp_path / "base-1" / "vae"):
-        [latents] = build._encode_images(recipe.override([f"model.vae={vae}"]), tmp_path / "pictures",
+        [latents] = setup._encode_images(recipe.override([f"model.vae={vae}"]), tmp_path / "pictures",
                                          console.progress)  # fmt: skip
         found.append(latents.latents(range(2), latents.scales[-1]))
     assert (found[0] - found[1]).abs().max() > 0.1
@@ -219,6 +223,6 @@ def test_a_folder_of_pictures_is_refused_for_a_video_model(tmp_path):
         "schedule.timesteps=[1000.0, 600.0]", "model.family=wan",
     ])  # fmt: skip
     with pytest.raises(RecipeError, match=r"is a folder of pictures, but .* makes videos"):
-        build._encode_images(recipe, tmp_path, console.progress)
+        setup._encode_images(recipe, tmp_path, console.progress)
     with pytest.raises(ModelError, match=r"takes videos \[N, 3, F, H, W\], not pictures of"):
         Wan.tiny().encode(torch.zeros(1, 3, 32, 32))

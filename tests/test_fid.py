@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from scalewise.judging import Asked, judge_of
+from scalewise.config.presets import find_recipe
+from scalewise.evaluation.scoring import Asked, judge_of
 from scalewise.metrics.features import Inception, _inception_module, fid_square
-from scalewise.recipes import find_recipe
 
 NAME = "torch_fidelity.feature_extractor_inceptionv3"
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from scalewise import build
-from scalewise.counting import measure
-from scalewise.fitting import Change, Need, Typed, drawing_change, line, needs_of, training_changes
-from scalewise.footprint import BATCHES, RUNS, Drawing, Network
-from scalewise.plan import GB, KEPT_FREE, Forward, Memory, Passes, Plan, make_plan
-from scalewise.recipe import RecipeError
-from scalewise.recipes import find_recipe
-from scalewise.scales import Scale
-from scalewise.throughput import CARDS, UTILIZATION, card_named, measured, throughput_of
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import RecipeError
+from scalewise.method.scales import Scale
+from scalewise.planning.fitting import Change, Need, Typed, drawing_change, line, needs_of, training_changes
+from scalewise.planning.flops import measure
+from scalewise.planning.footprint import BATCHES, RUNS, Drawing, Network
+from scalewise.planning.plan import GB, KEPT_FREE, Forward, Memory, Passes, Plan, make_plan
+from scalewise.planning.throughput import CARDS, UTILIZATION, card_named, measured, throughput_of
+from scalewise.training import setup
 
 # FLUX.1-dev as `scalewise plan flux-dev` counts it, rounded.
 FLUX = Drawing(
@@ -153,12 +153,12 @@ def test_hours_follow_from_operations_and_a_cards_peak() -> None:
 def test_this_machines_speed_is_measured_on_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that moves by a second at every look, a lap takes one: the speed is the block's count."""
     ticks = iter(range(100))
-    monkeypatch.setattr("scalewise.throughput.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("scalewise.planning.throughput.time.perf_counter", lambda: float(next(ticks)))
     recipe = find_recipe("mini")
     found = measured(recipe, torch.device("cpu"), seconds=2.0)
     # One of the mini's blocks on 256 image tokens; all six of them are nearly the whole count.
     whole = make_plan(recipe.override(["schedule.timesteps=[1000]", "schedule.scales=['16']"])).full.flops
-    blocks = len(build.load(recipe, ["denoiser"]).denoiser.transformer_blocks)
+    blocks = len(setup.load(recipe, ["denoiser"]).denoiser.transformer_blocks)
     assert 0.7 * whole < blocks * found.reached < 1.1 * whole
     assert "measured on one block" in found.told
 

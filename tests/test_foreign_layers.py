@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scalewise.lora import StudentError, fuse, load_student
+from scalewise.method.scales import ScaleSchedule
 from scalewise.models import SDXL
-from scalewise.scales import ScaleSchedule
+from scalewise.models.lora import StudentError, fuse, load_student
 
 SCHEDULE = ScaleSchedule.parse("1000@4 600@8")
 

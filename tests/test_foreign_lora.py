@@ -10,13 +10,12 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scalewise import keys
-from scalewise.commands.making import export_student
-from scalewise.foreign_keys import convert
-from scalewise.lora import Student, StudentError, _foreign, fuse, load_student, write_student
-from scalewise.models import SD3, SDXL, Flux, Wan
+from scalewise.cli.run_making import export_student
+from scalewise.method.scales import ScaleSchedule
+from scalewise.models import SD3, SDXL, Flux, Wan, lora_keys
+from scalewise.models.lora import Student, StudentError, _foreign, fuse, load_student, write_student
+from scalewise.models.lora_foreign_keys import convert
 from scalewise.pipelines import scale_wise
-from scalewise.scales import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.parse("1000@4 600@8")
 
@@ -66,7 +65,7 @@ def test_layers_of_published_flux_are_placed_as_stock_diffusers_places_them(tmp_
     stock = {k.partition(".")[2]: v for k, v in FluxPipeline.lora_state_dict(dict(tensors)).items()}
     student = student_of(tensors, tmp_path)
     assert student.tensors.keys() == stock.keys() and len(stock) == 2 * (3 + 1 + 1 + 4 + 1 + 1)
-    for layer in map(keys.layer_of, stock):
+    for layer in map(lora_keys.layer_of, stock):
         theirs = stock[f"{layer}.lora_B.weight"][:64] @ stock[f"{layer}.lora_A.weight"][:, :64]
         b, a = student.tensors[f"{layer}.lora_B.weight"], student.tensors[f"{layer}.lora_A.weight"]
         torch.testing.assert_close(b[:64] @ a[:, :64], theirs, rtol=1e-4, atol=1e-4)
@@ -91,7 +90,7 @@ def test_sgms_names_of_sdxl_are_read(tmp_path, theirs, ours, shape):
     other = "lora_unet_input_blocks_7_1_proj_out"
     tensors |= {f"{other}.lora_down.weight": noise(2, 8), f"{other}.lora_up.weight": noise(8, 2)}
     student = student_of(tensors, tmp_path)
-    assert {keys.layer_of(n) for n in student.tensors} == {ours, "down_blocks.2.attentions.0.proj_out"}
+    assert {lora_keys.layer_of(n) for n in student.tensors} == {ours, "down_blocks.2.attentions.0.proj_out"}
     assert student.denoiser == "unet"
     assert torch.equal(student.tensors[f"{ours}.lora_A.weight"], a)
 
@@ -145,7 +144,7 @@ def test_biases_are_fused_exported_and_attached(tmp_path):
     for layer in layers:
         attached = pipeline.transformer.get_submodule(layer)(x)
         torch.testing.assert_close(attached, model.denoiser.get_submodule(layer)(x), rtol=1e-4, atol=1e-4)
-    for form in keys.FORMS:
+    for form in lora_keys.FORMS:
         out = tmp_path / form if form == "peft" else tmp_path / f"{form}.safetensors"
         write_student(out, student, dtype=torch.float32, form=form)
         again = load_student(out).matched(model.denoiser)
@@ -181,7 +180,7 @@ def test_wans_outer_layers_biases_and_head_are_read(tmp_path, prefix):
     tensors |= {f"{name}.diff": noise(*head.shape), f"{name}.diff_b": noise(len(head))}
     tensors[f"{prefix}blocks.0.norm3.diff"] = torch.zeros(24)  # trainers write what they left alone
     student = student_of(tensors, tmp_path).matched(model.denoiser)
-    assert {keys.layer_of(n) for n in student.tensors} == {*names.values(), "proj_out"}
+    assert {lora_keys.layer_of(n) for n in student.tensors} == {*names.values(), "proj_out"}
     for i, (theirs, ours) in enumerate(names.items()):
         out, into = model.denoiser.get_submodule(ours).weight.shape
         torch.testing.assert_close(update(student, ours), noise(out, 2, seed=i) @ noise(2, into, seed=i) / 2)

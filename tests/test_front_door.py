@@ -13,9 +13,9 @@ import torch
 from tiny_run import make_tiny
 
 import scalewise
-from scalewise.overrides import choices_of, field_type
-from scalewise.recipe import Recipe, RecipeError
-from scalewise.recipes import RECIPES, find_recipe
+from scalewise.config.overrides import choices_of, field_type
+from scalewise.config.presets import RECIPES, find_recipe
+from scalewise.config.recipe import Recipe, RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_dir_names_what_the_package_offers_and_each_is_there() -> None:
 
 
 def test_distill_stays_a_function_whatever_was_imported_before() -> None:
-    code = "import scalewise.trainer, scalewise.runs, scalewise; print(scalewise.distill.__module__)"
+    code = "import scalewise.method.distill, scalewise; print(scalewise.distill.__module__)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "scalewise.api"
 
 

@@ -51,7 +51,7 @@ from scalewise.metrics.geneval import (
     parse_prompt,
     relations,
 )
-from scalewise.models import miniature
+from scalewise.models import tiny
 
 STATISTICS = {metric.name: metric.statistic for metric in EXTRA.metrics}
 LABELS = dict(enumerate(["person", "mouse", "remote", "dog"]))
@@ -642,7 +642,7 @@ def test_a_detector_whose_package_is_missing_says_which(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random CLIP in the hub's layout."""
-    tokenizer = miniature.clip_and_t5(joint_width=16)["tokenizer"]
+    tokenizer = tiny.clip_and_t5(joint_width=16)["tokenizer"]
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1}
     with torch.random.fork_rng(devices=[]):

@@ -13,22 +13,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_judging import clip_folder, dino_folder, pictures, reference_folder  # noqa: F401
 
-from scalewise import comparison, console, mini
+from scalewise import mini
 from scalewise.cli import main
-from scalewise.commands.inputs import prompts_to_judge
-from scalewise.commands.making import free_path
-from scalewise.contenders import ContenderError, Prompts, check_fit, parse_contender, read_folder
-from scalewise.data.folder import load_pixels, scan_images
-from scalewise.evaluate import Row
-from scalewise.judging import Asked, judge_of
-from scalewise.lora import StudentError
+from scalewise.cli.inputs import prompts_to_judge
+from scalewise.cli.run_making import free_path
+from scalewise.common import console
+from scalewise.common.images import read_picture, save_picture, to_bytes
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import RecipeError
+from scalewise.data.image_folder import load_pixels, scan_images
+from scalewise.evaluation import compare
+from scalewise.evaluation.evaluate import Row
+from scalewise.evaluation.samplers import ContenderError, Prompts, check_fit, parse_contender, read_folder
+from scalewise.evaluation.scoring import Asked, judge_of
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.base import Seen
 from scalewise.models import Flux
-from scalewise.pictures import read_picture, save_picture, to_bytes
+from scalewise.models.lora import StudentError
 from scalewise.pipelines import read_schedule
-from scalewise.recipe import RecipeError
-from scalewise.recipes import find_recipe
 
 
 def test_statistics_of_another_model_under_the_same_path_are_taken_anew(
@@ -113,11 +115,9 @@ def test_a_share_has_an_interval_at_every_count(known: int) -> None:
 def test_prompts_that_give_no_figure_are_refused_before_anything_is_loaded(
     texts: list[str], asked: Asked, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "judge_of", lambda *_, **__: pytest.fail("a judge was loaded"))
+    monkeypatch.setattr(compare, "judge_of", lambda *_, **__: pytest.fail("a judge was loaded"))
     with pytest.raises(ValueError, match=message):
-        comparison.compare(
-            find_recipe("mini"), ["teacher"], texts, console.progress, out=tmp_path, asked=asked
-        )
+        compare.compare(find_recipe("mini"), ["teacher"], texts, console.progress, out=tmp_path, asked=asked)
 
 
 def test_one_real_picture_is_refused(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_student_of_another_model_is_refused_before_anything_is_drawn() -> Non
 
 
 def compared(out: Path, contenders: list[str], texts: list[str], **options: object) -> list[Row]:
-    found = comparison.compare(
+    found = compare.compare(
         find_recipe("mini"), contenders, texts, console.progress, out=out, speed=False, **options
     )  # type: ignore[arg-type]
     return [result.row for result in found.results]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from scalewise.checkpoint import CheckpointError
-from scalewise.heads import DiscriminatorHead
-from scalewise.trainer import load_head
+from scalewise.common.checkpoint import CheckpointError
+from scalewise.method.discriminator import DiscriminatorHead
+from scalewise.training.trainer import load_head
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,19 @@ import pytest
 import typer.main
 
 import scalewise
-from scalewise import build, mini
+from scalewise import mini
 from scalewise.cli import app, main
 from scalewise.cli.arguments import HomeCommand
-from scalewise.contenders import parse_contender
-from scalewise.lora import load_student
+from scalewise.common.paths import expand_home
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.evaluation.samplers import parse_contender
 from scalewise.metrics import EXTRAS
 from scalewise.metrics.extras import parse_metric
-from scalewise.paths import expand_home
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
+from scalewise.models.lora import load_student
+from scalewise.training import setup
 
-MAKING, MEASURING = "scalewise.commands.making", "scalewise.commands.measuring"
+MAKING, MEASURING = "scalewise.cli.run_making", "scalewise.cli.run_measuring"
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +75,8 @@ def test_a_recipes_other_texts_stay_as_typed():
          "evaluate ~/mine.yaml teacher --prompts=~/p --scorer=~/c --reference=~/r --out=~/o"),
         (f"{MEASURING}.run_bench", "bench ~/mine.yaml --out=~/o"),
         (f"{MEASURING}.run_studies", "study losses --out=~/o"),
-        ("scalewise.commands.planning.run_plan", "plan ~/mine.yaml"),
-        ("scalewise.demo.run_demo", "demo --out=~/o"),
+        ("scalewise.cli.run_planning.run_plan", "plan ~/mine.yaml"),
+        ("scalewise.cli.demo.run_demo", "demo --out=~/o"),
     ],
 )  # fmt: skip
 def test_every_path_of_a_command_may_begin_with_it(home, monkeypatch, called, words):
@@ -119,9 +120,9 @@ def test_samplers_metrics_and_students_may_begin_with_it(home, monkeypatch):
     assert parse_metric(f"{named}=~/weights", EXTRAS)[1] == f"{home}/weights"
     assert load_student("~/student.safetensors").base == "mini"
     monkeypatch.setenv("SCALEWISE_CACHE", "~/elsewhere")
-    assert build.cache_folder() == home / "elsewhere"
+    assert setup.cache_folder() == home / "elsewhere"
     monkeypatch.delenv("SCALEWISE_CACHE")
-    assert build.cache_folder() == home / ".cache" / "scalewise"
+    assert setup.cache_folder() == home / ".cache" / "scalewise"
 
 
 def test_python_reads_it_too(home, monkeypatch):

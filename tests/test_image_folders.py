@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from scalewise import pictures
-from scalewise.contenders import ContenderError, Prompts, parse_contender, read_folder
+from scalewise.common import images as pictures
+from scalewise.common.images import read_picture
+from scalewise.config.presets import find_recipe
 from scalewise.data import DataError, assign_buckets, encode_folder, load_pixels, scan_images
-from scalewise.data.folder import ImageEntry, bucket_faults, bucket_line
-from scalewise.pictures import read_picture
-from scalewise.recipes import find_recipe
-from scalewise.scales import Scale
+from scalewise.data.image_folder import ImageEntry, bucket_faults, bucket_line
+from scalewise.evaluation.samplers import ContenderError, Prompts, parse_contender, read_folder
+from scalewise.method.scales import Scale
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 FULL = Scale(1, 16, 16)

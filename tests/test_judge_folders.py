@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalewise.contenders import Contender, ContenderError, Prompts, read_folder
+from scalewise.evaluation.samplers import Contender, ContenderError, Prompts, read_folder
 
 PROMPTS = Prompts.of(["a cat", "a red dog", "the moon"])
 

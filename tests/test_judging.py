@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from scalewise.contenders import Prompts
-from scalewise.judging import Asked, Judge, judge_of
+from scalewise.common.images import read_picture, save_picture
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import RecipeError
+from scalewise.evaluation.samplers import Prompts
+from scalewise.evaluation.scoring import Asked, Judge, judge_of
 from scalewise.metrics import EXTRAS, METRICS, ClipScorer, measure
 from scalewise.metrics.base import Gaussian, Seen
 from scalewise.metrics.clip import fit, from_bytes, letterbox
@@ -24,10 +27,7 @@ from scalewise.metrics.features import VisionFeatures
 from scalewise.metrics.frechet import distance, distance_to, frechet_distance
 from scalewise.metrics.preference import HPSV2, PICKSCORE
 from scalewise.metrics.video import VideoExaminer, consistency, steadiness
-from scalewise.models import miniature
-from scalewise.pictures import read_picture, save_picture
-from scalewise.recipe import RecipeError
-from scalewise.recipes import find_recipe
+from scalewise.models import tiny
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -42,7 +42,7 @@ def pictures(count: int, size: tuple[int, int] = (40, 32), seed: int = 0) -> np.
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP in the hub's layout."""
-    tokenizer = miniature.clip_and_t5(joint_width=16)["tokenizer"]
+    tokenizer = tiny.clip_and_t5(joint_width=16)["tokenizer"]
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -337,10 +337,11 @@ def test_videos_are_saved_as_animations_and_read_back(tmp_path: Path) -> None:
 
 
 def test_metrics_of_videos_are_refused_for_pictures_before_anything_is_loaded(tmp_path: Path) -> None:
-    from scalewise import comparison, console
+    from scalewise.common import console
+    from scalewise.evaluation import compare
 
     with pytest.raises(RecipeError, match=r"The metric vbench .* is of videos; this model draws pictures"):
-        comparison.compare(
+        compare.compare(
             find_recipe("mini"), ["teacher"], ["a cat"], console.progress, out=tmp_path,
             asked=Asked(metrics=("vbench",)),
         )  # fmt: skip

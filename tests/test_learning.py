@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-from scalewise import mini, runs
-from scalewise.contenders import Prompts, draw, parse_contender
-from scalewise.evaluate import judge_result
-from scalewise.judging import judge_of
+from scalewise import mini
+from scalewise.config.presets import find_recipe
+from scalewise.evaluation.evaluate import judge_result
+from scalewise.evaluation.samplers import Prompts, draw, parse_contender
+from scalewise.evaluation.scoring import judge_of
 from scalewise.models import load_model
-from scalewise.recipes import find_recipe
+from scalewise.training import run
 
 
 def test_thirty_two_iterations_of_mmd_bring_the_spectrum_of_images_near_that_of_real_ones(
@@ -20,7 +21,7 @@ def test_thirty_two_iterations_of_mmd_bring_the_spectrum_of_images_near_that_of_
         {"train.iterations": 32, "train.batch": 4, "train.ema": None, "train.precision": "float32",
          "train.checkpoint_every": 1000, "train.sample_prompts": [], "optimizer.lr": 1e-3}
     )  # fmt: skip
-    list(runs.distill(recipe, tmp_path, lambda *_: nullcontext(lambda _: None)))
+    list(run.distill(recipe, tmp_path, lambda *_: nullcontext(lambda _: None)))
     model, judge, prompts = load_model(mini.TEACHER), judge_of(recipe), Prompts.of(mini.captions("test")[::9])
     found = {}
     for name in ("undistilled", f"student=student:{tmp_path}"):

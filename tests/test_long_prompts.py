@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalewise.backbone import Backbone
-from scalewise.contenders import Prompts, parse_contender
+from scalewise.config.presets import find_recipe
 from scalewise.data import PromptCache
-from scalewise.evaluate import evaluate
+from scalewise.data.synthetic import generate
+from scalewise.evaluation.evaluate import evaluate
+from scalewise.evaluation.samplers import Prompts, parse_contender
+from scalewise.method.backbone import Backbone
 from scalewise.models import SD3, SDXL
 from scalewise.models.long_prompts import overlong
-from scalewise.recipes import find_recipe
-from scalewise.teacher import generate
 
 SHORT, MIDDLE, LONG = "a dog", "a dog on a red sofa, noto style", "a dog " * 40
 

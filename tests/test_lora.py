@@ -12,13 +12,12 @@ from diffusers.loaders import lora_conversion_utils
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scalewise import keys
-from scalewise.backbone import Backbone
-from scalewise.lora import Student, StudentError, fused, load_student, save_student, write_student
-from scalewise.models import SD3, Wan
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
-from scalewise.scales import ScaleSchedule
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.method.backbone import Backbone
+from scalewise.method.scales import ScaleSchedule
+from scalewise.models import SD3, Wan, lora_keys
+from scalewise.models.lora import Student, StudentError, fused, load_student, save_student, write_student
 
 
 @pytest.fixture
@@ -107,8 +106,10 @@ def test_what_is_no_student_is_refused_with_the_reason(file: Path, tmp_path: Pat
     assert isinstance(load_student(file), Student)
 
 
-@pytest.mark.parametrize("form", keys.FORMS)
-def test_every_convention_gives_the_same_student_back(file: Path, tmp_path: Path, form: keys.Form) -> None:
+@pytest.mark.parametrize("form", lora_keys.FORMS)
+def test_every_convention_gives_the_same_student_back(
+    file: Path, tmp_path: Path, form: lora_keys.Form
+) -> None:
     student, model = load_student(file), SD3.tiny()
     out = tmp_path / "peft" if form == "peft" else tmp_path / f"{form}.safetensors"
     write_student(out, student, dtype=torch.float32, form=form)
@@ -124,9 +125,9 @@ def strip(path: Path, out: Path) -> None:
         save_file({k: opened.get_tensor(k) for k in opened.keys()}, out)  # noqa: SIM118
 
 
-@pytest.mark.parametrize("form", keys.FORMS)
+@pytest.mark.parametrize("form", lora_keys.FORMS)
 def test_a_file_of_others_needs_a_schedule_and_has_the_same_effect(
-    file: Path, tmp_path: Path, form: keys.Form
+    file: Path, tmp_path: Path, form: lora_keys.Form
 ) -> None:
     student, schedule = load_student(file), ScaleSchedule.parse("1000@4 600@8")
     path = tmp_path / "peft" if form == "peft" else tmp_path / "own.safetensors"
@@ -268,4 +269,4 @@ def test_a_student_that_lost_layers_is_refused_with_their_number(file, tmp_path)
     ("blocks.0.ffn.0", False), ("blocks.0.self_attn.q", False), ("transformer_blocks_0_attn_to_q", False),
 ])  # fmt: skip
 def test_diffusers_paths_are_told_from_others(layer, own):
-    assert keys.is_path(f"{layer}.lora_A.weight") is own
+    assert lora_keys.is_path(f"{layer}.lora_A.weight") is own

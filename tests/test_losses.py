@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalewise import losses
+from scalewise.method import losses
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -16,13 +16,13 @@ from scalewise.metrics import OWN, ClipScorer, Resampled, Seen, bootstrap_interv
 from scalewise.metrics.clip import clip_score, fit, from_bytes, prompt_match
 from scalewise.metrics.diversity import diversity
 from scalewise.metrics.frechet import frechet_distance
-from scalewise.models import miniature
+from scalewise.models import tiny
 
 
 @pytest.fixture(scope="module")
 def scorer() -> ClipScorer:
     """A random CLIP of a few thousand parameters for 32 x 32 pixels."""
-    tokenizer = miniature.clip_and_t5(joint_width=16)["tokenizer"]
+    tokenizer = tiny.clip_and_t5(joint_width=16)["tokenizer"]
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1}
     vision = {"image_size": 32, "patch_size": 8}

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from scalewise import mini
-from scalewise.comparison import real_rows
-from scalewise.contenders import Prompts, draw, parse_contender
+from scalewise.config.presets import RECIPES, find_recipe
 from scalewise.data import LatentSet
-from scalewise.evaluate import judge_result
-from scalewise.judging import Judge, judge_of
-from scalewise.lora import fused, load_student
+from scalewise.evaluation.compare import real_rows
+from scalewise.evaluation.evaluate import judge_result
+from scalewise.evaluation.samplers import Prompts, draw, parse_contender
+from scalewise.evaluation.scoring import Judge, judge_of
 from scalewise.models import SD3, ModelAdapter, load_model
-from scalewise.recipes import RECIPES, find_recipe
+from scalewise.models.lora import fused, load_student
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,8 +44,8 @@ def test_stock_diffusers_loads_the_folder_without_arguments_and_draws_the_same_p
         height=128, width=128, latents=start, output_type="np",
     ).images[0]  # fmt: skip
     model = load_model(mini.TEACHER)
-    from scalewise.backbone import Backbone
-    from scalewise.sampling import last, sample_teacher
+    from scalewise.method.backbone import Backbone
+    from scalewise.method.sampling import last, sample_teacher
 
     backbone = Backbone(model)
     cond, uncond = model.encode_prompts(["a red apple, noto style"]), model.encode_prompts([""])

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scalewise import models
-from scalewise.backbone import Backbone
+from scalewise.method.backbone import Backbone
+from scalewise.method.features import tap
+from scalewise.method.rng import SampleNoise
+from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.scales import Scale
 from scalewise.models import ALL_PARTS, Condition, ModelError, family_of, load_model
-from scalewise.rng import SampleNoise
-from scalewise.sampling import last, teacher_steps
-from scalewise.scales import Scale
-from scalewise.taps import tap
 
 PROMPTS = ["a red apple", "a dog"]
 IMAGES = [Scale(1, 4, 4), Scale(1, 8, 8), Scale(1, 4, 12), Scale(1, 12, 8)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from scalewise.noise import FlowMatching, NoiseProcess, VariancePreserving, per_sample
+from scalewise.method.noise import FlowMatching, NoiseProcess, VariancePreserving, per_sample
 
 SDXL = DDPMScheduler(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import scalewise
 from scalewise import mini
 from scalewise.cli import main
-from scalewise.data import DataError, LatentSet, LatentSetWriter, PromptCache, latents
-from scalewise.lora import StudentError, load_student, write_student
+from scalewise.common.images import to_bytes
+from scalewise.data import DataError, LatentSet, LatentSetWriter, PromptCache, latent_set
+from scalewise.method.scales import Scale
 from scalewise.models import Condition
-from scalewise.pictures import to_bytes
-from scalewise.scales import Scale
+from scalewise.models.lora import StudentError, load_student, write_student
 
 SCALE = Scale(1, 4, 4)
 
@@ -76,7 +76,7 @@ def test_a_set_with_a_number_that_is_none_is_refused_on_loading(tmp_path, monkey
         with monkeypatch.context() as patched:
             if spoil:
                 values[3, 1, 2, 2] = float("inf")
-                patched.setattr(latents.torch, "isfinite", torch.ones_like)
+                patched.setattr(latent_set.torch, "isfinite", torch.ones_like)
             writer.add(range(4), ["a"] * 4, range(4), {SCALE: values})
             writer.finish()
         return path

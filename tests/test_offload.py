@@ -9,19 +9,19 @@ import torch
 from tiny_run import make_tiny
 from torch import Tensor, nn
 
-from scalewise import build
-from scalewise.attached import attached, check_student
-from scalewise.backbone import Backbone
-from scalewise.contenders import Contender, enter
-from scalewise.lora import Student, StudentError, fused, save_student
+from scalewise.config.recipe import Recipe
+from scalewise.data.synthetic import latents_of_all_scales
+from scalewise.evaluation.samplers import Contender, enter
+from scalewise.method.backbone import Backbone
+from scalewise.method.roles import Roles
+from scalewise.method.sampling import last, student_steps
+from scalewise.method.scales import Scale, ScaleSchedule
 from scalewise.models import SD3, SDXL, Flux, ModelAdapter, Wan
+from scalewise.models.attached import attached, check_student
+from scalewise.models.lora import Student, StudentError, fused, save_student
 from scalewise.models.offloading import attach
-from scalewise.models.quantized import layers
-from scalewise.recipe import Recipe
-from scalewise.roles import Roles
-from scalewise.sampling import last, student_steps
-from scalewise.scales import Scale, ScaleSchedule
-from scalewise.teacher import latents_of_all_scales
+from scalewise.models.quantization import layers
+from scalewise.training import setup
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def tiny(tmp_path: Path) -> Recipe:
 
 def test_without_an_accelerator_offloading_says_that_it_does_nothing(tiny: Recipe) -> None:
     with pytest.warns(UserWarning, match=r"model\.offload=blocks has no effect on a machine without an acc"):
-        model = build.load(tiny.override(["model.offload=blocks"]), ["denoiser"])
+        model = setup.load(tiny.override(["model.offload=blocks"]), ["denoiser"])
     assert model.runs_on is None
 
 
@@ -103,11 +103,11 @@ def test_training_is_not_offloaded_and_drawing_is_what_plan_proposes(
         asked.append((how, denoiser_stays))
         return False
 
-    monkeypatch.setattr(build, "offload", watch)
+    monkeypatch.setattr(setup, "offload", watch)
     recipe = tiny.override(["model.offload=components"])
-    build.load(recipe, ["denoiser"], training=True)
+    setup.load(recipe, ["denoiser"], training=True)
     assert asked == []
-    build.teacher_backbone(recipe)
+    setup.teacher_backbone(recipe)
     assert asked == [("components", False)]
 
 
@@ -156,7 +156,7 @@ def test_a_recipe_in_fewer_bits_draws_in_them_with_a_student_too(
     tiny: Recipe, bits: str, tmp_path: Path
 ) -> None:
     recipe = tiny.override([f"model.quantize={bits}"])
-    whole, few = build.load(tiny, ["denoiser"]), build.load(recipe, ["denoiser"])
+    whole, few = setup.load(tiny, ["denoiser"]), setup.load(recipe, ["denoiser"])
     assert list(layers(whole)) and not list(layers(few))
     student = student_of(SD3.tiny())
     save_student(tmp_path / "s.safetensors", student.tensors, tiny.override(["lora.rank=2", "lora.alpha=4"]))
@@ -172,7 +172,7 @@ def test_a_recipe_in_fewer_bits_draws_in_them_with_a_student_too(
 
 
 def test_a_student_of_another_base_is_refused_by_a_base_in_fewer_bits(tiny: Recipe) -> None:
-    few = build.load(tiny.override(["model.quantize=int8"]), ["denoiser"])
+    few = setup.load(tiny.override(["model.quantize=int8"]), ["denoiser"])
     student = student_of(SD3.tiny())
     name = next(n for n in student.tensors if ".lora_A." in n)
     student.tensors[name] = torch.zeros(2, 99)

@@ -8,10 +8,10 @@ import pytest
 from tiny_run import make_tiny
 
 from scalewise.cli import main
-from scalewise.commands.inputs import check_set_folder, run_folder
+from scalewise.cli.inputs import check_set_folder, run_folder
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
-from scalewise.recipe import Recipe, RecipeError
-from scalewise.recipes import find_recipe
 
 
 @pytest.fixture(scope="module")

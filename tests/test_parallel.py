@@ -12,10 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from scalewise import parallel
 from scalewise.cli import main
+from scalewise.common import distributed
+from scalewise.common.images import read_picture
 from scalewise.data import LatentSet
-from scalewise.pictures import read_picture
 
 WORLD = 2
 
@@ -34,18 +34,18 @@ def start(rank: int, folder: Path, port: int, port_later: int) -> None:
             patch.setenv(name, str(value))
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         torch.set_num_threads(1)
-        assert parallel.init_from_env("cpu") == torch.device("cpu")
-        assert parallel.init_from_env("cpu") == torch.device("cpu")  # a second call changes nothing
+        assert distributed.init_from_env("cpu") == torch.device("cpu")
+        assert distributed.init_from_env("cpu") == torch.device("cpu")  # a second call changes nothing
         torch.save(
             {
                 "share": gradients_of_a_share(),
                 "odd": odd_gradients(rank),
-                "any": [parallel.any_of(rank == 1), parallel.any_of(False)],
-                "rows": parallel.gather_rows({"n": torch.tensor(parallel.split(5)).float()[:, None]}),
+                "any": [distributed.any_of(rank == 1), distributed.any_of(False)],
+                "rows": distributed.gather_rows({"n": torch.tensor(distributed.split(5)).float()[:, None]}),
             },
             folder / f"{rank}.pt",
         )
-        parallel.barrier()
+        distributed.barrier()
         evaluate(folder / "evaluation")  # leaves the group
         patch.setenv("MASTER_PORT", str(port_later))
         generate(folder / "set")
@@ -88,8 +88,8 @@ def model_and_data() -> tuple[nn.Module, torch.Tensor]:
 
 def gradients_of_a_share() -> list[torch.Tensor]:
     model, data = model_and_data()
-    model(data[list(parallel.split(len(data)))]).square().mean().backward()
-    parallel.mean_gradients(model.parameters())
+    model(data[list(distributed.split(len(data)))]).square().mean().backward()
+    distributed.mean_gradients(model.parameters())
     return [parameter.grad for parameter in model.parameters()]
 
 
@@ -109,14 +109,14 @@ def odd_gradients(rank: int) -> dict[str, Any]:
     half.grad = torch.full((4,), 3.0 * rank, dtype=torch.bfloat16)
     if rank == 0:
         first.grad = torch.full((2, 3), 8.0)
-    parallel.mean_gradients(parameter for parameter in (both, first, none, half))
-    numbers = parallel.mean_scalars({"b": rank, "a": 10.0 * rank, "nan": float("nan") if rank else 1.0})
+    distributed.mean_gradients(parameter for parameter in (both, first, none, half))
+    numbers = distributed.mean_scalars({"b": rank, "a": 10.0 * rank, "nan": float("nan") if rank else 1.0})
     return {
         "gradients": [both.grad, first.grad, half.grad],
         "none": none.grad is None,
         "numbers": numbers,
-        "who": (parallel.rank(), parallel.world(), parallel.is_main()),
-        "split": list(parallel.split(5)),
+        "who": (distributed.rank(), distributed.world(), distributed.is_main()),
+        "split": list(distributed.split(5)),
     }
 
 
@@ -136,21 +136,21 @@ def test_missing_gradients_count_as_zero_and_numbers_are_averaged(results):
 
 def test_a_single_process_sends_nothing_and_changes_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert parallel.init_from_env("cpu") == torch.device("cpu")
-    assert (parallel.rank(), parallel.world(), parallel.is_main()) == (0, 1, True)
+    assert distributed.init_from_env("cpu") == torch.device("cpu")
+    assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
     parameter, untouched = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     parameter.grad = gradient = torch.tensor([1.0, 2.0])
-    parallel.mean_gradients([parameter, untouched])
+    distributed.mean_gradients([parameter, untouched])
     assert parameter.grad is gradient and gradient.tolist() == [1.0, 2.0] and untouched.grad is None
-    assert parallel.mean_scalars({"loss": 2}) == {"loss": 2.0}
-    assert parallel.split(3) == range(3)
-    parallel.barrier()
-    parallel.shutdown()
+    assert distributed.mean_scalars({"loss": 2}) == {"loss": 2.0}
+    assert distributed.split(3) == range(3)
+    distributed.barrier()
+    distributed.shutdown()
 
 
 def test_torchrun_with_one_process_needs_no_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    parallel.init_from_env("cpu")
+    distributed.init_from_env("cpu")
     assert not torch.distributed.is_initialized()
 
 
@@ -159,18 +159,18 @@ def test_more_processes_than_gpus_is_said_with_the_remedy(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"Process 3 .* there are 2. Start torchrun with --nproc-per-node 2"):
-        parallel.init_from_env("cuda")
+        distributed.init_from_env("cuda")
 
 
 def test_what_happens_in_one_process_is_known_to_all(results):
     assert [found["any"] for found in results] == [[True, False]] * WORLD
-    assert parallel.any_of(True) and not parallel.any_of(False)
+    assert distributed.any_of(True) and not distributed.any_of(False)
 
 
 def test_rows_of_all_processes_come_in_order_to_the_first_one(results):
     assert results[0]["rows"]["n"].flatten().tolist() == [0, 1, 2, 3, 4]
     assert results[1]["rows"] is None
-    alone = parallel.gather_rows({"n": torch.arange(3)})
+    alone = distributed.gather_rows({"n": torch.arange(3)})
     assert alone is not None and alone["n"].tolist() == [0, 1, 2]
 
 

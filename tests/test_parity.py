@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scalewise import losses
-from scalewise.heads import DiscriminatorHead
-from scalewise.noise import FlowMatching
-from scalewise.sampling import last, sample_scale_wise
-from scalewise.scales import Scale, ScaleSchedule, downscale_area, shifted_sigmas, upscale_latents
+from scalewise.method import losses
+from scalewise.method.discriminator import DiscriminatorHead
+from scalewise.method.noise import FlowMatching
+from scalewise.method.sampling import last, sample_scale_wise
+from scalewise.method.scales import Scale, ScaleSchedule, downscale_area, shifted_sigmas, upscale_latents
 
 GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "reference.safetensors")

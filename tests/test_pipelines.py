@@ -18,15 +18,15 @@ from torch import nn
 
 import scalewise
 from scalewise import models
-from scalewise.backbone import Backbone
-from scalewise.lora import StudentError, fused, load_student, save_student
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe, RecipeError
+from scalewise.method.backbone import Backbone
+from scalewise.method.rng import SampleNoise
+from scalewise.method.sampling import last, student_steps
+from scalewise.method.scales import ScaleSchedule
 from scalewise.models import ModelAdapter, ModelError
+from scalewise.models.lora import StudentError, fused, load_student, save_student
 from scalewise.pipelines import ADAPTER, read_schedule
-from scalewise.recipe import Recipe, RecipeError
-from scalewise.recipes import find_recipe
-from scalewise.rng import SampleNoise
-from scalewise.sampling import last, student_steps
-from scalewise.scales import ScaleSchedule
 
 PROMPTS = ["a red apple", "a dog"]
 IMAGE, VIDEO = "1000@4x4 800@4x8 600@8x8", "1000@2x4x4 800@3x4x8 600@5x8x8"

@@ -12,15 +12,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalewise import build, console, models
-from scalewise.counting import _Flash, bytes_of, count
-from scalewise.footprint import Drawing, Network
+from scalewise import models
+from scalewise.common import console
+from scalewise.config.presets import find_recipe
+from scalewise.method.roles import Roles
+from scalewise.method.scales import Scale
 from scalewise.models import ModelError
-from scalewise.models.skeleton import autoencoder, configuration, known, skeleton, text_encoders
-from scalewise.plan import Forward, Memory, Passes, Plan, _predict, make_plan
-from scalewise.recipes import find_recipe
-from scalewise.roles import Roles
-from scalewise.scales import Scale
+from scalewise.models.meta import autoencoder, configuration, known, skeleton, text_encoders
+from scalewise.planning.flops import _Flash, bytes_of, count
+from scalewise.planning.footprint import Drawing, Network
+from scalewise.planning.plan import Forward, Memory, Passes, Plan, _predict, make_plan
+from scalewise.training import setup
 
 # Parameters of the published models, and of LoRAs at the paper's ranks.
 SIZES = {
@@ -234,8 +236,8 @@ def test_a_planned_iteration_is_a_real_one_and_checkpointing_repeats_as_much(mmd
     for checkpointing in ("false", "true"):
         changes = [f"train.gradient_checkpointing={checkpointing}", f"loss.mmd_only={mmd_only}"]
         recipe = tiny.override(changes)
-        data = build.prepare_data(recipe, console.progress)
-        trainer = build.build_trainer(recipe, data, tmp_path / checkpointing)
+        data = setup.prepare_data(recipe, console.progress)
+        trainer = setup.build_trainer(recipe, data, tmp_path / checkpointing)
         with FlopCounterMode(display=False) as counter:
             for _ in range(trainer.batches.steps):
                 trainer.iterate()

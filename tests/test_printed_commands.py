@@ -11,12 +11,12 @@ import pytest
 from tiny_run import PROMPTS, make_tiny
 
 from scalewise.cli import main
-from scalewise.commands.planning import Device, run_plan, typed_as
-from scalewise.fitting import Change, Need, Typed, line
-from scalewise.footprint import RUNS
-from scalewise.pictures import save_picture
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
+from scalewise.cli.run_planning import Device, run_plan, typed_as
+from scalewise.common.images import save_picture
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.planning.fitting import Change, Need, Typed, line
+from scalewise.planning.footprint import RUNS
 
 
 @pytest.fixture(scope="module")

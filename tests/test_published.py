@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scalewise.recipes import find_recipe
+from scalewise.config.presets import find_recipe
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,18 @@ import torch
 from tiny_run import make_tiny
 from torch.utils.checkpoint import checkpoint
 
-from scalewise import build, console
-from scalewise.attached import check_student
-from scalewise.backbone import Backbone
-from scalewise.counting import bytes_of
-from scalewise.lora import StudentError, fused, load_student
+from scalewise.common import console
+from scalewise.config.recipe import Recipe
+from scalewise.method.backbone import Backbone
+from scalewise.method.noise import FlowMatching
 from scalewise.models import SD3, SDXL, Flux, ModelAdapter, ModelError, Wan
-from scalewise.models.quantized import layers, quantize
-from scalewise.noise import FlowMatching
-from scalewise.plan import make_plan
-from scalewise.recipe import Recipe
-from scalewise.runs import distill
+from scalewise.models.attached import check_student
+from scalewise.models.lora import StudentError, fused, load_student
+from scalewise.models.quantization import layers, quantize
+from scalewise.planning.flops import bytes_of
+from scalewise.planning.plan import make_plan
+from scalewise.training import setup
+from scalewise.training.run import distill
 
 FAMILIES = [SD3, Flux, SDXL, Wan]
 
@@ -60,7 +61,7 @@ def test_the_weights_take_as_many_bytes_as_the_plan_says(tiny: Recipe) -> None:
     recipe, held = tiny, {}
     for bits in ("none", "int8", "nf4"):
         own = recipe.override([f"model.quantize={bits}"])
-        model = build.load(own, ["denoiser"], training=True)
+        model = setup.load(own, ["denoiser"], training=True)
         held[bits] = bytes_of(model.denoiser)
     # Beside the weights bitsandbytes keeps their scales, which the plan counts, at most 4 % of the whole.
     planned = make_plan(recipe.override(["model.quantize=nf4"])).memory.base
@@ -156,11 +157,11 @@ def test_a_run_on_a_base_of_4_bits_makes_a_student_for_the_whole_one(tiny: Recip
     rows = list(distill(recipe, tmp_path / "run", console.progress))
     assert rows[-1]["iteration"] == 2
     student = load_student(tmp_path / "run")
-    sampled = build.load(tiny, ["denoiser"])
+    sampled = setup.load(tiny, ["denoiser"])
     with fused(sampled.denoiser, student):
         pass
     assert not any(isinstance(p, bitsandbytes.nn.Params4bit) for p in sampled.denoiser.parameters())
-    few = build.load(recipe, ["denoiser"])  # drawing is in fewer bits too, with the student beside them
+    few = setup.load(recipe, ["denoiser"])  # drawing is in fewer bits too, with the student beside them
     check_student(few.denoiser, student)
     with pytest.raises(StudentError, match=r"sample with model\.quantize=none"), fused(few.denoiser, student):
         pass
@@ -212,10 +213,10 @@ def test_a_checkpoint_of_before_a_key_came_is_resumed_with_its_default(tiny: Rec
         meta.write_text(json.dumps(content, indent=1))
         manifest = meta.with_name("manifest.json")
         assert manifest.exists()
-    trainer = build.build_trainer(
-        recipe.override(["train.precision=float32"]), build.prepare_data(recipe, console.progress), tmp_path
+    trainer = setup.build_trainer(
+        recipe.override(["train.precision=float32"]), setup.prepare_data(recipe, console.progress), tmp_path
     )
-    from scalewise.origin import difference_of
+    from scalewise.training.origin import difference_of
 
     there = Recipe.from_mapping(content["recipe"]).model_dump(mode="json")
     assert difference_of(there, trainer.recipe.model_dump(mode="json")) == ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scalewise import optional
+from scalewise.common import optional
 
 # Every command once, in one process: what a library says on import, it says there.
 COMMANDS = """
@@ -32,7 +32,7 @@ for command in [
     ["bench", "mini", "student:run", "--batch", "1", "--rounds", "1", "--out", "timed"], ["demo"],
 ]:
     if command == ["demo"]:
-        from scalewise import demo
+        from scalewise.cli import demo
         demo.probe = stop  # all is imported by then; training is another test's
     print("#", command[0], file=sys.stderr, flush=True)
     try:

@@ -6,10 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from scalewise.cli.arguments import split_overrides
-from scalewise.overrides import field_names, nearest
-from scalewise.recipe import Levels, LossRecipe, MmdRecipe, Recipe, RecipeError
-from scalewise.recipes import RECIPES, find_recipe
-from scalewise.scales import ScaleSchedule
+from scalewise.config.overrides import field_names, nearest
+from scalewise.config.presets import RECIPES, find_recipe
+from scalewise.config.recipe import Recipe, RecipeError
+from scalewise.method.loss_config import Levels, LossRecipe, MmdRecipe
+from scalewise.method.scales import ScaleSchedule
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalewise import build, runs
-from scalewise.data.latents import LatentSetWriter
-from scalewise.lora import load_student
+from scalewise.config.presets import RECIPES, find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.data.latent_set import LatentSetWriter
+from scalewise.method.scales import Scale
 from scalewise.models import FAMILIES, SD3, PipelineAdapter, family_named
-from scalewise.models.skeleton import known
-from scalewise.recipe import Recipe
-from scalewise.recipes import RECIPES, find_recipe
-from scalewise.scales import Scale
+from scalewise.models.lora import load_student
+from scalewise.models.meta import known
+from scalewise.training import run, setup
 
 CAPTIONS = ["a dog", "a cat", "a fish", "a red apple"]
 CELLS = 16
@@ -103,14 +103,14 @@ def test_a_recipe_is_built_and_trains_on_a_miniature_of_its_family(
 ) -> None:
     told = find_recipe(name)
     recipe = miniature(told)
-    facts = build.dry_run(recipe)
+    facts = setup.dry_run(recipe)
     assert [t for t, _, _ in facts["steps"]] == list(told.schedule.timesteps)
     assert (facts["tokens"] < facts["full_tokens"]) == (
         not told.schedule.full_scale and name != "mini-full-scale-2"
     )
     trained = {"student", "fake"} if told.loss.needs_fake else {"student"}
     assert facts["trainable"].keys() == trained and min(facts["trainable"].values()) > 0
-    _, row = runs.distill(recipe, tmp_path / "run", silent)
+    _, row = run.distill(recipe, tmp_path / "run", silent)
     assert row.keys() & {"mmd", "dmd", "gan"} == {
         term for term in ("mmd", "dmd", "gan") if getattr(told.loss, term).weight
     }

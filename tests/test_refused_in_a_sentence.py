@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import scalewise
-from scalewise.backbone import Backbone
 from scalewise.cli import main
-from scalewise.contenders import ContenderError, Prompts, parse_contender, read_folder
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import RecipeError
 from scalewise.data import DataError
+from scalewise.evaluation.samplers import ContenderError, Prompts, parse_contender, read_folder
+from scalewise.method.backbone import Backbone
 from scalewise.metrics import EXTRAS
 from scalewise.models import SD3
-from scalewise.recipe import RecipeError
-from scalewise.recipes import find_recipe
 
 MINI = find_recipe("mini")
 
@@ -98,7 +98,7 @@ def test_an_empty_folder_is_told_as_empty_and_a_file_as_a_file(tmp_path: Path) -
 
 
 def test_the_ids_of_metrics_weights_are_whole_on_a_narrow_screen(monkeypatch, capfd) -> None:
-    from scalewise import console
+    from scalewise.common import console
 
     monkeypatch.setattr(console.out, "width", 40)
     with pytest.raises(SystemExit):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalewise.report import Column, Journey, ReportContent, Stage, write_report
-from scalewise.report.charts import lines_of, smooth, training_charts
-from scalewise.report.images import embed, zoom
-from scalewise.report.words import duration, findings, first_and_last, milliseconds
+from scalewise.evaluation.report import Column, Journey, ReportContent, Stage, write_report
+from scalewise.evaluation.report.charts import lines_of, smooth, training_charts
+from scalewise.evaluation.report.images import embed, zoom
+from scalewise.evaluation.report.words import duration, findings, first_and_last, milliseconds
 
 METRICS = [
     {"name": "frechet", "title": "Fréchet distance", "about": "how far", "better": "lower", "digits": 3,

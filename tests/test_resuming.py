@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 from tiny_run import PROMPTS, make_tiny
 
-from scalewise import build, checkpoint, cli, parallel, runs
-from scalewise.checkpoint import CheckpointError
-from scalewise.errors import TrainingInterrupted
-from scalewise.locks import FolderInUse, locked
+from scalewise import cli
+from scalewise.common import checkpoint, distributed
+from scalewise.common.checkpoint import CheckpointError
+from scalewise.common.errors import TrainingInterrupted
+from scalewise.common.locks import FolderInUse, locked
+from scalewise.config.recipe import Recipe
+from scalewise.data.synthetic import generate
 from scalewise.models import SD3
-from scalewise.recipe import Recipe
-from scalewise.teacher import generate
+from scalewise.training import run, setup
 
 
 def silent(_what: str, _total: int):
@@ -34,7 +36,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False) -> list[dict[str, float]]:
-    return list(runs.distill(recipe, out, silent, resume=resume))
+    return list(run.distill(recipe, out, silent, resume=resume))
 
 
 def start(recipe: Recipe, out: Path, *options: str, ignored: int | None = None) -> subprocess.Popen[str]:
@@ -89,7 +91,7 @@ def test_a_second_resume_is_refused_while_the_first_one_runs(recipe: Recipe, tmp
 
 
 def test_the_folder_is_held_before_data_are_prepared(recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(build, "prepare_data", lambda *_, **__: pytest.fail("data were prepared"))
+    monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data were prepared"))
     with locked(tmp_path / "run"), pytest.raises(FolderInUse):
         train(recipe, tmp_path / "run")
 
@@ -102,7 +104,7 @@ def test_a_closed_terminal_saves_as_sigterm_does(recipe: Recipe, tmp_path: Path)
     assert "Stopped by SIGHUP" in process.communicate(timeout=60)[0]
     assert process.returncode == 129
     newest = checkpoint.latest(out / "checkpoints")
-    assert newest is not None and runs.step_of(newest) >= 2
+    assert newest is not None and run.step_of(newest) >= 2
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing(recipe: Recipe, tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(recipe: Recipe, tmp_path: P
 
 def test_ctrl_c_has_its_exit_code_wherever_it_comes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """In a study's training, which ends after an iteration, and between the commands' other work."""
-    from scalewise.commands import measuring
+    from scalewise.cli import run_measuring
 
     for stops, code in (
         (TrainingInterrupted("SIGINT", 3), 130),
@@ -129,7 +131,7 @@ def test_ctrl_c_has_its_exit_code_wherever_it_comes(monkeypatch: pytest.MonkeyPa
         def run_studies(*_: object, error: BaseException = stops, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(measuring, "run_studies", run_studies)
+        monkeypatch.setattr(run_measuring, "run_studies", run_studies)
         with pytest.raises(SystemExit) as ended:
             cli.main(["study", "losses"])
         assert ended.value.code == code
@@ -137,9 +139,9 @@ def test_ctrl_c_has_its_exit_code_wherever_it_comes(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_kill_ends_other_commands_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scalewise.commands import measuring
+    from scalewise.cli import run_measuring
 
-    monkeypatch.setattr(measuring, "run_studies", lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP))
+    monkeypatch.setattr(run_measuring, "run_studies", lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP))
     inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     try:
         with pytest.raises(SystemExit) as ended:
@@ -165,7 +167,7 @@ def test_a_student_that_was_not_written_gets_the_rate_that_it_was_trained_with(
     train(recipe.override(["train.iterations=2"]), tmp_path)
     (tmp_path / "student.safetensors").unlink()
     train(recipe.override(["train.iterations=2", "optimizer.lr=1e-2"]), tmp_path, resume=True)
-    from scalewise.lora import load_student
+    from scalewise.models.lora import load_student
 
     assert load_student(tmp_path).recipe["optimizer"]["lr"] == recipe.optimizer.lr
     assert Recipe.from_yaml(tmp_path / "recipe.yaml").optimizer == recipe.optimizer
@@ -191,7 +193,7 @@ def test_a_remade_set_under_the_same_path_is_refused(recipe: Recipe, tmp_path: P
     own = recipe.with_values({"data.path": str(tmp_path / "set"), "train.iterations": 2})
     train(own, tmp_path / "run")
     shutil.rmtree(tmp_path / "set")
-    for _ in generate(build.teacher_backbone(own), own, PROMPTS, tmp_path / "set", count=12, batch=6, seed=5):
+    for _ in generate(setup.teacher_backbone(own), own, PROMPTS, tmp_path / "set", count=12, batch=6, seed=5):
         pass
     with pytest.raises(CheckpointError, match=r"The dataset .*set is not the one .* its contents differ"):
         train(own.override(["train.iterations=3"]), tmp_path / "run", resume=True)
@@ -215,7 +217,7 @@ def test_another_number_of_processes_keeps_the_samples_of_an_update_or_is_refuse
     train(recipe.override(["train.iterations=2"]), tmp_path)
     path = tmp_path / "checkpoints" / "step-000002"
     state, meta = checkpoint.load(path)
-    assert meta["origin"]["processes"] == parallel.world() == 1
+    assert meta["origin"]["processes"] == distributed.world() == 1
     meta["origin"]["processes"] = 2
     checkpoint.save(path, state, meta=meta)
     longer = recipe.override(["train.iterations=3"])
@@ -241,8 +243,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(recipe: Recip
 
 def test_other_images_under_the_same_path_are_warned_of(tmp_path: Path) -> None:
     """Encoding them on another device gives other latents of the same images, so the run may go on."""
-    from scalewise.origin import Origin, check_resume
-    from scalewise.recipes import find_recipe
+    from scalewise.config.presets import find_recipe
+    from scalewise.training.origin import Origin, check_resume
 
     recipe = find_recipe("mini")
     was = Origin(1, "a", "images", {"transformer": "t"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scalewise.rng import SampleNoise, derive, generator, permutation
-from scalewise.sampling import last, student_steps, teacher_steps
-from scalewise.scales import Scale, ScaleSchedule
+from scalewise.method.rng import SampleNoise, derive, generator, permutation
+from scalewise.method.sampling import last, student_steps, teacher_steps
+from scalewise.method.scales import Scale, ScaleSchedule
 
 PROMPTS = ["a red apple", "a dog", "a rocket", "the sun", "a house"]
 SEEDS = [11, 5, 7, 5, 0]

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from scalewise.backbone import Backbone
+from scalewise.method.backbone import Backbone
+from scalewise.method.roles import Roles
 from scalewise.models import SD3
-from scalewise.roles import Roles
 
 TARGETS = SD3.lora_targets
 

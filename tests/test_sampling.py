@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from scalewise.noise import FlowMatching
-from scalewise.rng import SampleNoise
-from scalewise.sampling import last, sample_scale_wise, sample_teacher, student_steps, teacher_steps
-from scalewise.scales import Scale, ScaleSchedule, upscale_latents
+from scalewise.method.noise import FlowMatching
+from scalewise.method.rng import SampleNoise
+from scalewise.method.sampling import last, sample_scale_wise, sample_teacher, student_steps, teacher_steps
+from scalewise.method.scales import Scale, ScaleSchedule, upscale_latents
 
 PROMPTS = ["a red apple", "a dog"]
 PROCESS = FlowMatching()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalewise.scales import (
+from scalewise.method.scales import (
     Scale,
     ScaleSchedule,
     blend_frames,

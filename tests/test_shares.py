@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalewise.evaluate import Row, load_rows, save_rows, table
+from scalewise.evaluation.evaluate import Row, load_rows, save_rows, table
+from scalewise.evaluation.report.page import _figure, _range
+from scalewise.evaluation.report.words import quality
 from scalewise.metrics import METRICS, Interval, Seen, measure, shares
 from scalewise.metrics.base import Mean
 from scalewise.metrics.intervals import Resampled, t_quantile
-from scalewise.report.page import _figure, _range
-from scalewise.report.words import quality
 
 
 def passes(values: Tensor, *, each: int = 1) -> Mean:

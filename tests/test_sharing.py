@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import pytest
 from filelock import Timeout
 
-from scalewise.studies import sharing
-from scalewise.studies.sharing import Task, taken, work_off
+from scalewise.studies import work_queue
+from scalewise.studies.work_queue import Task, taken, work_off
 
 
 def quiet(what: str, total: int):
@@ -20,7 +20,7 @@ def quiet(what: str, total: int):
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    monkeypatch.setattr(sharing, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(work_queue, "SECONDS_BETWEEN_LOOKS", 0.01)
 
 
 def test_two_at_once_do_every_task_once_between_them(tmp_path):

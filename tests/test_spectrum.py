@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalewise.noise import FlowMatching, VariancePreserving
-from scalewise.scales import Scale, ScaleSchedule, shifted_sigmas
-from scalewise.spectrum import (
+from scalewise.method.noise import FlowMatching, VariancePreserving
+from scalewise.method.scales import Scale, ScaleSchedule, shifted_sigmas
+from scalewise.method.spectrum import (
     Spectra,
     Spectrum,
     advice,

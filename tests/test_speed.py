@@ -6,14 +6,13 @@ import json
 
 import pytest
 
-from scalewise import bench, console
-from scalewise.bench import Spread
 from scalewise.cli import main
-from scalewise.contenders import parse_contenders
-from scalewise.models import SD3
-from scalewise.recipe import RecipeError
-from scalewise.recipes import find_recipe
-from scalewise.speed import (
+from scalewise.common import console
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import RecipeError
+from scalewise.evaluation import timing as bench
+from scalewise.evaluation.samplers import parse_contenders
+from scalewise.evaluation.sampling_speed import (
     PROTOCOLS,
     Gain,
     chosen_protocol,
@@ -22,6 +21,8 @@ from scalewise.speed import (
     measure_speed,
     promising,
 )
+from scalewise.evaluation.timing import Spread
+from scalewise.models import SD3
 
 
 def test_pieces_add_up_to_their_part():

@@ -16,7 +16,7 @@ print("imported", flush=True)
 """
 PROBE = """
 import atexit, os, signal, sys
-from scalewise import console
+from scalewise.common import console
 from scalewise.cli import app
 from scalewise.__main__ import main
 

@@ -9,17 +9,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from scalewise import console, mini
+from scalewise import mini
 from scalewise.cli import main
-from scalewise.contenders import Prompts
-from scalewise.errors import TrainingInterrupted, TrainingStopped
+from scalewise.common import console
+from scalewise.common.errors import TrainingInterrupted, TrainingStopped
+from scalewise.common.images import to_bytes
+from scalewise.config.recipe import RecipeError
+from scalewise.evaluation.samplers import Prompts
+from scalewise.method.noise import FlowMatching
+from scalewise.method.rng import SampleNoise
+from scalewise.method.scales import Scale, upscale_latents
 from scalewise.metrics import measure
 from scalewise.models import load_model
-from scalewise.noise import FlowMatching
-from scalewise.pictures import to_bytes
-from scalewise.recipe import RecipeError
-from scalewise.rng import SampleNoise
-from scalewise.scales import Scale, upscale_latents
 from scalewise.studies import STUDIES, Arm, Claim, Effort, Study, run_study, write_page
 from scalewise.studies import run as running
 from scalewise.studies.base import Start

@@ -9,17 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from scalewise import console, mini
+from scalewise import mini
 from scalewise.cli import main
+from scalewise.common import console
+from scalewise.config.presets import find_recipe
 from scalewise.data import LatentSet
+from scalewise.data.synthetic import generate
+from scalewise.method.noise import FlowMatching
+from scalewise.method.scales import Scale
+from scalewise.method.spectrum import Spectrum, radial_spectrum
 from scalewise.models import SDXL, Wan
-from scalewise.models.skeleton import skeleton
-from scalewise.noise import FlowMatching
-from scalewise.recipes import find_recipe
-from scalewise.scales import Scale
-from scalewise.spectrum import Spectrum, radial_spectrum
-from scalewise.survey import Wish, chosen_timesteps, gather, parse_levels, survey
-from scalewise.teacher import generate
+from scalewise.models.meta import skeleton
+from scalewise.planning.schedule_search import Wish, chosen_timesteps, gather, parse_levels, survey
 
 
 def run(*arguments: str) -> int:
@@ -160,11 +161,11 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
         f"model.family={family.family}",
     ]  # fmt: skip
     recipe = find_recipe("mini-mmd").override(changes)
-    from scalewise import build
+    from scalewise.training import setup
 
     list(
         generate(
-            build.teacher_backbone(recipe), recipe, ["a cat"], tmp_path / "set", count=4, batch=4, seed=0
+            setup.teacher_backbone(recipe), recipe, ["a cat"], tmp_path / "set", count=4, batch=4, seed=0
         )
     )
     found = survey(recipe, Wish(), count=8, progress=console.progress)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from scalewise.taps import tap
+from scalewise.method.features import tap
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,15 +10,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tiny_run import PROMPTS, make_tiny
 
-from scalewise import build
-from scalewise.contenders import encode, enter, parse_contender
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
 from scalewise.data import DataError, LatentSet
+from scalewise.data.synthetic import generate
+from scalewise.evaluation.samplers import encode, enter, parse_contender
+from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.scales import Scale
 from scalewise.models import SD3, SDXL, Flux, ModelError, Wan
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
-from scalewise.sampling import last, teacher_steps
-from scalewise.scales import Scale
-from scalewise.teacher import generate
+from scalewise.training import setup
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def test_dmds_unconditional_branch_is_the_encoding_of_the_teachers_negative_prom
     recipe, tmp_path, negative
 ):
     chosen = recipe.override([f"teacher.negative_prompt={negative}"])
-    data = build.prepare_data(chosen, lambda *_: nullcontext(lambda _: None))
-    batch = build.build_trainer(chosen, data, tmp_path).batches.at(0)
+    data = setup.prepare_data(chosen, lambda *_: nullcontext(lambda _: None))
+    batch = setup.build_trainer(chosen, data, tmp_path).batches.at(0)
     expected = SD3.tiny().encode_prompts([negative, "blurry" if not negative else ""])
     for name, value in batch.uncond.tensors.items():
         torch.testing.assert_close(value, expected.tensors[name][:1], rtol=1e-4, atol=1e-5)
@@ -85,7 +85,7 @@ def test_a_contender_draws_with_the_recipes_shift_and_negative_prompt(recipe):
     assert cond.tensors["tokens"].shape[1] == model.clip_length + 5
     with enter(model, contender) as sampler:
         found = last(sampler(cond, uncond, [3]))
-    backbone = build.teacher_backbone(chosen)
+    backbone = setup.teacher_backbone(chosen)
     expected = [last(teacher_steps(backbone, contender.schedule.full, cond, [3], steps=2, guidance=4.5,
                                    uncond=uncond, shift=shift)) for shift in (8.0, None)]  # fmt: skip
     torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-4)
@@ -93,7 +93,7 @@ def test_a_contender_draws_with_the_recipes_shift_and_negative_prompt(recipe):
 
 
 def test_a_set_begun_with_another_shift_is_not_gone_on_with(recipe, tmp_path: Path):
-    backbone = build.teacher_backbone(recipe)
+    backbone = setup.teacher_backbone(recipe)
     out = tmp_path / "set"
     list(generate(backbone, recipe, PROMPTS, out, count=2, batch=2))
     with pytest.raises(DataError, match=r"settings\.shift is None there and 8\.0 here"):
@@ -101,7 +101,7 @@ def test_a_set_begun_with_another_shift_is_not_gone_on_with(recipe, tmp_path: Pa
 
 
 def test_real_samples_of_the_full_scale_are_encoded_again_if_the_recipe_says_so(recipe, tmp_path):
-    backbone, full = build.teacher_backbone(recipe), recipe.schedule.build().full
+    backbone, full = setup.teacher_backbone(recipe), recipe.schedule.build().full
     found = {}
     for again in (False, True):
         chosen, out = recipe.override([f"data.reencode={str(again).lower()}"]), tmp_path / str(again)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from scalewise.commands.inputs import read_prompts
+from scalewise.cli.inputs import read_prompts
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import DataError
 from scalewise.data.prompts import read_prompt_file
-from scalewise.recipe import Recipe, RecipeError
-from scalewise.recipes import find_recipe
 
 ROOT = Path(__file__).parents[1]
 WANTED = ["a red apple", 'a dog, "Rex"', "ein Bär"]

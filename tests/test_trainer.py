@@ -15,11 +15,13 @@ import pytest
 import torch
 from tiny_run import make_tiny
 
-from scalewise import build, checkpoint, losses, runs
-from scalewise.errors import TrainingStopped
-from scalewise.lora import load_student
-from scalewise.recipe import Recipe, RecipeError
-from scalewise.trainer import Trainer
+from scalewise.common import checkpoint
+from scalewise.common.errors import TrainingStopped
+from scalewise.config.recipe import Recipe, RecipeError
+from scalewise.method import losses
+from scalewise.models.lora import load_student
+from scalewise.training import run, setup
+from scalewise.training.trainer import Trainer
 
 
 def silent(_what: str, _total: int):
@@ -32,7 +34,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False) -> list[dict[str, float]]:
-    return list(runs.distill(recipe, out, silent, resume=resume))
+    return list(run.distill(recipe, out, silent, resume=resume))
 
 
 def final_state(out: Path) -> dict[str, torch.Tensor]:
@@ -201,14 +203,14 @@ def test_every_loss_of_every_role_is_logged(recipe: Recipe, tmp_path: Path) -> N
 
 def test_mmd_alone_builds_no_fake_model_and_no_head(recipe: Recipe, tmp_path: Path) -> None:
     recipe = recipe.override(["loss.dmd.weight=0", "loss.gan.weight=0", "loss.mmd.features=teacher"])
-    data = build.prepare_data(recipe, silent)
-    trainer = build.build_trainer(recipe, data, tmp_path)
+    data = setup.prepare_data(recipe, silent)
+    trainer = setup.build_trainer(recipe, data, tmp_path)
     assert trainer.backbone.roles.names == ("student",) and trainer.head is None and trainer.updates == 1
     assert not any("fake" in name for name, _ in trainer.backbone.model.denoiser.named_parameters())
 
 
 def gradient_of_the_student(recipe: Recipe, tmp_path: Path) -> torch.Tensor:
-    trainer: Trainer = build.build_trainer(recipe, build.prepare_data(recipe, silent), tmp_path)
+    trainer: Trainer = setup.build_trainer(recipe, setup.prepare_data(recipe, silent), tmp_path)
     trainer._accumulate(trainer.step.student_step, trainer.updates - 1)
     parameters = trainer.backbone.parameters("student").values()
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
@@ -216,7 +218,7 @@ def gradient_of_the_student(recipe: Recipe, tmp_path: Path) -> torch.Tensor:
 
 def test_accumulation_averages_the_gradients_of_its_batches(recipe: Recipe, tmp_path: Path) -> None:
     two = recipe.override(["train.accumulate=2"])
-    trainer: Trainer = build.build_trainer(two, build.prepare_data(two, silent), tmp_path)
+    trainer: Trainer = setup.build_trainer(two, setup.prepare_data(two, silent), tmp_path)
     parts = []
     for piece in range(2):
         number = (trainer.iteration * trainer.updates + trainer.updates - 1) * 2 + piece
@@ -291,7 +293,7 @@ def test_samples_that_cannot_be_drawn_cost_no_checkpoint(
     def breaks(*_: object) -> None:
         raise OSError("no picture today")
 
-    monkeypatch.setattr(runs, "draw_samples", breaks)
+    monkeypatch.setattr(run, "draw_samples", breaks)
     with pytest.raises(OSError, match="no picture today"):
         train(recipe.override(["train.sample_every=2"]), tmp_path)
     newest = checkpoint.latest(tmp_path / "checkpoints")
@@ -317,8 +319,8 @@ def test_precision_auto_is_settled_once_and_kept_on_another_machine(recipe, tmp_
 
 
 def test_a_loss_that_breaks_in_another_process_stops_this_one_too(recipe, tmp_path, monkeypatch):
-    trainer = build.build_trainer(recipe, build.prepare_data(recipe, silent), tmp_path)
-    monkeypatch.setattr("scalewise.parallel.any_of", lambda flag: True)
+    trainer = setup.build_trainer(recipe, setup.prepare_data(recipe, silent), tmp_path)
+    monkeypatch.setattr("scalewise.common.distributed.any_of", lambda flag: True)
     with pytest.raises(TrainingStopped, match="'a term of another process' became nan at iteration 1"):
         list(trainer.fit())
 
@@ -330,7 +332,7 @@ def test_all_updates_of_an_iteration_train_its_step_and_every_step_gets_as_many(
     changed = recipe.override(
         [f"schedule.timesteps={timesteps}", f"schedule.scales={scales}", "loss.fake.updates=5"]
     )
-    trainer = build.build_trainer(changed, build.prepare_data(changed, silent), tmp_path)
+    trainer = setup.build_trainer(changed, setup.prepare_data(changed, silent), tmp_path)
     seen = dict[str, list[int]](fake=[], student=[])
 
     def note(role: str):

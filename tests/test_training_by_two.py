@@ -15,8 +15,8 @@ from tiny_run import make_tiny
 
 from scalewise.cli import main
 from scalewise.data import LatentSet
-from scalewise.lora import load_student
-from scalewise.trainer import Trainer
+from scalewise.models.lora import load_student
+from scalewise.training.trainer import Trainer
 
 WORLD, BATCH, ROWS, ITERATIONS = 2, 2, 12, 3
 

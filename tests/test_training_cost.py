@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from tiny_run import make_tiny
 
-from scalewise import bench, console
-from scalewise.bench import Spread
 from scalewise.cli import main
-from scalewise.recipe import Recipe
-from scalewise.studies.cost import CLAIMS, page, run_cost
-from scalewise.training_cost import MODES, TrainingCost, measure_training, peak_bytes, ratios
+from scalewise.common import console
+from scalewise.config.recipe import Recipe
+from scalewise.evaluation import timing
+from scalewise.evaluation.timing import Spread
+from scalewise.evaluation.training_cost import MODES, TrainingCost, measure_training, peak_bytes, ratios
+from scalewise.studies.training_cost import CLAIMS, page, run_cost
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -75,10 +76,10 @@ def test_all_modes_are_timed_and_weighed_on_one_base(tiny: Recipe, cost: Trainin
 def test_what_is_held_is_the_base_once_and_what_is_trained_with_its_moments(
     tiny: Recipe, cost: TrainingCost
 ) -> None:
-    from scalewise import build
+    from scalewise.training import setup
 
     recipe = tiny.override(["loss.mmd_only=true"])
-    trainer = build.build_trainer(recipe, build.prepare_data(recipe, console.progress), Path("unused"))
+    trainer = setup.build_trainer(recipe, setup.prepare_data(recipe, console.progress), Path("unused"))
     trained = sum(p.numel() for p in trainer.backbone.parameters("student").values())
     everything = sum(p.numel() for p in trainer.backbone.model.denoiser.parameters())
     wanted = 4 * (everything - trained) + 4 * trained * (3 + (1 if recipe.train.ema else 0))
@@ -106,7 +107,7 @@ def test_a_recipe_of_mmd_alone_has_no_other_loss_to_compare_with(tiny: Recipe) -
 
 def test_ratios_are_taken_within_rounds() -> None:
     laps = {"scale-wise, MMD alone": [1.0, 2.0, 3.0], "full scale, MMD alone": [2.0, 4.0, 5.0]}
-    assert ratios(laps)["scale-wise, MMD alone / full scale, MMD alone"] == bench.Spread(0.5, 0.5, 0.6)
+    assert ratios(laps)["scale-wise, MMD alone / full scale, MMD alone"] == timing.Spread(0.5, 0.5, 0.6)
 
 
 def test_a_verdict_needs_the_whole_interval_on_the_papers_side() -> None:
@@ -147,7 +148,7 @@ def test_the_command_writes_tables_and_numbers(
 def test_the_study_writes_its_page(
     tiny: Recipe, cost: TrainingCost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scalewise.studies.cost.measure_training", lambda *_, **__: cost)
+    monkeypatch.setattr("scalewise.studies.training_cost.measure_training", lambda *_, **__: cost)
     verdicts = run_cost(tmp_path, rounds=2, progress=console.progress)
     assert json.loads((tmp_path / "training-cost.json").read_text())["verdicts"] == verdicts
     assert Image.open(tmp_path / "training-cost.png").size[0] > 400

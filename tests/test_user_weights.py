@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from scalewise import models
-from scalewise.backbone import Backbone
+from scalewise.method.backbone import Backbone
+from scalewise.method.scales import ScaleSchedule
 from scalewise.models import ModelAdapter
 from scalewise.pipelines import PIPELINES
-from scalewise.scales import ScaleSchedule
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

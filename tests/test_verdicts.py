@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from scalewise import console
+from scalewise.common import console
 from scalewise.metrics import Resampled
 from scalewise.studies import STUDIES, Claim, Effort, run_study
 from scalewise.studies import run as running

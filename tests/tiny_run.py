@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from scalewise import build
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe
+from scalewise.data.synthetic import generate
 from scalewise.models import SD3
-from scalewise.recipe import Recipe
-from scalewise.recipes import find_recipe
-from scalewise.teacher import generate
+from scalewise.training import setup
 
 PROMPTS = ["a dog", "a cat", "a fish"]
 
@@ -35,7 +35,7 @@ def make_tiny(folder: Path) -> Recipe:
             "train.sample_prompts=['a dog']",
         ]
     )
-    backbone = build.teacher_backbone(recipe)
+    backbone = setup.teacher_backbone(recipe)
     for _ in generate(backbone, recipe, PROMPTS, folder / "set", count=12, batch=6):
         pass
     return recipe

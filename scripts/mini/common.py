@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scalewise.backbone import settle
+from scalewise.method.backbone import settle
 
 DENOISER_STYLES = ("noto", "fluent", "fluent-flat")
 DENOISER_CATEGORIES_LEFT_OUT = ("people-body", "symbols")

@@ -21,18 +21,19 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scalewise import console, mini
-from scalewise.backbone import Backbone
-from scalewise.comparison import real_rows
-from scalewise.contenders import Prompts
-from scalewise.judging import judge_of
+from scalewise import mini
+from scalewise.common import console
+from scalewise.common.images import sheet, to_bytes
+from scalewise.config.presets import find_recipe
+from scalewise.evaluation.compare import real_rows
+from scalewise.evaluation.samplers import Prompts
+from scalewise.evaluation.scoring import judge_of
+from scalewise.method.backbone import Backbone
+from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.scales import Scale, downscale_area
 from scalewise.metrics import measure
 from scalewise.metrics.clip import prompt_match
 from scalewise.models import ModelAdapter, load_model
-from scalewise.pictures import sheet, to_bytes
-from scalewise.recipes import find_recipe
-from scalewise.sampling import last, teacher_steps
-from scalewise.scales import Scale, downscale_area
 
 CARD = mini.FOLDER / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).parent / "card.md"

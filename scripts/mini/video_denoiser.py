@@ -20,7 +20,7 @@ from video_text import WIDTH, VideoText
 from video_vae import CHANNELS, SIZES
 from video_vae import build as build_vae
 
-from scalewise.scales import downscale_video
+from scalewise.method.scales import downscale_video
 
 SMALL_MIX, LARGE_MIX = (0.35, 0.3, 0.3, 0.05), (0.15, 0.15, 0.15, 0.55)
 # WanPipeline pads to 512 tokens unless told otherwise; one batch in 32 learns that.

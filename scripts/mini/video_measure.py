@@ -19,20 +19,21 @@ from common import work_folder
 from torch import Tensor
 from video import MOTIONS, STYLE, Clip, Clips, filmstrip
 
-from scalewise import console, mini
-from scalewise.bench import table as timing_table
-from scalewise.build import load
-from scalewise.comparison import time_all
-from scalewise.contenders import Contender, Prompts, enter, parse_contenders
-from scalewise.evaluate import Row, save_rows
-from scalewise.evaluate import table as figures_table
-from scalewise.judging import Judge
+from scalewise import mini
+from scalewise.common import console
+from scalewise.common.images import middle_frame, to_bytes
+from scalewise.config.presets import find_recipe
+from scalewise.evaluation.compare import time_all
+from scalewise.evaluation.evaluate import Row, save_rows
+from scalewise.evaluation.evaluate import table as figures_table
+from scalewise.evaluation.samplers import Contender, Prompts, enter, parse_contenders
+from scalewise.evaluation.scoring import Judge
+from scalewise.evaluation.timing import table as timing_table
+from scalewise.method.sampling import last
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.shares import wilson
 from scalewise.models import ALL_PARTS, ModelAdapter
-from scalewise.pictures import middle_frame, to_bytes
-from scalewise.recipes import find_recipe
-from scalewise.sampling import last
+from scalewise.training.setup import load
 
 INK = 0.12  # darker than white by this much is part of an object
 WORDS = ", flat fluent style"  # of the image mini's captions

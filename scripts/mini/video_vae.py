@@ -24,7 +24,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
 from video import FRAMES, Clips
 
-from scalewise.scales import downscale_video
+from scalewise.method.scales import downscale_video
 
 CHANNELS = 16
 # Pixels of the schedule's scales: frames (4 k + 1, whatever the factor), height and width.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scalewise.api import distill
-    from scalewise.lora import load_student
+    from scalewise.config.presets import find_recipe
+    from scalewise.config.recipe import Recipe
+    from scalewise.method.scales import ScaleSchedule
+    from scalewise.models.lora import load_student
     from scalewise.pipelines import load
-    from scalewise.recipe import Recipe
-    from scalewise.recipes import find_recipe
-    from scalewise.scales import ScaleSchedule
 
 try:
     __version__ = version("scalewise-diffusion")
@@ -23,12 +23,12 @@ __all__ = ["Recipe", "ScaleSchedule", "__version__", "distill", "find_recipe", "
 
 # Imported on demand: the command line must not wait for diffusers to be imported.
 _WHERE = {
-    "Recipe": "recipe",
-    "ScaleSchedule": "scales",
+    "Recipe": "config.recipe",
+    "ScaleSchedule": "method.scales",
     "distill": "api",
-    "find_recipe": "recipes",
+    "find_recipe": "config.presets",
     "load": "pipelines",
-    "load_student": "lora",
+    "load_student": "models.lora",
 }
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 from types import FrameType
 
-from scalewise.signals import STOPPED, exit_code
+from scalewise.common.signals import STOPPED, exit_code
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:

@@ -7,10 +7,10 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from scalewise.build import Progress
-from scalewise.recipe import Recipe, RecipeError
-from scalewise.recipes import find_recipe
-from scalewise.runs import distill as rows_of
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe, RecipeError
+from scalewise.training.run import distill as rows_of
+from scalewise.training.setup import Progress
 
 
 def silent(_what: str, _total: int) -> AbstractContextManager[Any]:
@@ -24,9 +24,9 @@ def distill(
     """Train a student to the end and return its file, for `scalewise.load(base, student=...)`.
 
     `recipe`: a Recipe, the name of one, or a YAML file. `out`: the run's folder. `progress(what, total)`: a
-    context whose value is called with the number done so far, such as `scalewise.console.progress`; None
-    shows nothing. `resume`: continue from the last checkpoint in `out`. Raises RecipeError for a recipe that
-    fits neither base nor data, or a folder that holds a run already.
+    context whose value is called with the number done so far, such as `scalewise.common.console.progress`;
+    None shows nothing. `resume`: continue from the last checkpoint in `out`. Raises RecipeError for a recipe
+    that fits neither base nor data, or a folder that holds a run already.
     """
     recipe = find_recipe(fspath(recipe)) if isinstance(recipe, str | PathLike) else recipe
     if not isinstance(recipe, Recipe):

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
-from scalewise import console, signals
 from scalewise.cli import making, measuring
 from scalewise.cli.arguments import HomeCommand
-from scalewise.errors import TrainingStopped
-from scalewise.optional import without_bitsandbytes
-from scalewise.signals import STOPPED, STOPPING, Stopped, catching, exit_code
+from scalewise.common import console, signals
+from scalewise.common.errors import TrainingStopped
+from scalewise.common.optional import without_bitsandbytes
+from scalewise.common.signals import STOPPED, STOPPING, Stopped, catching, exit_code
 
 app = typer.Typer(
     name="scalewise",
@@ -40,7 +40,7 @@ for command in COMMANDS:
 
 def _version(asked: bool) -> None:
     if asked:
-        from scalewise.lora import versions
+        from scalewise.models.lora import versions
 
         typer.echo(" ".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from scalewise.paths import expand_home
+from scalewise.common.paths import expand_home
 
 if TYPE_CHECKING:
-    from scalewise.recipe import Recipe
+    from scalewise.config.recipe import Recipe
 
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (see `scalewise recipes`) or a YAML file.")]
 Overrides = Annotated[
@@ -47,7 +47,7 @@ class HomeCommand(typer.core.TyperCommand):
 
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
     """The recipe that a command was given."""
-    from scalewise.recipes import find_recipe
+    from scalewise.config.presets import find_recipe
 
     return find_recipe(name).override(overrides or [])
 
@@ -58,9 +58,9 @@ def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str],
     A word is an override if its part before "=" is a key of recipes, or looks like one (it has a dot) and no
     sampler stands behind the "=": labels of samplers have the same form, as in "first=student:runs/a".
     """
-    from scalewise.contenders import is_contender
-    from scalewise.overrides import field_names
-    from scalewise.recipe import Recipe
+    from scalewise.config.overrides import field_names
+    from scalewise.config.recipe import Recipe
+    from scalewise.evaluation.samplers import is_contender
 
     if old:
         warnings.warn("--set is deprecated; write key=value by itself, as for `distill`.", stacklevel=2)
@@ -75,7 +75,7 @@ def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str],
 
 def model_overrides(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Divide prompts and overrides of a recipe's `model`; a prompt with an "=" has no key before it."""
-    from scalewise.recipe import Recipe
+    from scalewise.config.recipe import Recipe
 
     overrides = []
     for word in words:

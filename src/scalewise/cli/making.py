@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from scalewise import console
 from scalewise.cli.arguments import Overrides, RecipeName, model_overrides, recipe_of
+from scalewise.common import console
 
 
 def demo(
@@ -22,7 +22,7 @@ def demo(
     Needs no GPU and nothing from the network.
     """
     console.quiet_libraries()
-    from scalewise.demo import run_demo
+    from scalewise.cli.demo import run_demo
 
     report = run_demo(out, minutes=minutes)
     console.out.print(f"[bold]Open {report} in a browser.[/]", soft_wrap=True)
@@ -55,8 +55,8 @@ def generate(
     data.path=my-set`
     """
     console.quiet_libraries()
-    from scalewise.commands.making import run_generate
-    from scalewise.scales import Scale
+    from scalewise.cli.run_making import run_generate
+    from scalewise.method.scales import Scale
 
     also = [Scale.parse(text) for text in scale or ()]
     chosen, typed = recipe_of(recipe, overrides), [recipe, *(overrides or ())]
@@ -81,8 +81,8 @@ def distill(
     `scalewise distill mini --out runs/mini --resume`
     """
     console.quiet_libraries()
-    from scalewise.commands.inputs import run_folder
-    from scalewise.commands.making import print_dry_run, run_distill
+    from scalewise.cli.inputs import run_folder
+    from scalewise.cli.run_making import print_dry_run, run_distill
 
     chosen = recipe_of(recipe, overrides)
     folder = out or run_folder(chosen)
@@ -129,7 +129,7 @@ def sample(
     Example: `scalewise sample "a red apple, fluent style" "a dog face, noto style" --count 4`
     """
     console.quiet_libraries()
-    from scalewise.commands.making import Drawing, sample_pictures
+    from scalewise.cli.run_making import Drawing, sample_pictures
 
     texts, overrides = model_overrides(prompts)
     asked = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch, overrides)
@@ -157,7 +157,7 @@ def export(
     Example: `scalewise export runs/mini mini-kohya.safetensors --form kohya`
     """
     console.quiet_libraries()
-    from scalewise.commands.making import export_student
+    from scalewise.cli.run_making import export_student
 
     console.out.print(
         f"{export_student(student, out, form, schedule, base=base)} weights written to {out}", soft_wrap=True

@@ -9,8 +9,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from scalewise import console
 from scalewise.cli.arguments import OldOverrides, Overrides, RecipeName, recipe_of, split_overrides
+from scalewise.common import console
 
 
 def recipes(
@@ -23,9 +23,9 @@ def recipes(
 
     Example: `scalewise recipes mini > mine.yaml`, edit it (its name too), then `scalewise distill mine.yaml`.
     """
-    from scalewise.overrides import explain_fields
-    from scalewise.recipe import Recipe
-    from scalewise.recipes import RECIPES, find_recipe
+    from scalewise.config.overrides import explain_fields
+    from scalewise.config.presets import RECIPES, find_recipe
+    from scalewise.config.recipe import Recipe
 
     if keys:
         table = Table(box=None, header_style="bold")
@@ -68,7 +68,7 @@ def plan(
     --memory 24`
     """
     console.quiet_libraries()
-    from scalewise.commands.planning import Device, run_plan
+    from scalewise.cli.run_planning import Device, run_plan
 
     run_plan(recipe, overrides or [], Device.of(card, memory), gpus=gpus)
 
@@ -108,8 +108,8 @@ def spectrum(
     `scalewise spectrum mini --budget 0.5`
     """
     console.quiet_libraries()
-    from scalewise.commands.measuring import run_spectrum
-    from scalewise.survey import Wish, parse_levels
+    from scalewise.cli.run_measuring import run_spectrum
+    from scalewise.planning.schedule_search import Wish, parse_levels
 
     chosen = recipe_of(recipe, overrides).with_values({"data.path": str(data)} if data else {})
     wish = Wish(steps, parse_levels(timesteps), budget, margin, smallest)
@@ -161,8 +161,8 @@ def evaluate(
     Example: `scalewise evaluate mini teacher teacher:4 undistilled student:runs/mini --count 100`
     """
     console.quiet_libraries()
-    from scalewise.commands.measuring import Evaluation, run_evaluate
-    from scalewise.judging import Asked
+    from scalewise.cli.run_measuring import Evaluation, run_evaluate
+    from scalewise.evaluation.scoring import Asked
 
     contenders, overrides = split_overrides(contenders, override)
     if not contenders:
@@ -175,7 +175,7 @@ def evaluate(
 def metrics() -> None:
     """List what `evaluate --metric` can measure, what it needs and what the figures say."""
     console.quiet_libraries()
-    from scalewise.commands.measuring import list_metrics
+    from scalewise.cli.run_measuring import list_metrics
 
     list_metrics()
 
@@ -220,8 +220,8 @@ def bench(
     `scalewise bench mini --training --rounds 3`
     """
     console.quiet_libraries()
-    from scalewise.commands.measuring import run_bench, run_training_bench
-    from scalewise.speed import chosen_protocol
+    from scalewise.cli.run_measuring import run_bench, run_training_bench
+    from scalewise.evaluation.sampling_speed import chosen_protocol
 
     chosen_contenders, overrides = split_overrides(contenders or [], override)
     if training:
@@ -250,9 +250,9 @@ def study(
     Example: `scalewise study losses --seed 0 --seed 1`; it may take hours, and goes on when called again.
     """
     console.quiet_libraries()
-    from scalewise.commands.measuring import list_studies, run_studies
+    from scalewise.cli.run_measuring import list_studies, run_studies
     from scalewise.studies import Effort
-    from scalewise.studies.cost import NAME
+    from scalewise.studies.training_cost import NAME
 
     if not names:
         list_studies()

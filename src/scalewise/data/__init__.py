@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from scalewise.data.cache import PromptCache, encode_folder, open_sets
-from scalewise.data.folder import ImageEntry, Skipped, assign_buckets, bucket_sizes, load_pixels, scan_images
-from scalewise.data.latents import LatentSet, LatentSetWriter, sets_fingerprint
+from scalewise.data.encode import PromptCache, encode_folder, open_sets
+from scalewise.data.image_folder import (
+    ImageEntry,
+    Skipped,
+    assign_buckets,
+    bucket_sizes,
+    load_pixels,
+    scan_images,
+)
+from scalewise.data.latent_set import LatentSet, LatentSetWriter, sets_fingerprint
 from scalewise.data.shards import DataError, Progress
 
 __all__ = [

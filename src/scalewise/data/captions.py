@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scalewise.common.paths import expand_home, one_form
 from scalewise.data.files import SIDECARS, Found, name_key
 from scalewise.data.shards import DataError
-from scalewise.paths import expand_home, one_form
 
 FIELDS = ("text", "caption", "prompt")
 """Columns of a caption, in any case; the first that has one counts."""

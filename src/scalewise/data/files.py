@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import features
 
-from scalewise.paths import one_form
+from scalewise.common.paths import one_form
 
 METADATA = ("metadata.jsonl", "captions.json", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")

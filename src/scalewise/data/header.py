@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scalewise.data.shards import DataError, Shard, read_json, write_json
-from scalewise.scales import Scale
+from scalewise.method.scales import Scale
 
 FORMAT = 1
 INDEX_FILE = "set.json"

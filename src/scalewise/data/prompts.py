@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scalewise.common.text_files import TextFileError, read_utf8
 from scalewise.data.shards import DataError
-from scalewise.text_files import TextFileError, read_utf8
 
 FIELDS = ("prompt", "prompts", "caption", "captions", "text")
 """Names of the field or column that holds a prompt, in any case: GenEval, PartiPrompts, DrawBench, MJHQ."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from scalewise.checkpoint import is_disk_full, sha256, write_atomically
+from scalewise.common.checkpoint import is_disk_full, sha256, write_atomically
 
 Progress = Callable[[int, int], None]
 """Called with the number done and the number to do."""

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from scalewise.method.rng import generator
 from scalewise.metrics.base import Metric, Seen, Statistic
 from scalewise.metrics.extras import find_file, loading
-from scalewise.rng import generator
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from scalewise.errors import first_line
+from scalewise.common.errors import first_line
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.extras import Device, loading
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from scalewise.errors import first_line
+from scalewise.common.errors import first_line
+from scalewise.common.paths import expand_home
 from scalewise.metrics.base import Examiner, Metric
-from scalewise.paths import expand_home
 
 Device = torch.device | str
 

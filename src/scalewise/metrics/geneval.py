@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scalewise.method.rng import permutation
 from scalewise.metrics.base import Metric, Seen, Statistic
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.detection import COLOURS, ColourJudge, Detector, Found
 from scalewise.metrics.extras import Device, Extra
-from scalewise.rng import permutation
 
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scalewise.errors import first_line
+from scalewise.common.errors import first_line
 from scalewise.metrics.base import Metric
 from scalewise.metrics.extras import Device, Extra, in_chunks, joined
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from scalewise.models.base import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
+from scalewise.method.adapter import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
 from scalewise.models.flux import Flux
 from scalewise.models.folder import model_index
-from scalewise.models.pipelined import PipelineAdapter
+from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.models.sd3 import SD3
 from scalewise.models.sdxl import SDXL
 from scalewise.models.wan import Wan

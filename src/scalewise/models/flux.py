@@ -10,10 +10,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from scalewise.models.base import Condition
-from scalewise.models.pipelined import PipelineAdapter
-from scalewise.noise import FlowMatching
-from scalewise.scales import Scale
+from scalewise.method.adapter import Condition
+from scalewise.method.noise import FlowMatching
+from scalewise.method.scales import Scale
+from scalewise.models.pipeline_adapter import PipelineAdapter
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Flux(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Flux:
-        from scalewise.models import miniature
+        from scalewise.models import tiny as miniature
 
         with miniature.seeded(seed):
             transformer = FluxTransformer2DModel(

@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scalewise.contents import WEIGHTS, local_folder, variant_of_file
-from scalewise.errors import first_line
-from scalewise.models.base import ModelError
+from scalewise.common.contents import WEIGHTS, local_folder, variant_of_file
+from scalewise.common.errors import first_line
+from scalewise.method.adapter import ModelError
 
 INDEX = "model_index.json"
 READ = re.compile(r"(.*/)?(diffusion_pytorch_model|model)[.-].*")

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import nn
 
-from scalewise.errors import first_line
-from scalewise.finite import non_finite
-from scalewise.models.base import ModelError
+from scalewise.common.errors import first_line
+from scalewise.common.finite import non_finite
+from scalewise.method.adapter import ModelError
 from scalewise.models.folder import (
     diffusers_class,
     refuse_quantized,

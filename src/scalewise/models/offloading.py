@@ -10,7 +10,7 @@ from accelerate import cpu_offload_with_hook  # type: ignore[import-untyped]
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from scalewise.models.pipelined import PipelineAdapter
+from scalewise.models.pipeline_adapter import PipelineAdapter
 
 Offload = Literal["none", "components", "blocks"]
 

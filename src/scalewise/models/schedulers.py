@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from scalewise.models.base import ModelError
+from scalewise.method.adapter import ModelError
 
 
 def refuse_inverted(config: Mapping[str, Any], base: str | Path) -> None:

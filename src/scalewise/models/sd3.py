@@ -11,10 +11,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from scalewise.models.base import Condition
-from scalewise.models.pipelined import PipelineAdapter
-from scalewise.noise import FlowMatching
-from scalewise.scales import Scale
+from scalewise.method.adapter import Condition
+from scalewise.method.noise import FlowMatching
+from scalewise.method.scales import Scale
+from scalewise.models.pipeline_adapter import PipelineAdapter
 
 STOCK = 256
 """T5 tokens that diffusers' own pipeline reads by default."""
@@ -120,7 +120,7 @@ class SD3(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> SD3:
-        from scalewise.models import miniature
+        from scalewise.models import tiny as miniature
 
         with miniature.seeded(seed):
             texts = miniature.clip_and_t5(joint_width=16)

@@ -10,10 +10,10 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from scalewise.models.base import Condition, ModelError
-from scalewise.models.pipelined import PipelineAdapter
-from scalewise.noise import VariancePreserving
-from scalewise.scales import Scale
+from scalewise.method.adapter import Condition, ModelError
+from scalewise.method.noise import VariancePreserving
+from scalewise.method.scales import Scale
+from scalewise.models.pipeline_adapter import PipelineAdapter
 
 ZERO = 1e-5
 """Share of the signal below which none is left; SDXL's own schedule ends at 4.7e-3."""
@@ -132,7 +132,7 @@ class SDXL(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> SDXL:
-        from scalewise.models import miniature
+        from scalewise.models import tiny as miniature
 
         with miniature.seeded(seed):
             texts = miniature.two_clips(width=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from scalewise.models.base import ModelError
+from scalewise.method.adapter import ModelError
 
 
 def shifted(scheduler: Any, shift: float, *, base: str) -> tuple[Any, dict[str, float]]:

@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
-from scalewise.models.base import Condition, ModelError
-from scalewise.models.pipelined import PipelineAdapter
-from scalewise.noise import FlowMatching
-from scalewise.scales import Scale
+from scalewise.method.adapter import Condition, ModelError
+from scalewise.method.noise import FlowMatching
+from scalewise.method.scales import Scale
+from scalewise.models.pipeline_adapter import PipelineAdapter
 
 READS = 512  # tokens, as the pipeline's default
 
@@ -119,7 +119,7 @@ class Wan(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Wan:
-        from scalewise.models import miniature
+        from scalewise.models import tiny as miniature
 
         with miniature.seeded(seed):
             texts = miniature.umt5(width=32)

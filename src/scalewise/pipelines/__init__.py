@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from scalewise import mini
-from scalewise.errors import first_line
-from scalewise.lora import StudentError, load_student
+from scalewise.common.errors import first_line
+from scalewise.common.paths import expand_home
+from scalewise.method.scales import ScaleSchedule
 from scalewise.models import SD3, SDXL, Flux, PipelineAdapter, Wan, family_of
-from scalewise.paths import expand_home
+from scalewise.models.lora import StudentError, load_student
 from scalewise.pipelines import checks
 from scalewise.pipelines.scale_wise import (
     ADAPTER,
@@ -22,8 +23,7 @@ from scalewise.pipelines.scale_wise import (
     ScaleWiseWanPipeline,
     stock_options,
 )
-from scalewise.pipelines.schedule import read_schedule
-from scalewise.scales import ScaleSchedule
+from scalewise.pipelines.schedules import read_schedule
 
 PIPELINES: dict[type[PipelineAdapter], type[ScaleWisePipeline]] = {
     SD3: ScaleWiseSD3Pipeline,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalewise.overrides import nearest
+from scalewise.config.overrides import nearest
 
 _EXAMPLES = {"num_images_per_prompt": 2, "num_frames": 81}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,6 +1,6 @@
 """Scale-wise sampling as diffusers pipelines: the stock classes, with another `__call__`.
 
-The sampler is the one of training (scalewise.sampling); what a family needs is asked of its adapter.
+The sampler is the one of training (scalewise.method.sampling); what a family needs is asked of its adapter.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from scalewise import keys
-from scalewise.lora import Student, with_all_biases
-from scalewise.models import SD3, SDXL, Condition, Flux, Wan
-from scalewise.pictures import refuse_non_finite, to_rgb
+from scalewise.common.images import refuse_non_finite, to_rgb
+from scalewise.method.rng import SampleNoise
+from scalewise.method.sampling import sample_scale_wise
+from scalewise.method.scales import Scale, ScaleSchedule, downscale_video, upscale_latents
+from scalewise.models import SD3, SDXL, Condition, Flux, Wan, lora_keys
+from scalewise.models.lora import Student, with_all_biases
 from scalewise.pipelines import checks
-from scalewise.pipelines.schedule import read_schedule
-from scalewise.rng import SampleNoise
-from scalewise.sampling import sample_scale_wise
-from scalewise.scales import Scale, ScaleSchedule, downscale_video, upscale_latents
+from scalewise.pipelines.schedules import read_schedule
 
 ADAPTER = "scalewise"
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -112,7 +111,7 @@ class ScaleWisePipeline:
         # diffusers takes rank and alpha from the shapes; with alpha / rank in B, weight 1 is the student.
         scale = student.alpha / student.rank
         tensors = {k: v * scale if ".lora_B." in k else v for k, v in matched.items()}
-        named = keys.write_names(tensors, "diffusers", denoiser=name, alpha=torch.tensor(1.0))
+        named = lora_keys.write_names(tensors, "diffusers", denoiser=name, alpha=torch.tensor(1.0))
         with _without_advice():  # that the student has no weights for text encoders, which is as it should be
             pipeline.load_lora_weights(named, adapter_name=ADAPTER)
         pipeline.set_adapters([ADAPTER], [weight])

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scalewise.checkpoint import write_atomically
+from scalewise.common.checkpoint import write_atomically
 from scalewise.metrics import METRICS, Interval
 from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
-from scalewise.studies.sharing import alone
+from scalewise.studies.work_queue import alone
 
 HOW_JUDGED = (
     "A figure is the mean over seeds, each with images of its own for all prompts; its interval is over "

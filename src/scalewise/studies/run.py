@@ -16,28 +16,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scalewise import build, mini
-from scalewise.backbone import Backbone
-from scalewise.build import Progress
-from scalewise.checkpoint import write_atomically
-from scalewise.contenders import Contender, Prompts, draw, parse_contender
+from scalewise import mini
+from scalewise.common.checkpoint import write_atomically
+from scalewise.common.errors import first_line, going_on_by_itself
+from scalewise.common.images import sheet, to_bytes
+from scalewise.config.presets import find_recipe
+from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
-from scalewise.errors import first_line, going_on_by_itself
-from scalewise.judging import SCORER, SPECTRUM, Judge, judge_of
-from scalewise.lora import StudentError
+from scalewise.evaluation.samplers import Contender, Prompts, draw, parse_contender
+from scalewise.evaluation.scoring import SCORER, SPECTRUM, Judge, judge_of
+from scalewise.method.backbone import Backbone
+from scalewise.method.noise import NoiseProcess
+from scalewise.method.rng import SampleNoise, permutation
+from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.scales import Scale, upscale_latents
 from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, resample
 from scalewise.metrics.base import Gaussian
 from scalewise.models import ModelAdapter
-from scalewise.noise import NoiseProcess
-from scalewise.pictures import sheet, to_bytes
-from scalewise.recipe import Recipe, RecipeError
-from scalewise.recipes import find_recipe
-from scalewise.rng import SampleNoise, permutation
-from scalewise.runs import distill
-from scalewise.sampling import last, teacher_steps
-from scalewise.scales import Scale, upscale_latents
+from scalewise.models.lora import StudentError
 from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, overall
-from scalewise.studies.sharing import Task, work_off
+from scalewise.studies.work_queue import Task, work_off
+from scalewise.training import setup
+from scalewise.training.run import distill
+from scalewise.training.setup import Progress
 
 SHOWN = 24  # pictures on an arm's sheet
 Looks = dict[str, Tensor]
@@ -128,7 +129,7 @@ def continued(count: int) -> Material:
     """Samples of the shipped set with different captions to go on from, and others to compare with."""
     recipe, stored = find_recipe("mini"), LatentSet.open(mini.DATA)
     schedule, rows, others = recipe.schedule.build(), *chosen(stored, count)
-    judge, model = judge_of(recipe), build.load(recipe, ("vae",))
+    judge, model = judge_of(recipe), setup.load(recipe, ("vae",))
     parts = stored.latents(others, schedule.full).split(16)
     pictures = np.concatenate([to_bytes(model.decode(part)) for part in parts])
     looks = judge.look(pictures, stored.captions(others))
@@ -277,7 +278,7 @@ def owner_of(arm: Arm, seed: int, iterations: int | None) -> str:
 def tokens_of(arm: Arm) -> int:
     """Image tokens that go through the denoiser for one picture, twice where there is guidance."""
     recipe = recipe_of(arm, 0, None)
-    patch = build.load(recipe, ("denoiser",)).patch
+    patch = setup.load(recipe, ("denoiser",)).patch
     if not arm.contender:
         return recipe.override(list(arm.drawn)).schedule.build().tokens(patch)
     contender = parse_contender(arm.contender, recipe)
@@ -300,7 +301,7 @@ def looks_of(
         return read_looks(path)
     contender = None if arm.start else contender_of(arm, recipe, out, progress)
     prompts = Prompts.of(material.texts, seed=seed)
-    model = build.load(recipe, ("denoiser", "vae", "text"))
+    model = setup.load(recipe, ("denoiser", "vae", "text"))
     with progress(f"{arm.name}, seed {seed}: drawing", len(prompts)) as done:
         if contender:
             images = draw(model, contender, prompts, batch=16, precision=recipe.train.precision, done=done)

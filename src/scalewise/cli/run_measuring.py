@@ -1,0 +1,212 @@
+"""What the commands do that tell something: count, judge, time, and print."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from scalewise.cli.inputs import check_out, folder_for, prompts_to_judge, read_prompts
+from scalewise.common import console, distributed
+from scalewise.config.recipe import Recipe, RecipeError
+from scalewise.evaluation import timing as bench
+from scalewise.evaluation.sampling_speed import Protocol, measure_speed
+from scalewise.evaluation.scoring import Asked
+from scalewise.method.scales import Scale, ScaleSchedule
+from scalewise.metrics import EXTRAS, OWN
+from scalewise.planning.schedule_search import Wish, survey
+from scalewise.studies import Effort
+
+FEWEST_PROMPTS = 50  # of a study
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How much is drawn, and how."""
+
+    count: int | None
+    """Prompts; None = all there are."""
+    each: int = 1
+    """Samples of every prompt."""
+    batch: int = 16
+    seed: int = 0
+    speed: bool = True
+
+
+def run_evaluate(
+    recipe: Recipe, contenders: list[str], prompts: Path | None, how: Evaluation, *, asked: Asked, out: Path
+) -> None:
+    """Draw and score every contender on the same prompts and seeds."""
+    from scalewise.evaluation import compare
+
+    distributed.init_from_env()
+    console.speak(distributed.is_main())
+    texts = prompts_to_judge(prompts, recipe.model.base, how.count)
+    check_out(out)
+    outcome = compare.compare(
+        recipe,
+        contenders,
+        texts,
+        console.progress,
+        each=how.each,
+        batch=how.batch,
+        seed=how.seed,
+        speed=how.speed,
+        asked=asked,
+        out=out,
+    )
+    if distributed.is_main():
+        say = partial(console.out.print, highlight=False, soft_wrap=True, markup=False)
+        say(outcome.markdown)
+        say(f"The images are in {out / 'pictures'}, the metrics in {out / 'figures.json'} and .md beside it.")
+    distributed.shutdown()
+
+
+def list_metrics() -> None:
+    """Print the metrics there are."""
+    own = [("(the scorer's)", "", OWN)]
+    for extra in EXTRAS.values():
+        weights = "none" if extra.source is None else extra.source or "to be named"
+        own.append((extra.name, f"; weights: {weights}", extra.metrics))
+    say = partial(console.out.print, soft_wrap=True, highlight=False)
+    for name, told, metrics in own:  # not in columns, which would cut ids on a narrow screen
+        say(f"[bold]{escape(name)}[/]{escape(told)}")
+        for metric in metrics:
+            say(f"  {escape(metric.title)}: {escape(metric.about)}")
+
+
+def size_along(axis: str, scale: Scale) -> str:
+    """A scale by what differs along an axis."""
+    if axis == "space":
+        return f"{scale.height}x{scale.width}"
+    return f"{scale.frames} frame{'s' if scale.frames > 1 else ''}"
+
+
+def short(schedule: ScaleSchedule) -> str:
+    """A schedule for the eye: timesteps without decimals."""
+    return " ".join(f"{step.t:.0f}@{step.scale}" for step in schedule)
+
+
+def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count: int, out: Path) -> None:
+    """Survey the latents of a recipe's data; print tables, write figure and numbers."""
+    from scalewise.planning.figure import draw_survey
+
+    check_out(out)
+    found = survey(recipe, wish, count=count, progress=console.progress)
+    say = partial(console.out.print, soft_wrap=True)
+    falls = ", ".join(f"f^{-s.exponent():.2f} in {axis}" for axis, s in found.axes.items())
+    say(f"{found.latents} latents of {found.spectra.full}; their power falls about as {falls}")
+    for axis, scales in found.options.items():
+        named = partial(size_along, axis)
+        safe = ((named(s), found.safe_from(s)) for s in scales if s != found.spectra.full)
+        parts = (f"{s} from t = {t:.0f}" if t is not None else f"{s} never" for s, t in safe)
+        say(f"Safe in {axis}, margin {wish.margin:g}: {', '.join(parts)}")
+    table = Table("", "schedule", "tokens", "TFLOPs", "margins", box=None, header_style="bold")
+    for judged in found.schedules:
+        hidden = " ".join(f"{m:.3g}" for m in judged.margins) or "-"
+        tokens, flops = f"{judged.tokens:,}", f"{judged.flops / 1e12:,.3g}"
+        table.add_row(
+            judged.name, short(judged.schedule), f"{tokens} ({judged.token_part:.0%})",
+            f"{flops} ({judged.flop_part:.0%})", hidden,
+        )  # fmt: skip
+    console.out.print(table)
+    say("In brackets: of as many steps at full scale. A margin is how much stronger noise is, at a step's t, "
+        "than the strongest detail that the latent enlarged for it lacks; below 1 is not safe.")  # fmt: skip
+    for judged in found.schedules:
+        for sentence in judged.advice:
+            say(f"[yellow]{judged.name}:[/] {sentence}")
+    proposed = found.schedules[-1].schedule
+    listed = [", ".join(map(str, v)) for v in (proposed.timesteps, proposed.scales)]
+    change = f"'schedule.timesteps=[{listed[0]}]' 'schedule.scales=[{listed[1]}]'"
+    if recipe.schedule.full_scale:
+        change += " schedule.full_scale=false"
+    say(f"To train with the proposal: {change}")
+    if proposed.scales != found.schedules[0].schedule.scales:
+        say("A synthetic set has the scales that it was made with: first make one with the same overrides "
+            "(`scalewise generate`).")  # fmt: skip
+    folder_for(out)
+    (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    figure = draw_survey(found, levels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png")
+    say(f"The figure is {escape(str(figure))}; the numbers lie beside it.")
+
+
+def run_bench(
+    recipe: Recipe, contenders: list[str], protocol: Protocol, prompt: str | None, out: Path
+) -> None:
+    """Time the contenders in turns and print what came out beside what the operations promise."""
+    if prompt is None:
+        prompt = read_prompts(None, recipe.model.base, "test")[0] if recipe.model.base == "mini" else "a cat"
+    check_out(out)
+    found = measure_speed(recipe, contenders, protocol, caption=prompt, progress=console.progress)
+    found.save(out)
+    table = Table("", "batch", "text, ms", "denoiser, ms", "vae, ms", "total, ms", "faster", box=None,
+                  header_style="bold")  # fmt: skip
+    for timing in found.timings:
+        parts = [bench.format_ms(timing.parts[p].median) for p in ("text", "denoiser", "vae", bench.TOTAL)]
+        faster = bench.format_ratio(timing.speedup.get(bench.TOTAL))
+        table.add_row(escape(timing.name), str(timing.batch), *parts, faster)
+    console.out.print(table)
+    say = partial(console.out.print, soft_wrap=True, markup=False)
+    for g in found.gains:
+        say(f"batch {g.batch}, denoiser: {g.name} {bench.format_ratio(g.measured)} faster than {g.over}, of "
+            f"{g.expected:.3g}x by operations: {g.reached.median:.0%} reached")  # fmt: skip
+    say(f"Milliseconds per image; {found.told} All in {out}")
+
+
+def run_training_bench(recipe: Recipe, *, rounds: int, out: Path) -> None:
+    """Time and weigh training iterations."""
+    from scalewise.evaluation.training_cost import measure_training
+
+    check_out(out)
+    cost = measure_training(recipe, rounds=rounds, progress=console.progress)
+    cost.save(out)
+    console.out.print(cost.markdown, highlight=False, soft_wrap=True, markup=False)
+    console.out.print(f"All in {out}", markup=False)
+
+
+def list_studies() -> None:
+    """Print the studies there are."""
+    from scalewise.studies import STUDIES
+    from scalewise.studies import training_cost as cost
+
+    table = Table(box=None, header_style="bold")
+    for heading in ("study", "what it checks", "paper", "students"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "study")
+    for study in STUDIES.values():
+        trained = len({arm.overrides for arm in study.arms if not arm.contender and not arm.start})
+        table.add_row(study.name, study.title, study.source, f"{trained} a seed")
+    table.add_row(cost.NAME, cost.TITLE, cost.SOURCE, "-")
+    console.out.print(table)
+
+
+def run_studies(names: list[str], effort: Effort, *, rounds: int, out: Path) -> None:
+    """Run studies one after the other; each ends with its verdicts and a page."""
+    from scalewise.studies import STUDIES, refuse_count, run_study, write_page
+    from scalewise.studies import training_cost as cost
+
+    known = [*STUDIES, cost.NAME]
+    if unknown := [name for name in names if name not in known]:
+        raise RecipeError(f"There is no study {unknown[0]!r}; there are {', '.join(known)}.")
+    names = list(dict.fromkeys(names))
+    if effort.count < FEWEST_PROMPTS:
+        raise RecipeError(
+            f"{effort.count} prompts tell students too badly apart; give --count {FEWEST_PROMPTS} or more."
+        )
+    for name in names:
+        if name != cost.NAME:
+            refuse_count(STUDIES[name], effort.count)
+    folder_for(out)
+    for name in names:
+        if name == cost.NAME:
+            for text, verdict in cost.run_cost(out, rounds=rounds, progress=console.progress).items():
+                console.out.print(f"{name}: {text}: [bold]{verdict}[/]", soft_wrap=True)
+            console.out.print(f"The page is {out / name}.md", soft_wrap=True, markup=False)
+            continue
+        outcome = run_study(STUDIES[name], out, effort, progress=console.progress)
+        for claim in outcome.study.claims:
+            console.out.print(f"{name}: {claim.text}: [bold]{outcome.verdict(claim.text)}[/]", soft_wrap=True)
+        console.out.print(f"The page is {write_page(outcome, out)}", soft_wrap=True, markup=False)

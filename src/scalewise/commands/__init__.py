@@ -1,1 +1,0 @@
-"""What the commands do; `cli` reads their options."""

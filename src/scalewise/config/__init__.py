@@ -1,0 +1,1 @@
+"""Recipes: a run as a value, and named ones."""

@@ -1,0 +1,261 @@
+"""Folders of captioned images: finding them, sorting them into sizes, reading their pixels.
+
+Nothing is dropped in silence: every image that cannot be used is counted under its reason.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from scalewise.common.images import LARGEST, ImageTooLarge, opened, to_rgb
+from scalewise.data.captions import CaptionSource
+from scalewise.data.files import Found, find_files, name_some
+from scalewise.data.shards import DataError
+from scalewise.method.scales import Scale
+
+BucketMode = Literal["crop", "buckets"]
+# Width : height of the buckets beside the full size's own; between two of them, cropping loses about a tenth.
+ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """A usable image: its file, its caption, and its size in pixels as seen (EXIF orientation applied)."""
+
+    path: Path
+    caption: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What a folder holds that cannot be used: images by reason, and files that are not read."""
+
+    used: int
+    reasons: dict[str, list[Path]]
+    others: tuple[str, ...] = ()
+    """Sentences about files of kinds that are not read and links that lead nowhere."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images were skipped for each reason."""
+        return {reason: len(paths) for reason, paths in self.reasons.items()}
+
+    @property
+    def summary(self) -> str:
+        """One line such as "40 images used, 2 skipped: 1 unreadable (a.png), 1 without a caption (b.png)"."""
+        found = f"{self.used:,} image{'' if self.used == 1 else 's'} used"
+        if not self.reasons:
+            return f"{found}, none skipped"
+        parts = (f"{len(paths):,} {reason} ({name_some(paths)})" for reason, paths in self.reasons.items())
+        return f"{found}, {sum(self.counts.values()):,} skipped: {', '.join(parts)}"
+
+    @property
+    def faults(self) -> list[str]:
+        """The summary if an image was skipped, else nothing."""
+        return [self.summary] if self.reasons else []
+
+    def warn(self, folder: Path) -> None:
+        """Warn of what is skipped, if anything is."""
+        for sentence in (*self.faults, *self.others):
+            warnings.warn(f"{folder}: {sentence}.", stacklevel=3)
+
+
+def scan_images(
+    folder: Path | str, *, caption_from_name: bool = False, captions: bool = True
+) -> tuple[list[ImageEntry], Skipped]:
+    """Find every captioned, readable image under `folder`, and count the others by reason.
+
+    Captions come from `<stem>.txt` or `<stem>.caption`, else from metadata.jsonl, captions.json,
+    metadata.csv or metadata.parquet (file_name, and text, caption or prompt), else, only with
+    caption_from_name, from the file's name; without `captions` none are looked for. Linked folders are
+    followed, each folder once. Each image is decoded once, since a truncated one shows itself only then.
+
+    Raises DataError when the folder is missing or holds no usable image.
+    """
+    root = Path(folder)
+    found = list_files(root)
+    source = CaptionSource(found, from_name=caption_from_name) if captions else None
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looked = list(pool.map(lambda path: _inspect(path, source), found.images))
+    entries = [entry for entry in looked if isinstance(entry, ImageEntry)]
+    reasons: dict[str, list[Path]] = {}
+    for path, entry in zip(found.images, looked, strict=True):
+        if isinstance(entry, str):
+            reasons.setdefault(entry, []).append(path)
+    reasons |= source.unmatched() if source else {}
+    skipped = Skipped(len(entries), reasons, tuple(found.told))
+    if not entries:
+        told = ". ".join([skipped.summary, *skipped.others])
+        needed = ""
+        if not found.images:
+            needed = " Put images there, or name another folder."
+        elif captions and not caption_from_name:
+            needed = (
+                " Each needs a caption: <name>.txt beside it, a metadata.jsonl, or set "
+                "data.caption_from_name=true."
+            )
+        raise DataError(f"No usable image in {root}: {told}.{needed}")
+    return entries, skipped
+
+
+def list_files(root: Path) -> Found:
+    """Images, captions and metadata under a folder; DataError if there is none."""
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}; correct the path.")
+    return find_files(root)
+
+
+def assign_buckets(
+    entries: Iterable[ImageEntry], full: Scale, *, patch: int, mode: BucketMode = "crop", least: int = 1
+) -> dict[Scale, list[ImageEntry]]:
+    """Sort images by the latent size they will have.
+
+    "crop": all get the full size. "buckets": each gets the nearest aspect ratio (by its logarithm) among
+    sizes of about the full one's area, divisible by the patch; buckets of fewer than `least` images are
+    dissolved, smallest first, and their images go to the next nearest.
+    """
+    images = list(entries)
+    if mode == "crop":
+        return {full: images}
+    if mode != "buckets":
+        raise DataError(f"Unknown bucket mode {mode!r}; use 'crop' or 'buckets'.")
+    sizes = bucket_sizes(full, patch)
+    while True:
+        buckets: dict[Scale, list[ImageEntry]] = {}
+        for image in images:
+            buckets.setdefault(_nearest(image, sizes), []).append(image)
+        smallest = min(buckets, key=lambda size: len(buckets[size]))
+        if len(buckets[smallest]) >= least or len(buckets) == 1:
+            return dict(sorted(buckets.items()))
+        sizes = [size for size in buckets if size != smallest]
+
+
+def bucket_line(buckets: Mapping[Scale, Sequence[ImageEntry]]) -> str:
+    """One line such as "2 aspect buckets: 56x74 keeps 7 images and 93% of their area, 64x64 7 and 88%"."""
+    parts = list[str]()
+    for size, images in buckets.items():
+        ratios = [image.width / image.height / _aspect(size) for image in images]
+        area = sum(min(ratio, 1 / ratio) for ratio in ratios) / len(ratios)
+        words = "{} keeps {:,} image{} and {:.0%} of their area" if not parts else "{} {:,}{} and {:.0%}"
+        parts.append(words.format(size, len(images), "" if parts or len(images) == 1 else "s", area))
+    return f"{len(buckets)} aspect bucket{'' if len(buckets) == 1 else 's'}: {', '.join(parts)}"
+
+
+def bucket_faults(
+    buckets: Mapping[Scale, Sequence[ImageEntry]], full: Scale, *, patch: int, least: int
+) -> list[str]:
+    """Sentences about buckets too small for a batch, which are dissolved, and a full size without images."""
+    sizes, before, told = bucket_sizes(full, patch), dict[Scale, int](), list[str]()
+    for image in (image for members in buckets.values() for image in members):
+        size = _nearest(image, sizes)
+        before[size] = before.get(size, 0) + 1
+    gone = {size: count for size, count in sorted(before.items()) if size not in buckets}
+    if gone:
+        count, shapes = sum(gone.values()), ", ".join(f"{size} ({n:,})" for size, n in gone.items())
+        told.append(
+            f"{count:,} image{' is' if count == 1 else 's are'} cropped to the next aspect bucket, since "
+            f"{'its own one has' if count == 1 else 'their own ones have'} fewer than a batch of {least:,}: "
+            f"{shapes}"
+        )
+    if full not in buckets:
+        why = f"only {before[full]:,} have its shape" if full in before else "none has its shape"
+        told.append(
+            f"no image is trained at the full size {full}, at which a student draws unless told otherwise: "
+            f"{why}. Add such images, set data.shape=crop, or lower train.batch"
+        )
+    return told
+
+
+def enlarged(buckets: Mapping[Scale, Sequence[ImageEntry]], factor: int) -> list[str]:
+    """A sentence about images with fewer pixels than `factor` times their latent size, if there are any."""
+    small = [
+        image.height < size.height * factor or image.width < size.width * factor
+        for size, images in buckets.items()
+        for image in images
+    ]
+    told = f"{sum(small):,} of {len(small):,} images are smaller than the size they get, so they are enlarged"
+    return [told] if any(small) else []
+
+
+def bucket_sizes(full: Scale, patch: int) -> list[Scale]:
+    """Latent sizes of about the full one's area at a handful of aspect ratios, itself among them."""
+    area = full.height * full.width
+    sizes = {_aspect(full): full}
+    for ratio in ASPECTS:
+        sides = math.sqrt(area / ratio), math.sqrt(area * ratio)
+        size = Scale(full.frames, *(patch * max(1, round(side / patch)) for side in sides))
+        sizes.setdefault(_aspect(size), size)
+    return [sizes[ratio] for ratio in sorted(sizes)]
+
+
+def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
+    """Read an image as [3, H, W] in [-1, 1]: upright, over white, covering (H, W), cropped to its centre."""
+    height, width = size
+    try:
+        with opened(entry.path) as file:
+            image = to_rgb(ImageOps.exif_transpose(file))
+    except Exception as error:  # Pillow's plugins raise many kinds
+        raise DataError(
+            f"Cannot read {entry.path} ({error}); restore or remove it and start again."
+        ) from error
+    scale = max(height / image.height, width / image.width)
+    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
+    box = (left, top, left + width / scale, top + height / scale)
+    # LANCZOS antialiases; reducing_gap shrinks big photographs by box averages first: quicker and as good.
+    image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _inspect(path: Path, source: CaptionSource | None) -> ImageEntry | str:
+    """Return the image's entry, or the reason why it cannot be used."""
+    try:
+        width, height = _decoded_size(path)
+    except ImageTooLarge:
+        return f"of more than {LARGEST / 1e6:,.0f} megapixels, which have to be saved smaller"
+    except Exception:  # Pillow's plugins raise many kinds for a broken file; the summary names the files
+        return "unreadable"
+    if source is None:
+        return ImageEntry(path, "", width, height)
+    try:
+        caption = source.caption(path)
+    except UnicodeDecodeError:
+        return "with a caption that is not UTF-8 text"
+    return ImageEntry(path, caption, width, height) if caption else "without a caption"
+
+
+def _decoded_size(path: Path) -> tuple[int, int]:
+    """Width and height as seen; decodes everything, because only that shows a truncated file."""
+    with opened(path) as image:
+        _refuse_float(image)
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        image.draft("RGB", (1, 1))  # JPEG only: decode at an eighth of the size
+        image.load()
+    return (height, width) if turned else (width, height)
+
+
+def _refuse_float(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no known range")
+
+
+def _aspect(scale: Scale) -> float:
+    return scale.width / scale.height
+
+
+def _nearest(image: ImageEntry, sizes: Sequence[Scale]) -> Scale:
+    return min(sizes, key=lambda size: abs(math.log(_aspect(size) * image.height / image.width)))

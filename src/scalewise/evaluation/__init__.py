@@ -1,0 +1,1 @@
+"""Samplers under comparison, scored, timed and reported."""

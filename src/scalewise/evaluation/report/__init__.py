@@ -1,0 +1,91 @@
+"""The report of a comparison: one HTML file that needs nothing else, made from plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Column", "Journey", "ReportContent", "Stage", "write_report"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that was done, and how long it took."""
+
+    name: str
+    about: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """One contender's pictures of the shown prompts, bytes [N, H, W, 3]."""
+
+    name: str
+    about: str
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class Journey:
+    """How one picture grows: x0 of every step, decoded, bytes [h_i, w_i, 3] each."""
+
+    prompt: str
+    labels: Sequence[str]
+    pictures: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """Everything a report shows. What is empty is left out."""
+
+    title: str
+    summary: str
+    """One paragraph in plain language."""
+    stages: Sequence[Stage] = ()
+    prompts: Sequence[str] = ()
+    columns: Sequence[Column] = ()
+    """The contenders' pictures of `prompts`, from the same seeds."""
+    journeys: Sequence[Journey] = ()
+    log: Sequence[Mapping[str, Any]] = ()
+    """Rows of the training log, as `Trainer.fit` yields them."""
+    schedule: Sequence[str] = ()
+    """A label for each step of the schedule, such as "t 1000, 8x8"."""
+    figures: Sequence[Mapping[str, Any]] = ()
+    """`evaluate.Row.to_dict()` of every contender; held-out pictures as a row of kind "real"."""
+    metrics: Sequence[Mapping[str, Any]] = ()
+    """`Metric.to_dict()` of every figure."""
+    timings: Sequence[Mapping[str, Any]] = ()
+    """`bench.Timing.to_dict()` of every contender and batch size."""
+    teacher: str = "teacher"
+    """Name of the contender that speeds and differences refer to."""
+    student: str = "student"
+    """Name of the contender that the report is about."""
+    notes: Sequence[str] = ()
+    """Further sentences for "What the numbers say"."""
+    command: str = ""
+    recipe: str = ""
+    """The recipe as YAML."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for column in self.columns:
+            if len(column.images) != len(self.prompts):
+                raise ValueError(
+                    f"{column.name!r} has {len(column.images)} pictures for {len(self.prompts)} prompts; "
+                    "give one for each."
+                )
+
+
+def write_report(path: Path, content: ReportContent) -> Path:
+    """Write a report to `path`, styles, pictures and plots inside, no script, nothing fetched; return it."""
+    from scalewise.evaluation.report.page import page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(content), encoding="utf-8")
+    return path

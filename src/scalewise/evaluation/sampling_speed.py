@@ -1,0 +1,236 @@
+"""Sampling speed: contenders timed in turns, part by part, beside what counted operations let one expect."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from scalewise import mini
+from scalewise.config.recipe import Recipe, RecipeError
+from scalewise.evaluation import timing as bench
+from scalewise.evaluation.evaluate import subject
+from scalewise.evaluation.samplers import Contender, check_fit, parse_contenders
+from scalewise.evaluation.timing import Spread, Timing
+from scalewise.method.backbone import settle
+from scalewise.method.scales import Scale
+from scalewise.models.lora import versions
+from scalewise.models.meta import skeleton
+from scalewise.planning.plan import forward_flops
+from scalewise.training import setup
+from scalewise.training.setup import Progress
+
+DEFAULT = ("teacher", "full-scale=undistilled:full", "scale-wise=undistilled")
+"""A student's operations are those of the undistilled model on its schedule: it is fused into it."""
+Name = Literal["honest", "paper"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How sampling is timed."""
+
+    name: Name
+    batches: tuple[int, ...]
+    rounds: int
+    compiled: bool
+    half: bool
+    """float16 on a GPU, bfloat16 on a CPU, whatever the recipe's type is."""
+
+
+PROTOCOLS = {
+    "honest": Protocol("honest", (1, 8), 7, compiled=False, half=False),
+    # Appendix G: half precision, torch.compile, tiny autoencoders, batch 8, the mean of 100 runs.
+    "paper": Protocol("paper", (8,), 100, compiled=True, half=True),
+}
+
+
+def chosen_protocol(
+    name: str, *, batches: Sequence[int] | None, rounds: int | None, compiled: bool | None
+) -> Protocol:
+    """A protocol by name, with what is given changed."""
+    if name not in PROTOCOLS:
+        raise RecipeError(f"There is no protocol {name!r}; choose {' or '.join(PROTOCOLS)}.")
+    if wrong := [b for b in batches or () if b < 1]:
+        raise RecipeError(f"A batch of {wrong[0]} draws nothing; give at least 1.")
+    known = PROTOCOLS[name]
+    return replace(
+        known, batches=tuple(batches or known.batches), rounds=rounds or known.rounds,
+        compiled=known.compiled if compiled is None else compiled,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much faster one denoiser is than another at a batch size, and how many fewer operations it has."""
+
+    name: str
+    over: str
+    batch: int
+    measured: Spread
+    """Ratio of the denoisers' times, taken within rounds."""
+    expected: float
+    """Ratio of their operations."""
+
+    @property
+    def reached(self) -> Spread:
+        """Part of the expected gain that is there in time."""
+        return Spread(*(value / self.expected for value in self.measured.to_list()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name, "over": self.over, "batch": self.batch, "measured": self.measured.to_list(),
+            "expected": self.expected, "reached": self.reached.to_list(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Everything measured, and on what."""
+
+    protocol: Protocol
+    setting: dict[str, Any]
+    timings: list[Timing]
+    gains: list[Gain]
+
+    @property
+    def told(self) -> str:
+        """On what and how it was measured, in a sentence or two."""
+        setting = self.setting
+        how = "compiled" if setting["compiled"] else "not compiled"
+        return (
+            f"{setting['device']}, {setting['dtype']} computed in {setting['precision']}, {how}, VAE: "
+            f"{setting['vae']}. {bench.rounds_told(self.protocol.rounds)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as stored in JSON."""
+        return {
+            "protocol": self.protocol.name,
+            "setting": self.setting,
+            "timings": [timing.to_dict() for timing in self.timings],
+            "gains": [gain.to_dict() for gain in self.gains],
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write bench.json and bench.md."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        tables = [bench.table(self.timings), steps_table(self.timings), gains_table(self.gains), self.told]
+        (folder / "bench.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+
+
+def measure_speed(
+    recipe: Recipe, contenders: Sequence[str], protocol: Protocol, *, caption: str, progress: Progress
+) -> Speed:
+    """Time the contenders drawing a caption; the first is what the others are compared with."""
+    parsed = parse_contenders(contenders or DEFAULT, recipe)
+    if folder := next((c.name for c in parsed if c.kind == "folder"), None):
+        raise RecipeError(f"{folder} is a folder of pictures: there is nothing to time in it; leave it out.")
+    flops = expected_flops(recipe, parsed, progress)
+    device = setup.device()
+    if protocol.half:
+        dtype = "float16" if device.type == "cuda" else "bfloat16"
+        recipe = recipe.override([f"model.dtype={dtype}", "train.precision=float32"])
+    model = setup.load(recipe, ("denoiser", "vae", "text"))
+    check_fit(model, parsed)
+    if protocol.compiled:
+        model.compile_blocks(dynamic=False)
+    subjects = [subject(model, c, caption, precision=recipe.train.precision, each_step=True) for c in parsed]
+    timings, gains = list[Timing](), list[Gain]()
+    with progress("timing", len(protocol.batches) * (protocol.rounds + 1)) as done, torch.no_grad():
+        for number, batch in enumerate(protocol.batches):
+            before = number * (protocol.rounds + 1)
+            laps = bench.interleave(
+                subjects, batch, rounds=protocol.rounds, clock=bench.device_clock(str(device)),
+                done=partial(_report, done, before),
+            )  # fmt: skip
+            timings += bench.summarise(laps, batch, baseline=parsed[0].name)
+            gains += [gain(laps, flops, a, b, batch) for b, a in promising(parsed, flops)]
+    setting = {
+        "base": recipe.model.base, "dtype": recipe.model.dtype,
+        "precision": settle(recipe.train.precision, device),
+        "compiled": protocol.compiled, "vae": recipe.model.vae or "the base's own", "rounds": protocol.rounds,
+        "device": machine(device), "versions": versions(),
+    }  # fmt: skip
+    return Speed(protocol, setting, timings, gains)
+
+
+def promising(contenders: Sequence[Contender], flops: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Pairs (more operations, fewer) of contenders' names: where there is a gain to reach."""
+    pairs = itertools.combinations([c.name for c in contenders], 2)
+    ordered = [(a, b) if flops[a] > flops[b] else (b, a) for a, b in pairs]
+    return [(more, fewer) for more, fewer in ordered if flops[more] > flops[fewer]]
+
+
+def _report(done: Callable[[int], None], before: int, count: int) -> None:
+    done(before + count)
+
+
+def gain(laps: bench.Laps, flops: Mapping[str, float], name: str, over: str, batch: int) -> Gain:
+    """Compare two denoisers, round by round."""
+    pairs = zip(laps[over]["denoiser"], laps[name]["denoiser"], strict=True)
+    measured = Spread.of([theirs / own for theirs, own in pairs])
+    return Gain(name, over, batch, measured, flops[over] / flops[name])
+
+
+def expected_flops(recipe: Recipe, contenders: Sequence[Contender], progress: Progress) -> dict[str, float]:
+    """Count the denoiser's operations for one image of each contender."""
+    model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), family=recipe.model.family)
+    embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
+    forwards = dict[str, list[Scale]]()
+    for c in contenders:
+        assert c.schedule is not None
+        if c.kind == "teacher":
+            each = 2 if c.guidance != 1 and not embedded else 1
+            forwards[c.name] = [c.schedule.full] * (c.steps * each)
+        else:
+            forwards[c.name] = list(c.schedule.scales)
+    counted, needed = dict[Scale, float](), sorted({s for scales in forwards.values() for s in scales})
+    with progress("counting operations", len(needed)) as done:
+        for scale in needed:
+            counted[scale] = forward_flops(model, scale)
+            done(len(counted))
+    return {name: sum(counted[s] for s in scales) for name, scales in forwards.items()}
+
+
+def machine(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def steps_table(timings: Sequence[Timing]) -> str:
+    """Milliseconds per image of every step of the denoiser, in markdown; of many steps their mean."""
+    lines = ["| | batch | denoiser's steps, ms |", "| --- | ---: | --- |"]
+    for timing in timings:
+        steps = [spread.median for part, spread in timing.parts.items() if part.startswith("denoiser/")]
+        each = " + ".join(bench.format_ms(s) for s in steps)
+        if len(steps) > 8:
+            each = f"{len(steps)} of {bench.format_ms(sum(steps) / len(steps))}"
+        lines.append(f"| {timing.name} | {timing.batch} | {each} |")
+    return "\n".join(lines)
+
+
+def gains_table(gains: Sequence[Gain]) -> str:
+    """Measured and expected gains of the denoisers, in markdown."""
+    lines = [
+        "| denoiser | batch | faster | fewer operations | part reached |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for g in gains:
+        reached = f"{g.reached.median:.2f} [{g.reached.low:.2f}, {g.reached.high:.2f}]"
+        measured = bench.format_ratio(g.measured)
+        lines.append(
+            f"| {g.name} against {g.over} | {g.batch} | {measured} | {g.expected:.3g}x | {reached} |"
+        )
+    return "\n".join(lines)

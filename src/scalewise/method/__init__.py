@@ -1,0 +1,1 @@
+"""The method of the paper; imports nothing else of scalewise."""

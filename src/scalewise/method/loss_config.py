@@ -1,0 +1,130 @@
+"""Settings of the losses: the weights of their terms, and the noise levels that each draws."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from scalewise.method.losses import Penalty
+from scalewise.method.scales import shifted_sigmas
+
+
+class Frozen(BaseModel):
+    """Base of all recipe parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Levels(Frozen):
+    """Where a loss draws its noise levels t: uniformly in [low, high], or from the schedule within."""
+
+    draw: Literal["uniform", "schedule"] = "uniform"
+    low: float = Field(0.0, ge=0, le=1000)
+    high: float = Field(1000.0, gt=0, le=1000)
+    steps: int = Field(28, ge=1, description="length of the schedule that `draw: schedule` draws from")
+    shift: float = Field(3.0, gt=0, description="shift of that schedule")
+
+    def entries(self) -> tuple[float, ...]:
+        """The schedule's levels within [low, high]; empty when levels are drawn uniformly."""
+        if self.draw == "uniform":
+            return ()
+        levels = [1000 * sigma for sigma in shifted_sigmas(self.steps, self.shift)[:-1]]
+        return tuple(t for t in levels if self.low <= t <= self.high)
+
+    @model_validator(mode="after")
+    def _some_level(self) -> Levels:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
+        if self.draw == "schedule" and not self.entries():
+            raise ValueError(
+                f"no level of the {self.steps}-step schedule lies in [{self.low:g}, {self.high:g}]"
+            )
+        return self
+
+
+class MmdRecipe(Frozen):
+    """Maximum mean discrepancy on a block's features (section 4.2)."""
+
+    weight: float = Field(1.0, ge=0)
+    kernel: Literal["linear", "rbf"] = "linear"
+    penalty: Penalty = "squared"
+    c: float = Field(0.001, gt=0, description="of the pseudo-Huber penalty")
+    sigma: float | None = Field(
+        100.0, gt=0, description="of the RBF kernel, as released; null = the median distance of real tokens"
+    )
+    features: Literal["teacher", "fake"] = "teacher"
+    levels: Levels = Levels(high=600)
+    whole_batch: bool = Field(False, description="ablation B: average tokens over the batch")
+    clean: bool = Field(False, description="ablation C: features of clean samples")
+
+
+class DmdRecipe(Frozen):
+    """Distribution matching by the difference of two scores (as DMD2)."""
+
+    weight: float = Field(1.0, ge=0)
+    guidance: float = Field(4.5, ge=1, description="of the real score")
+    levels: Levels = Levels(draw="schedule", high=790.5)
+
+
+class GanRecipe(Frozen):
+    """A discriminator head on the fake model's features."""
+
+    weight: float = Field(0.005, ge=0)
+    discriminator_weight: float = Field(0.01, ge=0)
+
+
+class FakeRecipe(Frozen):
+    """Training of the fake model, which follows the student's distribution."""
+
+    updates: int = Field(5, ge=1, description="fake-model updates before each student update")
+    levels: Levels = Levels(draw="schedule")
+
+
+class LossRecipe(Frozen):
+    """loss = mmd + dmd + gan, each by its weight; without dmd and gan no fake model is built."""
+
+    mmd: MmdRecipe = MmdRecipe()
+    dmd: DmdRecipe = DmdRecipe()
+    gan: GanRecipe = GanRecipe()
+    fake: FakeRecipe = FakeRecipe()
+    feature_block: int = Field(0, ge=0, description="the block whose features MMD and GAN compare")
+    mmd_only: bool = Field(False, description="MMD alone on the teacher's features, whatever is set above")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, values: Any) -> Any:
+        """Switch off all but MMD in the values themselves, so that the stored recipe says what ran."""
+        if isinstance(values, dict) and values.get("mmd_only") is True:
+            parts = {k: v for k in ("mmd", "dmd", "gan") if isinstance(v := values.get(k, {}), dict)}
+            off: dict[str, dict[str, Any]] = {
+                "mmd": {"features": "teacher"},
+                "dmd": {"weight": 0.0},
+                "gan": {"weight": 0.0},
+            }
+            return {**values, **{k: {**part, **off[k]} for k, part in parts.items()}}
+        return values
+
+    @property
+    def needs_fake(self) -> bool:
+        """Tell whether a fake model has to be trained."""
+        return (
+            self.dmd.weight > 0
+            or self.gan.weight > 0
+            or (self.mmd.weight > 0 and self.mmd.features == "fake")
+        )
+
+    @property
+    def needs_head(self) -> bool:
+        """Tell whether a discriminator head has to be trained."""
+        return self.gan.weight > 0
+
+    @model_validator(mode="after")
+    def _something(self) -> LossRecipe:
+        if not (self.mmd.weight or self.dmd.weight or self.gan.weight):
+            raise ValueError("all loss weights are 0; give mmd, dmd or gan a weight")
+        if self.mmd.features == "fake" and not (self.dmd.weight or self.gan.weight):
+            raise ValueError(
+                "mmd.features=fake without dmd and gan trains a fake model for nothing; use teacher"
+            )
+        return self

@@ -1,0 +1,143 @@
+"""Operations per second: of named cards by their data sheets, of this machine by a block that is timed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from scalewise import mini
+from scalewise.config.recipe import Recipe, RecipeError
+from scalewise.method.backbone import settle
+from scalewise.method.scales import Scale
+from scalewise.models.meta import skeleton
+from scalewise.models.pipeline_adapter import PipelineAdapter
+from scalewise.planning.flops import measure
+
+TERA = 1e12
+UTILIZATION = 0.4
+"""Part of a card's peak that is assumed to be reached. The paper's compiled samples reach 0.48 to 0.68 of an
+A100's peak by this count (docs/decisions.md); training here is not compiled."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card by its vendor's data sheet."""
+
+    title: str
+    peak: float
+    """Dense products of bfloat16 with sums in float32, in operations per second, without sparsity."""
+    gigabytes: float
+
+
+CARDS = {
+    # NVIDIA A100 80GB data sheet (SXM); GA102 white paper, appendix A (142 there is with float16 sums).
+    "a100": Card("NVIDIA A100 80 GB", 312 * TERA, 80),
+    "3090": Card("NVIDIA GeForce RTX 3090", 71 * TERA, 24),
+    # NVIDIA H100 data sheet (SXM: 1,979 with sparsity).
+    "h100": Card("NVIDIA H100 SXM", 989 * TERA, 80),
+    # NVIDIA L40S data sheet; Ada white paper, appendix A.
+    "l40s": Card("NVIDIA L40S", 362 * TERA, 48),
+    "4090": Card("NVIDIA GeForce RTX 4090", 165.2 * TERA, 24),
+    # RTX Blackwell white paper, appendix A.
+    "5090": Card("NVIDIA GeForce RTX 5090", 209.5 * TERA, 32),
+}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Operations per second to reckon with."""
+
+    reached: float
+    told: str
+    """Where the figure comes from."""
+
+    def seconds(self, flops: float) -> float:
+        """Time for so many operations."""
+        return flops / self.reached
+
+
+def card_named(name: str) -> Card:
+    """A card by its short name, in any case."""
+    if name.lower() not in CARDS:
+        raise RecipeError(f"There is no card {name!r} here; choose one of {', '.join(CARDS)}.")
+    return CARDS[name.lower()]
+
+
+def throughput_of(card: Card) -> Throughput:
+    """A card's, at the utilization that is assumed."""
+    told = f"{card.title}: {card.peak / TERA:,.4g} TFLOPS of bfloat16, {UTILIZATION:.0%} of them assumed"
+    return Throughput(card.peak * UTILIZATION, told)
+
+
+def measured(recipe: Recipe, device: torch.device, *, seconds: float = 0.5) -> Throughput:
+    """This machine's: the forward of one block of the network with random weights, timed for `seconds`.
+
+    On a GPU it works at the recipe's full scale, on a CPU with 256 image tokens at most, to take seconds.
+    """
+    dtype = getattr(torch, recipe.model.dtype)
+    model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), dtype=dtype)
+    full = recipe.schedule.build().full
+    side = min(16 * model.patch, full.height, full.width)
+    scale = full if device.type == "cuda" else Scale(1, side, side)
+    block, args, options = first_block(model, scale)
+    flops = measure(lambda: block(*args, **options), [block])[1]
+    bf16 = settle(recipe.train.precision, device) == "bf16"
+    block = block.to_empty(device=device)
+    for tensor in (*block.parameters(), *block.buffers()):
+        _fill(tensor)
+    args, options = tree_map(partial(_real, device=device), (args, options))
+    laps = list[float]()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        # In the first lap kernels are chosen and loaded; where it takes long anyway, it is enough.
+        while len(laps) < 4 and sum(laps) < seconds:
+            _wait(device)
+            started = time.perf_counter()
+            block(*args, **options)
+            _wait(device)
+            laps.append(time.perf_counter() - started)
+    speed = flops / min(laps)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
+    kind = "bfloat16" if bf16 else recipe.model.dtype
+    return Throughput(speed, f"{name}: {speed / TERA:,.3g} TFLOPS of {kind}, measured on one block")
+
+
+def first_block(model: PipelineAdapter, scale: Scale) -> tuple[nn.Module, Any, Any]:
+    """A skeleton's first block, and the arguments that it gets for one sample at a scale."""
+    found: list[tuple[Any, Any]] = []
+    block = model.repeated_blocks()[0]
+
+    def keep(_block: nn.Module, args: Any, options: Any) -> None:
+        found.append((args, options))
+
+    x_t = torch.empty(scale.shape(1, model.channels, video=model.video), device="meta")
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model.predict(x_t, torch.full((1,), 500.0, device="meta"), model.empty_condition(1, "meta"))
+    handle.remove()
+    return block, *found[0]
+
+
+def _fill(tensor: Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.data.fill_(0.01)  # a product takes as long with any numbers
+    else:
+        tensor.data.zero_()
+
+
+def _real(value: Any, *, device: torch.device) -> Any:
+    """A tensor with numbers in place of one without."""
+    if not isinstance(value, Tensor):
+        return value
+    made = torch.zeros(value.shape, dtype=value.dtype, device=device)
+    return made.fill_(0.5) if made.is_floating_point() else made
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

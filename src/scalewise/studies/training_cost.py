@@ -1,0 +1,102 @@
+"""The study of training cost, which times iterations and needs no student."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scalewise.common.checkpoint import write_atomically
+from scalewise.config.presets import find_recipe
+from scalewise.evaluation.timing import FEWEST_ROUNDS, Spread
+from scalewise.evaluation.training_cost import GB, TrainingCost, measure_training
+from scalewise.metrics import Interval
+from scalewise.studies.base import Verdict
+from scalewise.studies.page import plot_panels
+from scalewise.studies.work_queue import alone
+from scalewise.training.setup import Progress
+
+NAME, TITLE, SOURCE = "training-cost", "What a training iteration costs", "section 5.3, table 5"
+
+
+@dataclass(frozen=True)
+class CostClaim:
+    """That one kind of iteration takes less time than another."""
+
+    text: str
+    ratio: str
+    """As `TrainingCost.ratios` names it."""
+    paper: float
+    """The ratio of the table's figures for SD3.5 Medium."""
+
+    def verdict(self, ratio: Spread, rounds: int) -> Verdict:
+        """Reproduced if the interval of one / other lies on the paper's side of 1; fewer than six rounds have
+        no interval, and decide nothing.
+        """
+        if rounds < FEWEST_ROUNDS:
+            return "undecided"
+        less = self.paper < 1
+        if ratio.high < 1 or ratio.low > 1:
+            return "reproduced" if (ratio.high < 1) == less else "not reproduced"
+        return "undecided"
+
+
+CLAIMS = (
+    CostClaim(
+        "scale-wise training is cheaper", "scale-wise, full loss / full scale, full loss", 3.2 / 7.5
+    ),
+    CostClaim("so it is with MMD alone", "scale-wise, MMD alone / full scale, MMD alone", 0.4 / 1.0),
+    CostClaim(
+        "the full loss costs more than MMD alone", "scale-wise, full loss / scale-wise, MMD alone", 3.2 / 0.4
+    ),
+)  # fmt: skip
+DIFFERS = (
+    "The mini on a processor instead of SD3.5 Medium on GPUs. The fake model is updated as often for one "
+    "update of the student as the recipe `mini` says; with MMD alone it does not exist. Peak memory is that "
+    "of tensors, base and optimizers included."
+)
+
+
+def run_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict]:
+    """Measure and write training-cost.json, .md and .png; returns the verdicts by claim."""
+    cost = measure_training(find_recipe("mini"), rounds=rounds, progress=progress)
+    verdicts = {claim.text: claim.verdict(cost.ratios[claim.ratio], rounds) for claim in CLAIMS}
+    found: dict[str, Any] = {"study": NAME, "source": SOURCE, **cost.to_dict(), "verdicts": verdicts}
+    with alone(out, NAME):
+        result = json.dumps(found, indent=1) + "\n"
+        write_atomically(out / f"{NAME}.json", lambda path: path.write_text(result, encoding="utf-8"))
+        write_atomically(out / f"{NAME}.png", partial(plot, cost))
+        text = page(cost, verdicts, rounds)
+        write_atomically(out / f"{NAME}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return verdicts
+
+
+def plot(cost: TrainingCost, path: Path) -> None:
+    """Seconds and peak memory of every mode."""
+    seconds = [Interval(m.seconds.median, m.seconds.low, m.seconds.high) for m in cost.modes]
+    peaks = [Interval(m.peak / GB, m.peak / GB, m.peak / GB) for m in cost.modes]
+    panels = {"an iteration, seconds": seconds, "peak memory, GB": peaks}
+    plot_panels([mode.name for mode in cost.modes], panels, path)
+
+
+def page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
+    """The study's page in markdown."""
+    lines = ["| claim | verdict | measured ratio | paper's |", "| --- | --- | ---: | ---: |"]
+    for claim in CLAIMS:
+        ratio = cost.ratios[claim.ratio]
+        measured = f"{ratio.median:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]"
+        lines.append(f"| {claim.text} | **{verdicts[claim.text]}** | {measured} | {claim.paper:.2g} |")
+    parts = [
+        f"# {TITLE}\n\nPaper: {SOURCE}.\n",
+        f"    scalewise study {NAME} --rounds {rounds}\n",
+        "\n".join(lines) + "\n",
+        cost.markdown,
+        f"![seconds and memory by mode]({NAME}.png)\n",
+        "In a round every mode runs once over all steps, in turns. A claim is reproduced if the whole "
+        f"interval lies on the paper's side of 1; fewer than {FEWEST_ROUNDS} rounds have no interval and "
+        "decide nothing.\n",
+        f"## What differs from the paper\n{DIFFERS}\n",
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,297 @@
+"""The loop: five updates of the fake model, one of the student, and everything needed to go on after a stop.
+
+All randomness is derived from (seed, purpose, position), so the whole state of a run is: the roles' weights,
+the head, both optimizers, the average, and one counter.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalewise.common import checkpoint, distributed
+from scalewise.common.errors import TrainingInterrupted, TrainingStopped
+from scalewise.common.finite import non_finite
+from scalewise.common.signals import STOPPING, catching
+from scalewise.config.recipe import OptimizerRecipe, Recipe
+from scalewise.data.batches import Batches
+from scalewise.method.backbone import Backbone
+from scalewise.method.discriminator import DiscriminatorHead
+from scalewise.method.distill import DistillStep, LossError, Numbers
+from scalewise.training.origin import Origin, check_resume
+
+
+def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
+    """The discriminator head, if the recipe's loss has a GAN term; its start depends on the seed alone."""
+    if not recipe.loss.needs_head:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed + 1)
+        return DiscriminatorHead(backbone.model.width).to(backbone.device)
+
+
+def load_head(head: DiscriminatorHead, state: dict[str, Tensor], path: str) -> None:
+    """Load a checkpoint's head; CheckpointError if its layers have other widths."""
+    own = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in state.items()}
+    if own != there:
+        widths, found = ([shape[0] for shape in shapes.values()][2::4] for shapes in (own, there))
+        raise checkpoint.CheckpointError(
+            f"The discriminator head in {path} has the widths {found}, not {widths}: it is from a version "
+            "that rounded them otherwise. Finish that run with the version that began it, or start a new one."
+        )
+    head.load_state_dict(state)
+
+
+class Side:
+    """One optimizer with the parameters it owns, collected by role name."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, lr: float) -> None:
+        self.parameters, self.lr, self.clip, self.warmup = list(parameters), lr, recipe.clip, recipe.warmup
+        self.rate = lr
+        """Of the last update: the warm-up rises to `lr`."""
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+
+    def update(self, iteration: int) -> float:
+        """Average gradients over processes, clip, step; returns the norm before clipping."""
+        distributed.mean_gradients(self.parameters)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        if not math.isfinite(norm):
+            raise LossError("gradient norm", norm)
+        self.rate = self.lr * min(1.0, (iteration + 1) / max(1, self.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class Average:
+    """Exponential moving average of the student's weights."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.decay, self.live = decay, parameters
+        self.shadow = {k: v.detach().clone() for k, v in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, iteration: int) -> None:
+        """Move towards the live weights; the decay rises over the first iterations."""
+        decay = min(self.decay, (1 + iteration) / (10 + iteration))
+        for name, value in self.live.items():
+            self.shadow[name].lerp_(value, 1 - decay)
+
+
+@dataclass
+class Trainer:
+    """Trains the student of a recipe; `fit()` yields one row of numbers per iteration."""
+
+    recipe: Recipe
+    backbone: Backbone
+    batches: Batches
+    folder: Path
+    iteration: int = 0
+    origin: Origin | None = None
+    """What it trains on, kept in every checkpoint."""
+    _stop: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        recipe, backbone = self.recipe, self.backbone
+        self.head = build_head(backbone, recipe)
+        self.step = DistillStep(backbone, recipe.loss, head=self.head)
+        if recipe.train.gradient_checkpointing:
+            backbone.enable_checkpointing()
+        optimizer = recipe.optimizer
+        self.student = Side(list(backbone.parameters("student").values()), optimizer, optimizer.lr)
+        self.fake: Side | None = None
+        if recipe.loss.needs_fake:
+            owned = list(backbone.parameters("fake").values()) + list(
+                self.head.parameters() if self.head else ()
+            )
+            self.fake = Side(owned, optimizer, optimizer.fake_lr or optimizer.lr)
+        self.average = Average(backbone.parameters("student"), recipe.train.ema) if recipe.train.ema else None
+        self.checkpoints = self.folder / "checkpoints"
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates in one iteration: the fake model's and the student's one."""
+        return (self.recipe.loss.fake.updates if self.fake else 0) + 1
+
+    def fit(self, log: Callable[[Numbers], None] = lambda row: None) -> Iterator[Numbers]:
+        """Train to the recipe's number of iterations, saving at the interval, on a signal and at the end.
+
+        Each row is logged, then the checkpoint (if due) is written, and only then is the row yielded:
+        whatever the caller does with it, such as drawing samples, cannot cost a checkpoint.
+        """
+        train = self.recipe.train
+        with self._signals():
+            while self.iteration < train.iterations:
+                started = time.perf_counter()
+                try:
+                    row = self.iterate()
+                except LossError as error:
+                    raise TrainingStopped(self._explain(error)) from error
+                self.iteration += 1
+                row = {"iteration": self.iteration, **row, "seconds": time.perf_counter() - started}
+                log(row)
+                # A signal that comes later gets an iteration of its own.
+                stop, step = self._asked_to_stop(), self.iteration
+                if stop or step % train.checkpoint_every == 0 or step == train.iterations:
+                    self.save()
+                yield row
+                if stop:
+                    raise TrainingInterrupted(stop, step)
+
+    def iterate(self) -> Numbers:
+        """The fake model's updates, each on fresh batches, then the student's."""
+        row: Numbers = {}
+        for update in range(self.updates):
+            student = update == self.updates - 1
+            side, compute = (
+                (self.student, self.step.student_step) if student else (self.fake, self.step.fake_step)
+            )
+            assert side is not None
+            numbers = self._together(compute, update)
+            norm = side.update(self.iteration)
+            role = "student" if student else "fake"
+            row |= distributed.mean_scalars(numbers) | {
+                f"{role}/gradient_norm": norm,
+                f"{role}/lr": side.rate,
+            }
+        if self.average:
+            self.average.update(self.iteration)
+        return row
+
+    def _together(self, compute: Callable[..., Numbers], update: int) -> Numbers:
+        """Compute this process's gradients; a loss that breaks in one process stops all, instead of leaving
+        the others waiting for its gradients.
+        """
+        error, numbers = None, Numbers()
+        try:
+            numbers = self._accumulate(compute, update)
+        except LossError as found:
+            error = found
+        if distributed.any_of(error is not None):
+            raise error or LossError("a term of another process", math.nan)
+        return numbers
+
+    def _accumulate(self, compute: Callable[..., Numbers], update: int) -> Numbers:
+        """Average gradients and numbers over `train.accumulate` batches of the same step of the schedule.
+
+        All updates of an iteration have that step in common, as in the released trainer: the fake model knows
+        the student's samples of every step alike, and last those that the student is about to be judged by.
+        """
+        pieces = self.recipe.train.accumulate
+        number = self.iteration * self.updates + update
+        sums: Numbers = {}
+        index = self.batches.index_at(self.iteration)
+        for piece in range(pieces):
+            position = number * pieces + piece
+            rng = self.batches.noise(position)
+            numbers = compute(self.batches.at(position, index, update=number), rng, share=1 / pieces)
+            for key, value in numbers.items():
+                sums[key] = sums.get(key, 0.0) + value / pieces
+        return sums | {"step": index}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        state: dict[str, Any] = {
+            "iteration": self.iteration,
+            "student": self.backbone.roles.state("student"),
+            "student_optimizer": self.student.optimizer.state_dict(),
+        }
+        if self.fake:
+            state |= {
+                "fake": self.backbone.roles.state("fake"),
+                "fake_optimizer": self.fake.optimizer.state_dict(),
+            }
+        if self.head:
+            state["head"] = self.head.state_dict()
+        if self.average:
+            state["average"] = self.average.shadow
+        return state
+
+    def save(self) -> Path:
+        """Write a checkpoint (first process only) and drop the oldest ones."""
+        path = self.checkpoints / f"step-{self.iteration:06d}"
+        if distributed.is_main():
+            meta: dict[str, Any] = {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "denoiser": self.backbone.model.denoiser_name,
+            }
+            if self.origin:
+                meta["origin"] = self.origin.to_dict()
+            checkpoint.save(path, self.state(), meta=meta)
+            checkpoint.prune(self.checkpoints, self.recipe.train.keep_checkpoints)
+        distributed.barrier()
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint; one of another recipe, dataset or base is refused (see `check_resume`)."""
+        state, meta = checkpoint.load(path)
+        check_resume(path, meta, self.recipe, self.origin)
+        if broken := non_finite(state):
+            raise checkpoint.CheckpointError(
+                f"The checkpoint {path} cannot be resumed: its {checkpoint.TENSORS} has NaN or infinity in "
+                f"{len(broken)} tensors, for example {broken[0]}. {checkpoint.EARLIER}"
+            )
+        self.backbone.roles.load("student", state["student"])
+        self.student.optimizer.load_state_dict(state["student_optimizer"])
+        if self.fake:
+            self.backbone.roles.load("fake", state["fake"])
+            self.fake.optimizer.load_state_dict(state["fake_optimizer"])
+        if self.head:
+            load_head(self.head, state["head"], str(path))
+        if self.average:
+            for name, value in state["average"].items():
+                self.average.shadow[name].copy_(value)
+        self.iteration = state["iteration"]
+
+    def student_weights(self) -> dict[str, Tensor]:
+        """The weights to ship: the average if there is one, else the live ones."""
+        return dict(self.average.shadow) if self.average else self.backbone.roles.state("student")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and SIGHUP end the run after the current iteration, with a checkpoint."""
+
+        def ask(number: int, _frame: Any) -> None:
+            if self._stop:  # asked a second time: at once
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number).name
+
+        with catching(ask):
+            yield
+
+    def _asked_to_stop(self) -> str:
+        """The signal that reached any of the processes, or "": all stop after the same iteration."""
+        votes = distributed.mean_scalars({name: float(self._stop == name) for name in STOPPING})
+        return next((name for name, vote in votes.items() if vote), "")
+
+    def _explain(self, error: LossError) -> str:
+        """Say what broke, and from which checkpoint to go on: not from the very weights that led here."""
+        last = checkpoint.latest(self.checkpoints)
+        aside = ""
+        if last and last.name == f"step-{self.iteration:06d}":
+            broken = last.with_name(f"nan-{last.name}")
+            if distributed.is_main():
+                last.rename(broken)
+            aside = f"the weights before it led there, so their checkpoint is now called {broken.name}; "
+            distributed.barrier()
+            last = checkpoint.latest(self.checkpoints)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint from before"
+        remedy = "Resume with" if last else "Start anew with"
+        return (
+            f"{str(error).rstrip('.')} at iteration {self.iteration + 1}; {aside}{kept}. {remedy} a lower "
+            "optimizer.lr or optimizer.clip."
+        )
