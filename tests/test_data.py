@@ -273,11 +273,9 @@ class Prompts:
 
 def test_each_prompt_is_encoded_once_and_comes_back_exactly(tmp_path):
     model, seen = Prompts(), []
-    prompts, progress = ["bb", "a", "bb", "cccc"], lambda *numbers: seen.append(numbers)
-    cache = PromptCache.build(
-        lambda: model, prompts, tmp_path / "p", fingerprint="f", batch=2, progress=progress
-    )
-    assert model.asked == ["", "bb", "a", "cccc"] and seen == [(2, 4), (4, 4)] and len(cache) == 4
+    prompts, done = ["bb", "a", "bb", "cccc"], seen.append
+    cache = PromptCache.build(lambda: model, prompts, tmp_path / "p", fingerprint="f", batch=2, done=done)
+    assert model.asked == ["", "bb", "a", "cccc"] and seen == [2, 4] and len(cache) == 4
     cond = cache.condition(["cccc", "", "cccc", "a"])
     assert len(cond) == 4 and cond.tensors["tokens"].dtype == torch.bfloat16
     assert cond.tensors["tokens"].shape == (4, 3, 2)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation.drawings import Drawings, drawn_by
-from scalewise.evaluation.samplers import DRAWN_FOR, Prompts, draw, parse_contender
+from scalewise.evaluation.samplers import Prompts, draw, parse_contender
+from scalewise.evaluation.stored_images import DRAWN_FOR
 from scalewise.models import SD3
 
 PROMPTS = Prompts.of(["a cat", "a red dog", "the moon", "an old house", "a ship", "a tree"])

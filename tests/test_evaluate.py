@@ -13,7 +13,6 @@ from transformers import CLIPConfig, CLIPModel
 
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation import evaluate
-from scalewise.evaluation import timing as bench
 from scalewise.evaluation.evaluate import Prompts
 from scalewise.evaluation.samplers import (
     ContenderError,
@@ -24,6 +23,7 @@ from scalewise.evaluation.samplers import (
     parse_contenders,
 )
 from scalewise.evaluation.scoring import Judge
+from scalewise.evaluation.timing import bench
 from scalewise.method.backbone import Backbone
 from scalewise.method.rng import SampleNoise
 from scalewise.metrics import ClipScorer
@@ -297,7 +297,7 @@ def test_a_contender_is_timed_by_part_from_caption_to_pixels(
     make_student(tmp_path / "student.safetensors", recipe)
     contenders = parse_contenders(["teacher", f"student:{tmp_path}"], recipe)
     subjects = [evaluate.subject(model, contender, "a cat") for contender in contenders]
-    timings = bench.bench(subjects, batches=(1, 2), rounds=1)
+    timings = bench(subjects, batches=(1, 2), rounds=1)
     assert [(t.name, t.batch) for t in timings] == [
         ("teacher", 1),
         ("student", 1),
@@ -306,7 +306,7 @@ def test_a_contender_is_timed_by_part_from_caption_to_pixels(
     ]
     for timing in timings:
         assert list(timing.parts) == ["text", "denoiser", "vae", "total"]
-        assert all(spread.median > 0 for spread in timing.parts.values())
+        assert all(spread.value > 0 for spread in timing.parts.values())
     assert timings[1].speedup.keys() == {"text", "denoiser", "vae", "total"}
 
 

@@ -32,8 +32,9 @@ from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.evaluation import compare
 from scalewise.evaluation import samplers as drawing
-from scalewise.evaluation.samplers import Prompts, parse_contender, read_folder
+from scalewise.evaluation.samplers import Prompts, parse_contender
 from scalewise.evaluation.scoring import Asked
+from scalewise.evaluation.stored_images import read_folder
 from scalewise.method.backbone import Backbone
 from scalewise.method.distill import Batch, DistillStep
 from scalewise.method.loss_config import LossRecipe
@@ -193,7 +194,7 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
         kept = tmp_path / "out" / "pictures" / contender.name
         assert np.array_equal(read_picture(kept / "3.png"), videos[3])
         again = parse_contender(f"folder:{kept}", recipe)
-        assert np.array_equal(read_folder(again, prompts), videos)
+        assert np.array_equal(read_folder(again.path, texts), videos)
 
 
 def test_pictures_are_encoded_anew_for_another_vae(tmp_path, monkeypatch):

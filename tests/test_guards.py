@@ -24,8 +24,9 @@ from scalewise.config.recipe import RecipeError
 from scalewise.data.image_folder import load_pixels, scan_images
 from scalewise.evaluation import compare
 from scalewise.evaluation.evaluate import Row
-from scalewise.evaluation.samplers import ContenderError, Prompts, check_fit, parse_contender, read_folder
+from scalewise.evaluation.samplers import ContenderError, check_fit, parse_contender
 from scalewise.evaluation.scoring import Asked, judge_of
+from scalewise.evaluation.stored_images import read_folder
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.base import Seen
 from scalewise.models import Flux
@@ -218,7 +219,7 @@ def test_a_contenders_pictures_are_read_as_references_are(mode: str, tmp_path: P
     found = read_picture(tmp_path / "0.png")
     assert np.array_equal(found, expected) and found.std() > 5
     contender = parse_contender(f"folder:{tmp_path}", find_recipe("mini"))
-    assert np.array_equal(read_folder(contender, Prompts.of(["a"]))[0], expected)
+    assert np.array_equal(read_folder(contender.path, ["a"])[0], expected)
 
 
 def test_all_prompts_of_a_file_are_taken_unless_fewer_are_asked_for(tmp_path: Path) -> None:

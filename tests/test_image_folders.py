@@ -20,7 +20,8 @@ from scalewise.common.images import read_picture
 from scalewise.config.presets import find_recipe
 from scalewise.data import DataError, assign_buckets, encode_folder, load_pixels, scan_images
 from scalewise.data.image_folder import ImageEntry, bucket_faults, bucket_line
-from scalewise.evaluation.samplers import ContenderError, Prompts, parse_contender, read_folder
+from scalewise.evaluation.samplers import parse_contender
+from scalewise.evaluation.stored_images import ContenderError, read_folder
 from scalewise.method.scales import Scale
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
@@ -117,10 +118,10 @@ def test_images_to_judge_are_found_by_their_prompt_in_either_unicode_form(tmp_pa
     for name, color in ((DECOMPOSED, 10), ("b", 20)):
         Image.new("RGB", (8, 8), (color, 0, 0)).save(tmp_path / f"{name}.png")
     folder = parse_contender(f"folder:{tmp_path}", find_recipe("mini"))
-    images = read_folder(folder, Prompts.of(["b", COMPOSED]))
+    images = read_folder(folder.path, ["b", COMPOSED])
     assert images[:, 0, 0, 0].tolist() == [20, 10]
     with pytest.raises(ContenderError, match="too few pictures with the caption 'c'"):
-        read_folder(folder, Prompts.of(["c"]))
+        read_folder(folder.path, ["c"])
 
 
 @pytest.mark.parametrize("relative", [True, False])

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalewise.evaluation.samplers import Contender, ContenderError, Prompts, read_folder
+from scalewise.evaluation.samplers import Prompts
+from scalewise.evaluation.stored_images import ContenderError, read_folder
 
-PROMPTS = Prompts.of(["a cat", "a red dog", "the moon"])
+PROMPTS = Prompts.of(["a cat", "a red dog", "the moon"]).captions
 
 
-def save(folder: Path, *names: str) -> Contender:
+def save(folder: Path, *names: str) -> Path:
     """Write gray images whose shade is ten times their place."""
     for place, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (10 * place,) * 3).save(folder / name)
-    return Contender("drawn", "folder", path=folder)
+    return folder
 
 
 def shades(images: np.ndarray) -> list[int]:
@@ -51,31 +52,31 @@ def test_images_beyond_the_prompts_are_counted_in_a_warning(names: tuple[str, ..
         assert shades(read_folder(save(tmp_path, *names), PROMPTS)) == [0, 10, 20]
 
 
-def geneval(folder: Path, suffix: str = "png") -> Contender:
+def geneval(folder: Path, suffix: str = "png") -> Path:
     """Two prompts of two samples each in the authors' layout, with the grids that they write."""
     names = [f"{n:05}/samples/{s:04}.{suffix}" for n in range(2) for s in range(2)]
-    contender = save(folder, *names, "00000/grid.png", "00001/grid.png")
+    save(folder, *names, "00000/grid.png", "00001/grid.png")
     for number, prompt in enumerate(["a photo of a cat", "a photo of two dogs"]):
         told = {"tag": "counting", "include": [], "prompt": prompt}
         (folder / f"{number:05}" / "metadata.jsonl").write_text(json.dumps(told))
-    return contender
+    return folder
 
 
 @pytest.mark.parametrize("suffix", ["png", "JPG"])
 def test_genevals_layout_is_read_by_prompt_and_sample(suffix: str, tmp_path: Path) -> None:
-    contender = geneval(tmp_path, suffix)
-    turned = Prompts.of(["a photo of two dogs", "a photo of a cat"], each=2)
-    assert shades(read_folder(contender, turned)) == pytest.approx([20, 30, 0, 10], abs=1)
+    folder = geneval(tmp_path, suffix)
+    captions = Prompts.of(["a photo of two dogs", "a photo of a cat"], each=2).captions
+    assert shades(read_folder(folder, captions)) == pytest.approx([20, 30, 0, 10], abs=1)
     with pytest.warns(UserWarning, match="4 images for 1 to be judged: 3 are left out"):
-        assert shades(read_folder(contender, Prompts.of(["a photo of two dogs"]))) == pytest.approx(
+        assert shades(read_folder(folder, Prompts.of(["a photo of two dogs"]).captions)) == pytest.approx(
             [20], abs=1
         )
     with pytest.raises(ContenderError, match="too few pictures with the caption 'a photo of two dogs'"):
-        read_folder(contender, Prompts.of(["a photo of two dogs"], each=3))
+        read_folder(folder, Prompts.of(["a photo of two dogs"], each=3).captions)
 
 
 def test_genevals_metadata_without_a_prompt_is_named(tmp_path: Path) -> None:
-    contender = geneval(tmp_path)
+    folder = geneval(tmp_path)
     (tmp_path / "00001" / "metadata.jsonl").write_text("{}")
     with pytest.raises(ContenderError, match=r"00001/metadata\.jsonl does not hold GenEval's"):
-        read_folder(contender, Prompts.of(["a photo of a cat"]))
+        read_folder(folder, Prompts.of(["a photo of a cat"]).captions)

@@ -13,7 +13,8 @@ from scalewise.cli import main
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.data import DataError
-from scalewise.evaluation.samplers import ContenderError, Prompts, parse_contender, read_folder
+from scalewise.evaluation.samplers import parse_contender
+from scalewise.evaluation.stored_images import ContenderError, read_folder
 from scalewise.method.backbone import Backbone
 from scalewise.metrics import EXTRAS
 from scalewise.models import SD3
@@ -90,7 +91,7 @@ def test_a_command_refuses_in_one_sentence(words, code, said, tmp_path, monkeypa
 def test_an_empty_folder_is_told_as_empty_and_a_file_as_a_file(tmp_path: Path) -> None:
     folder = parse_contender(f"folder:{tmp_path}", MINI)
     with pytest.raises(DataError, match=r"No usable image in .*Put images there, or name another") as error:
-        read_folder(folder, Prompts.of(["a dog"]))
+        read_folder(folder.path, ["a dog"])
     assert "caption_from_name" not in str(error.value)
     (tmp_path / "a").touch()
     with pytest.raises(ContenderError, match="is a file; give a folder"):

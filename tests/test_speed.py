@@ -10,7 +10,6 @@ from scalewise.cli import main
 from scalewise.common import console
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
-from scalewise.evaluation import timing as bench
 from scalewise.evaluation.samplers import parse_contenders
 from scalewise.evaluation.sampling_speed import (
     PROTOCOLS,
@@ -21,7 +20,8 @@ from scalewise.evaluation.sampling_speed import (
     measure_speed,
     promising,
 )
-from scalewise.evaluation.timing import Spread
+from scalewise.evaluation.timing import Subject, time_parts
+from scalewise.metrics.intervals import Interval
 from scalewise.models import SD3
 
 
@@ -37,7 +37,7 @@ def test_pieces_add_up_to_their_part():
     from contextlib import nullcontext
 
     parts = {"text": work(0.1), "denoiser/1": work(0.2), "denoiser/2": work(0.5), "vae": work(0.4)}
-    lap = bench.time_parts(bench.Subject("it", lambda batch: nullcontext(parts)), 2, lambda: now[0])
+    lap = time_parts(Subject("it", lambda batch: nullcontext(parts)), 2, lambda: now[0])
     assert lap == pytest.approx(
         {"text": 50, "denoiser": 350, "denoiser/1": 100, "denoiser/2": 250, "vae": 200, "total": 600}
     )
@@ -46,10 +46,10 @@ def test_pieces_add_up_to_their_part():
 def test_a_gain_is_taken_within_rounds_and_set_beside_the_operations():
     laps = {"slow": {"denoiser": [10.0, 30.0, 20.0]}, "quick": {"denoiser": [2.0, 6.0, 5.0]}}
     found = gain(laps, {"slow": 1000.0, "quick": 160.0}, "quick", "slow", 8)
-    assert found.measured == Spread(5.0, 4.0, 5.0)
+    assert found.measured == Interval(5.0, 4.0, 5.0)
     assert found.expected == 6.25
     assert found.reached.to_list() == pytest.approx([0.8, 0.64, 0.8])
-    assert found == Gain("quick", "slow", 8, Spread(5.0, 4.0, 5.0), 6.25)
+    assert found == Gain("quick", "slow", 8, Interval(5.0, 4.0, 5.0), 6.25)
 
 
 def test_a_gain_is_of_the_one_with_fewer_operations_whoever_is_named_first():
@@ -105,7 +105,7 @@ def test_every_part_and_step_is_timed(tiny):
     for timing in found.timings:
         steps = [part for part in timing.parts if part.startswith("denoiser/")]
         assert len(steps) == (3 if timing.name == "teacher" else 2)
-        assert all(spread.median > 0 for spread in timing.parts.values())
+        assert all(spread.value > 0 for spread in timing.parts.values())
     assert [(g.name, g.over) for g in found.gains[:3]] == [
         ("full-scale", "teacher"), ("scale-wise", "teacher"), ("scale-wise", "full-scale")
     ]  # fmt: skip

@@ -13,9 +13,8 @@ from tiny_run import make_tiny
 from scalewise.cli import main
 from scalewise.common import console
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation import timing
-from scalewise.evaluation.timing import Spread
 from scalewise.evaluation.training_cost import MODES, TrainingCost, measure_training, peak_bytes, ratios
+from scalewise.metrics.intervals import Interval
 from scalewise.studies.training_cost import CLAIMS, page, run_cost
 
 CPU = torch.device("cpu")
@@ -59,7 +58,7 @@ def test_peak_bytes_count_what_a_graph_keeps_and_not_what_was_there_before() -> 
 def test_all_modes_are_timed_and_weighed_on_one_base(tiny: Recipe, cost: TrainingCost) -> None:
     assert [mode.name for mode in cost.modes] == list(MODES)
     by_name = {mode.name: mode for mode in cost.modes}
-    assert all(mode.seconds.median > 0 and mode.peak > mode.held > 0 for mode in cost.modes)
+    assert all(mode.seconds.value > 0 and mode.peak > mode.held > 0 for mode in cost.modes)
     full, mmd = by_name["scale-wise, full loss"], by_name["scale-wise, MMD alone"]
     # MMD alone has neither fake model nor head: weights and two moments less, and less to keep in mind.
     assert full.held > mmd.held and full.peak - full.held > mmd.peak - mmd.held
@@ -107,17 +106,17 @@ def test_a_recipe_of_mmd_alone_has_no_other_loss_to_compare_with(tiny: Recipe) -
 
 def test_ratios_are_taken_within_rounds() -> None:
     laps = {"scale-wise, MMD alone": [1.0, 2.0, 3.0], "full scale, MMD alone": [2.0, 4.0, 5.0]}
-    assert ratios(laps)["scale-wise, MMD alone / full scale, MMD alone"] == timing.Spread(0.5, 0.5, 0.6)
+    assert ratios(laps)["scale-wise, MMD alone / full scale, MMD alone"] == Interval(0.5, 0.5, 0.6)
 
 
 def test_a_verdict_needs_the_whole_interval_on_the_papers_side() -> None:
     cheaper, _, dearer = CLAIMS
-    assert cheaper.verdict(Spread(0.6, 0.5, 0.9), 6) == "reproduced"
-    assert cheaper.verdict(Spread(0.9, 0.8, 1.1), 6) == "undecided"
-    assert cheaper.verdict(Spread(1.2, 1.1, 1.3), 6) == "not reproduced"
-    assert dearer.verdict(Spread(6.0, 5.0, 7.0), 6) == "reproduced"
-    assert dearer.verdict(Spread(6.0, 5.0, 7.0), 5) == "undecided"  # a range is no interval
-    assert dearer.verdict(Spread(0.9, 0.8, 0.95), 6) == "not reproduced"
+    assert cheaper.verdict(Interval(0.6, 0.5, 0.9), 6) == "reproduced"
+    assert cheaper.verdict(Interval(0.9, 0.8, 1.1), 6) == "undecided"
+    assert cheaper.verdict(Interval(1.2, 1.1, 1.3), 6) == "not reproduced"
+    assert dearer.verdict(Interval(6.0, 5.0, 7.0), 6) == "reproduced"
+    assert dearer.verdict(Interval(6.0, 5.0, 7.0), 5) == "undecided"  # a range is no interval
+    assert dearer.verdict(Interval(0.9, 0.8, 0.95), 6) == "not reproduced"
 
 
 def test_the_command_writes_tables_and_numbers(

@@ -28,7 +28,7 @@ from scalewise.evaluation.evaluate import Row, save_rows
 from scalewise.evaluation.evaluate import table as figures_table
 from scalewise.evaluation.samplers import Contender, Prompts, enter, parse_contenders
 from scalewise.evaluation.scoring import Judge
-from scalewise.evaluation.timing import table as timing_table
+from scalewise.evaluation.timing import timings_table
 from scalewise.method.sampling import last
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.shares import wilson
@@ -148,7 +148,7 @@ def main(contenders: list[str], recipe_file: str, *, count: int, out: Path) -> N
     print(figures_table(rows))
     for name, (value, low, high) in motion.items():
         print(f"motion match, {name}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-    print(timing_table(timings))
+    print(timings_table(timings))
 
 
 if __name__ == "__main__":

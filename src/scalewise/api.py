@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
+from scalewise.common.progress import Progress, silent
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.training.run import distill as rows_of
-from scalewise.training.setup import Progress
-
-
-def silent(_what: str, _total: int) -> AbstractContextManager[Any]:
-    """A progress that shows nothing."""
-    return nullcontext(lambda _done: None)
 
 
 def distill(

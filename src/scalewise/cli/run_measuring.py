@@ -13,9 +13,9 @@ from rich.table import Table
 from scalewise.cli.inputs import check_out, folder_for, prompts_to_judge, read_prompts
 from scalewise.common import console, distributed
 from scalewise.config.recipe import Recipe, RecipeError
-from scalewise.evaluation import timing as bench
 from scalewise.evaluation.sampling_speed import Protocol, measure_speed
 from scalewise.evaluation.scoring import Asked
+from scalewise.evaluation.timing import TOTAL, format_ms, format_ratio
 from scalewise.method.scales import Scale, ScaleSchedule
 from scalewise.metrics import EXTRAS, OWN
 from scalewise.planning.schedule_search import Wish, survey
@@ -146,14 +146,14 @@ def run_bench(
     table = Table("", "batch", "text, ms", "denoiser, ms", "vae, ms", "total, ms", "faster", box=None,
                   header_style="bold")  # fmt: skip
     for timing in found.timings:
-        parts = [bench.format_ms(timing.parts[p].median) for p in ("text", "denoiser", "vae", bench.TOTAL)]
-        faster = bench.format_ratio(timing.speedup.get(bench.TOTAL))
+        parts = [format_ms(timing.parts[p].value) for p in ("text", "denoiser", "vae", TOTAL)]
+        faster = format_ratio(timing.speedup.get(TOTAL))
         table.add_row(escape(timing.name), str(timing.batch), *parts, faster)
     console.out.print(table)
     say = partial(console.out.print, soft_wrap=True, markup=False)
     for g in found.gains:
-        say(f"batch {g.batch}, denoiser: {g.name} {bench.format_ratio(g.measured)} faster than {g.over}, of "
-            f"{g.expected:.3g}x by operations: {g.reached.median:.0%} reached")  # fmt: skip
+        say(f"batch {g.batch}, denoiser: {g.name} {format_ratio(g.measured)} faster than {g.over}, of "
+            f"{g.expected:.3g}x by operations: {g.reached.value:.0%} reached")  # fmt: skip
     say(f"Milliseconds per image; {found.told} All in {out}")
 
 
@@ -170,8 +170,7 @@ def run_training_bench(recipe: Recipe, *, rounds: int, out: Path) -> None:
 
 def list_studies() -> None:
     """Print the studies there are."""
-    from scalewise.studies import STUDIES
-    from scalewise.studies import training_cost as cost
+    from scalewise.studies import STUDIES, training_cost
 
     table = Table(box=None, header_style="bold")
     for heading in ("study", "what it checks", "paper", "students"):
@@ -179,16 +178,15 @@ def list_studies() -> None:
     for study in STUDIES.values():
         trained = len({arm.overrides for arm in study.arms if not arm.contender and not arm.start})
         table.add_row(study.name, study.title, study.source, f"{trained} a seed")
-    table.add_row(cost.NAME, cost.TITLE, cost.SOURCE, "-")
+    table.add_row(training_cost.NAME, training_cost.TITLE, training_cost.SOURCE, "-")
     console.out.print(table)
 
 
 def run_studies(names: list[str], effort: Effort, *, rounds: int, out: Path) -> None:
     """Run studies one after the other; each ends with its verdicts and a page."""
-    from scalewise.studies import STUDIES, refuse_count, run_study, write_page
-    from scalewise.studies import training_cost as cost
+    from scalewise.studies import STUDIES, refuse_count, run_study, training_cost, write_page
 
-    known = [*STUDIES, cost.NAME]
+    known = [*STUDIES, training_cost.NAME]
     if unknown := [name for name in names if name not in known]:
         raise RecipeError(f"There is no study {unknown[0]!r}; there are {', '.join(known)}.")
     names = list(dict.fromkeys(names))
@@ -197,12 +195,14 @@ def run_studies(names: list[str], effort: Effort, *, rounds: int, out: Path) -> 
             f"{effort.count} prompts tell students too badly apart; give --count {FEWEST_PROMPTS} or more."
         )
     for name in names:
-        if name != cost.NAME:
+        if name != training_cost.NAME:
             refuse_count(STUDIES[name], effort.count)
     folder_for(out)
     for name in names:
-        if name == cost.NAME:
-            for text, verdict in cost.run_cost(out, rounds=rounds, progress=console.progress).items():
+        if name == training_cost.NAME:
+            for text, verdict in training_cost.run_cost(
+                out, rounds=rounds, progress=console.progress
+            ).items():
                 console.out.print(f"{name}: {text}: [bold]{verdict}[/]", soft_wrap=True)
             console.out.print(f"The page is {out / name}.md", soft_wrap=True, markup=False)
             continue

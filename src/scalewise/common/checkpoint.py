@@ -101,9 +101,9 @@ def verify(folder: Path, *, content: bool = True) -> None:
             f"There is no checkpoint {folder}; give the folder of a finished one, such as step-000100."
         )
     for name, expected in _read_manifest(folder).items():
-        fault = _fault(folder / name, expected, content)
-        if fault:
-            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} {fault}. {EARLIER}")
+        checksum = expected.get("sha256", "") if content else None
+        if wrong := fault(folder / name, size=expected.get("bytes", -1), checksum=checksum):
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} {wrong}. {EARLIER}")
 
 
 def latest(root: Path, *, prefix: str = "step-") -> Path | None:
@@ -181,6 +181,20 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault(path: Path, *, size: int, checksum: str | None) -> str:
+    """Say how a file differs from the size in bytes and SHA-256 it was written with, or nothing.
+
+    `checksum`: None leaves it unchecked.
+    """
+    if not path.exists():
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size:,} bytes instead of {size:,}"
+    if checksum is not None and sha256(path) != checksum:
+        return "does not have the checksum it was written with"
+    return ""
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -285,18 +299,6 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             f"The checkpoint {folder} has format {written_as}, not {FORMAT}; use the version that wrote it."
         )
     return files
-
-
-def _fault(path: Path, expected: dict[str, Any], content: bool) -> str:
-    """Say how a file differs from what its manifest expects, or nothing."""
-    if not path.exists():
-        return "is missing"
-    size = path.stat().st_size
-    if size != expected.get("bytes"):
-        return f"has {size:,} bytes instead of {expected.get('bytes'):,}"
-    if content and sha256(path) != expected.get("sha256"):
-        return "does not have the checksum it was written with"
-    return ""
 
 
 # --- Nested state <-> a JSON skeleton and flat tensors ---

@@ -49,8 +49,8 @@ def speak(aloud: bool) -> None:
     out.quiet = not aloud
 
 
-class Done(Protocol):
-    """Takes the number done so far, and a note to show beside it, such as the loss."""
+class NotedDone(Protocol):
+    """A `Done` that also takes a note to show, such as the loss."""
 
     def __call__(self, number: int, /, note: str = "") -> None: ...
 
@@ -62,7 +62,7 @@ def note(sentence: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Done]:
+def progress(what: str, total: int) -> Iterator[NotedDone]:
     """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse.
 
     Where nobody watches (a log file, say) a line every half minute takes the bar's place. A command that was
@@ -78,7 +78,7 @@ def progress(what: str, total: int) -> Iterator[Done]:
 
 
 @contextmanager
-def _shown(what: str, total: int) -> Iterator[Done]:
+def _shown(what: str, total: int) -> Iterator[NotedDone]:
     if out.quiet:
         yield lambda _number, note="": None
         return
@@ -100,7 +100,7 @@ def _shown(what: str, total: int) -> Iterator[Done]:
         yield lambda number, note="": bar.update(task, completed=number, note=note)
 
 
-def _lines(what: str, total: int) -> Done:
+def _lines(what: str, total: int) -> NotedDone:
     started = said = time.monotonic()
     first: int | None = None
 

@@ -12,14 +12,13 @@ from scalewise.data.image_folder import (
     scan_images,
 )
 from scalewise.data.latent_set import LatentSet, LatentSetWriter, sets_fingerprint
-from scalewise.data.shards import DataError, Progress
+from scalewise.data.shards import DataError
 
 __all__ = [
     "DataError",
     "ImageEntry",
     "LatentSet",
     "LatentSetWriter",
-    "Progress",
     "PromptCache",
     "Skipped",
     "assign_buckets",

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scalewise.common.checkpoint import drop_leftovers, write_atomically
+from scalewise.common.progress import Done, ignore
 from scalewise.data.header import CONTENTS, INDEX_FILE, SetHeader
 from scalewise.data.image_folder import (
     BucketMode,
@@ -35,7 +36,6 @@ from scalewise.data.image_folder import (
 from scalewise.data.latent_set import LatentSet, LatentSetWriter
 from scalewise.data.shards import (
     DataError,
-    Progress,
     Shard,
     alone,
     disk_full_explained,
@@ -64,7 +64,7 @@ def encode_folder(
     batch: int = 8,
     least: int = 1,
     caption_from_name: bool = False,
-    progress: Progress | None = None,
+    done: Done = ignore,
     say: Callable[[str], None] = lambda _sentence: None,
 ) -> list[LatentSet]:
     """Encode an image folder into one set per bucket, `out/<full size>/`, with latents at every scale.
@@ -97,7 +97,7 @@ def encode_folder(
                 settings = {"fingerprint": fingerprint, CONTENTS: {"vae": vae_key}}
                 _encode_buckets(
                     adapter, buckets, out, scales_for=scales_for, settings=settings, batch=batch,
-                    progress=progress,
+                    done=done,
                 )  # fmt: skip
                 faults, kept = [*skipped.faults, *enlarged(buckets, adapter.vae_factor)], ""
                 if mode == "buckets":
@@ -137,10 +137,10 @@ def _encode_buckets(
     scales_for: Callable[[Scale], Iterable[Scale]],
     settings: Mapping[str, Any],
     batch: int,
-    progress: Progress | None,
+    done: Done,
 ) -> None:
     """Write the set of every bucket, or what it lacks."""
-    before, total = 0, sum(map(len, buckets.values()))
+    before = 0
     for size, images in buckets.items():
         writer = LatentSetWriter(
             out / str(size),
@@ -150,9 +150,8 @@ def _encode_buckets(
             base=adapter.base,
             settings={**settings, "full": str(size)},
         )
-        for done in _encode_bucket(adapter, images, writer, size=size, batch=batch):
-            if progress:
-                progress(before + done, total)
+        for number in _encode_bucket(adapter, images, writer, size=size, batch=batch):
+            done(before + number)
         before += len(images)
 
 
@@ -246,7 +245,7 @@ class PromptCache:
         *,
         fingerprint: str,
         batch: int = 16,
-        progress: Progress | None = None,
+        done: Done = ignore,
     ) -> PromptCache:
         """Encode the captions, and "", that the cache at `path` lacks, and open it.
 
@@ -272,14 +271,13 @@ class PromptCache:
             for start in range(0, len(todo), batch):
                 assert model is not None
                 waiting.append(model.encode_prompts(todo[start : start + batch]).to("cpu"))
-                done = min(start + batch, len(todo))
-                if done == len(todo) or sum(map(_bytes, waiting)) >= SHARD_BYTES:
-                    shards.append(_write_prompts(folder, Condition.cat(waiting), todo[first:done], shards))
+                end = min(start + batch, len(todo))
+                if end == len(todo) or sum(map(_bytes, waiting)) >= SHARD_BYTES:
+                    shards.append(_write_prompts(folder, Condition.cat(waiting), todo[first:end], shards))
                     listed = [shard.to_json() for shard in shards]
                     write_json(folder / PROMPTS_FILE, {"fingerprint": fingerprint, "shards": listed})
-                    waiting, first = [], done
-                if progress:
-                    progress(done, len(todo))
+                    waiting, first = [], end
+                done(end)
             return cls(folder, shards)
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from scalewise.common.checkpoint import is_disk_full, sha256, write_atomically
-
-Progress = Callable[[int, int], None]
-"""Called with the number done and the number to do."""
+from scalewise.common.checkpoint import fault, is_disk_full, sha256, write_atomically
 
 
 class DataError(ValueError):
@@ -39,14 +36,7 @@ class Shard:
 
     def fault(self, folder: Path, *, content: bool = True) -> str:
         """Say what is wrong with the file, or nothing; content=False skips the checksum."""
-        path = folder / self.file
-        if not path.exists():
-            return "is missing"
-        if path.stat().st_size != self.bytes:
-            return f"has {path.stat().st_size:,} bytes instead of {self.bytes:,}"
-        if content and sha256(path) != self.sha256:
-            return "does not have the checksum it was written with"
-        return ""
+        return fault(folder / self.file, size=self.bytes, checksum=self.sha256 if content else None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a dict."""

@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 
 from scalewise import mini
 from scalewise.common import distributed
+from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation import timing
 from scalewise.evaluation.drawings import Drawings, drawn_by
 from scalewise.evaluation.evaluate import Result, Row, evaluate, save_rows, subject, table
 from scalewise.evaluation.samplers import (
     Contender,
-    ContenderError,
     Prompts,
     check_fit,
     parse_contenders,
-    read_folder,
 )
 from scalewise.evaluation.scoring import SCORER, SPECTRUM, Asked, Judge, check_asked, judge_of
+from scalewise.evaluation.stored_images import ContenderError, read_folder
 from scalewise.method.rng import permutation
 from scalewise.metrics import measure
 from scalewise.models import ModelAdapter, family_of
@@ -45,7 +45,7 @@ class Outcome:
     def markdown(self) -> str:
         """Both tables."""
         text = table(self.rows)
-        return f"{text}\n{timing.table(self.timings)}" if self.timings else text
+        return f"{text}\n{timing.timings_table(self.timings)}" if self.timings else text
 
 
 def real_rows(judge: Judge) -> list[Row]:
@@ -84,7 +84,7 @@ def compare(
     recipe: Recipe,
     contenders: Sequence[str],
     texts: Sequence[str],
-    progress: setup.Progress,
+    progress: Progress,
     *,
     out: Path,
     batch: int = 16,
@@ -116,7 +116,8 @@ def compare(
     for contender in parsed if draws else ():  # else they are read at once anyway
         if contender.kind == "folder":
             with progress(f"reading {contender.name}", 0):
-                read_folder(contender, prompts, numbers=distributed.split(len(prompts)))
+                assert contender.path is not None
+                read_folder(contender.path, prompts.captions, numbers=distributed.split(len(prompts)))
     model = setup.load(recipe, ("denoiser", "vae", "text")) if draws else None
     if model:
         check_fit(model, parsed)
@@ -124,8 +125,7 @@ def compare(
         (out / "timings.json").unlink(missing_ok=True)  # of an earlier comparison
     results, rows = list[Result](), list[Row]()
     for result in evaluate(
-        model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision,
-        drawing=lambda contender: progress(f"drawing: {contender.name}", len(prompts)),
+        model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision, progress=progress,
         keep=partial(_copy_pictures, prompts, out / "pictures"),
         drawings=partial(_drawings, recipe, prompts, out / "pictures"),
     ):  # fmt: skip
@@ -147,7 +147,7 @@ def time_all(
     recipe: Recipe,
     contenders: Sequence[Contender],
     caption: str,
-    progress: setup.Progress,
+    progress: Progress,
     *,
     rounds: int = 7,
 ) -> list[timing.Timing]:

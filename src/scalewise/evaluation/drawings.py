@@ -17,7 +17,8 @@ from scalewise.common import checkpoint, distributed
 from scalewise.common.contents import base_contents, file_fingerprint
 from scalewise.common.images import read_picture, save_picture
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation.samplers import DRAWN_FOR, Contender, Prompts, number_of
+from scalewise.evaluation.samplers import Contender, Prompts
+from scalewise.evaluation.stored_images import DRAWN_FOR, number_of
 from scalewise.models.lora import find_file, versions
 from scalewise.training import setup
 

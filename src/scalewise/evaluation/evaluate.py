@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from scalewise.common import distributed
+from scalewise.common import distributed, markdown
+from scalewise.common.progress import Done, Progress, silent
 from scalewise.evaluation.drawings import Drawings
 from scalewise.evaluation.samplers import (
     Contender,
@@ -30,7 +31,7 @@ from scalewise.evaluation.timing import Parts, Subject
 from scalewise.method.adapter import ModelAdapter
 from scalewise.method.backbone import Precision
 from scalewise.method.sampling import last
-from scalewise.metrics import METRICS, Interval, Seen, measure
+from scalewise.metrics import METRICS, Interval, Metric, Seen, measure
 
 __all__ = [
     "Contender", "Prompts", "Result", "Row", "draw", "draw_steps", "evaluate", "load_rows",
@@ -95,11 +96,6 @@ def judge_result(contender: Contender, seen: Seen, *, first: Result | None = Non
     return Result(row, seen)
 
 
-def silent(_contender: Contender) -> AbstractContextManager[Callable[[int], None]]:
-    """Show no progress."""
-    return nullcontext(lambda _done: None)
-
-
 def warned_once(
     model: ModelAdapter | None, contender: Contender, captions: Sequence[str]
 ) -> AbstractContextManager[None]:
@@ -114,7 +110,7 @@ def evaluate(
     model: ModelAdapter | None, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *,
     batch: int = 16,
     precision: Precision = "float32",
-    drawing: Callable[[Contender], AbstractContextManager[Callable[[int], None]]] = silent,
+    progress: Progress = silent,
     keep: Callable[[Contender, Sequence[int], np.ndarray], None] = lambda _contender, _numbers, _images: None,
     drawings: Callable[[Contender], Drawings | None] = lambda _contender: None,
 ) -> Iterator[Result]:  # fmt: skip
@@ -123,14 +119,14 @@ def evaluate(
     Folders need no `model`. Several processes draw and look at a part of the pictures each; the first one
     alone has results.
 
-    `drawing(contender)` is entered while one draws, and what it gives is called with the number done so far;
-    `keep(contender, numbers, images)` is told of what this process drew before it is judged. Where
+    `keep(contender, numbers, images)` is called with what this process drew before it is judged. Where
     `drawings(contender)` gives a place, every batch is written there, and read if it is there already.
     """
     first, mine = None, distributed.split(len(prompts))
     own = prompts.chosen(mine)
     for contender in contenders:
-        with drawing(contender) as done, warned_once(model, contender, prompts.captions):
+        drawing = progress(f"drawing: {contender.name}", len(prompts))
+        with drawing as done, warned_once(model, contender, prompts.captions):
             place, there = drawings(contender), dict[str, Any]()
             if place:
                 place.begin()
@@ -147,7 +143,7 @@ def evaluate(
             yield result
 
 
-def _report(done: Callable[[int], None], total: int, count: int) -> None:
+def _report(done: Done, total: int, count: int) -> None:
     """Tell what all processes have done: they draw alike."""
     done(min(total, count * distributed.world()))
 
@@ -195,13 +191,11 @@ def _parts(
 def table(rows: Sequence[Row]) -> str:
     """A table in markdown: every figure with its interval, and whether it differs from the first one's."""
     shown = [metric for name, metric in METRICS.items() if any(name in row.values for row in rows)]
-    arrows = {"lower": "↓", "higher": "↑"}
-    lines = [["", "drawn with", "images", *(f"{metric.title} {arrows[metric.better]}" for metric in shown)],
-             ["---", "---", "---:", *["---:"] * len(shown)]]  # fmt: skip
-    for row in rows:
-        cells = [_cell(row, metric.name, metric.show) for metric in shown]
-        lines.append([row.name, row.about, f"{row.images:,}", *cells])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = markdown.table(
+        ["", "drawn with", "images", *(metric.heading for metric in shown)],
+        [[r.name, r.about, f"{r.images:,}", *(_cell(r, m) for m in shown)] for r in rows],
+        left=2,
+    )
     compared = next((row.compared_with for row in rows if row.compared_with), "")
     note = (
         f"better, worse: than {compared}, by a paired difference whose 95% interval leaves out 0."
@@ -214,10 +208,9 @@ def table(rows: Sequence[Row]) -> str:
     return f"{text}\n\n95% intervals over prompts.{few} {note}".rstrip() + "\n"
 
 
-def _cell(row: Row, metric: str, show: Callable[[float], str]) -> str:
-    if metric not in row.values:
-        return "-"
-    return f"{row.values[metric].show(show)} {row.verdict(metric)}".rstrip()
+def _cell(row: Row, metric: Metric) -> str:
+    found = row.values.get(metric.name)
+    return f"{found.show(metric.show)} {row.verdict(metric.name)}".rstrip() if found else "-"
 
 
 def save_rows(rows: Sequence[Row], folder: Path) -> None:

@@ -6,27 +6,37 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from scalewise import mini
+from scalewise.common import markdown
+from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
-from scalewise.evaluation import timing as bench
 from scalewise.evaluation.evaluate import subject
 from scalewise.evaluation.samplers import Contender, check_fit, parse_contenders
-from scalewise.evaluation.timing import Spread, Timing
+from scalewise.evaluation.timing import (
+    Laps,
+    Timing,
+    device_clock,
+    format_ms,
+    format_ratio,
+    laps_of,
+    rounds_told,
+    summarize,
+    timings_table,
+)
 from scalewise.method.backbone import settle
 from scalewise.method.scales import Scale
+from scalewise.metrics.intervals import Interval, median_interval
 from scalewise.models.lora import versions
 from scalewise.models.meta import skeleton
 from scalewise.planning.plan import forward_flops
 from scalewise.training import setup
-from scalewise.training.setup import Progress
 
 DEFAULT = ("teacher", "full-scale=undistilled:full", "scale-wise=undistilled")
 """A student's operations are those of the undistilled model on its schedule: it is fused into it."""
@@ -74,15 +84,15 @@ class Gain:
     name: str
     over: str
     batch: int
-    measured: Spread
+    measured: Interval
     """Ratio of the denoisers' times, taken within rounds."""
     expected: float
     """Ratio of their operations."""
 
     @property
-    def reached(self) -> Spread:
+    def reached(self) -> Interval:
         """Part of the expected gain that is there in time."""
-        return Spread(*(value / self.expected for value in self.measured.to_list()))
+        return self.measured / self.expected
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -108,7 +118,7 @@ class Speed:
         how = "compiled" if setting["compiled"] else "not compiled"
         return (
             f"{setting['device']}, {setting['dtype']} computed in {setting['precision']}, {how}, VAE: "
-            f"{setting['vae']}. {bench.rounds_told(self.protocol.rounds)}"
+            f"{setting['vae']}. {rounds_told(self.protocol.rounds)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +134,7 @@ class Speed:
         """Write bench.json and bench.md."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bench.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        tables = [bench.table(self.timings), steps_table(self.timings), gains_table(self.gains), self.told]
+        tables = [timings_table(self.timings), steps_table(self.timings), gains_table(self.gains), self.told]
         (folder / "bench.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
 
 
@@ -145,16 +155,14 @@ def measure_speed(
     if protocol.compiled:
         model.compile_blocks(dynamic=False)
     subjects = [subject(model, c, caption, precision=recipe.train.precision, each_step=True) for c in parsed]
-    timings, gains = list[Timing](), list[Gain]()
     with progress("timing", len(protocol.batches) * (protocol.rounds + 1)) as done, torch.no_grad():
-        for number, batch in enumerate(protocol.batches):
-            before = number * (protocol.rounds + 1)
-            laps = bench.interleave(
-                subjects, batch, rounds=protocol.rounds, clock=bench.device_clock(str(device)),
-                done=partial(_report, done, before),
-            )  # fmt: skip
-            timings += bench.summarise(laps, batch, baseline=parsed[0].name)
-            gains += [gain(laps, flops, a, b, batch) for b, a in promising(parsed, flops)]
+        found = laps_of(
+            subjects, protocol.batches, rounds=protocol.rounds, clock=device_clock(str(device)), done=done
+        )
+    timings, gains = list[Timing](), list[Gain]()
+    for batch, laps in found.items():
+        timings += summarize(laps, batch, baseline=parsed[0].name)
+        gains += [gain(laps, flops, a, b, batch) for b, a in promising(parsed, flops)]
     setting = {
         "base": recipe.model.base, "dtype": recipe.model.dtype,
         "precision": settle(recipe.train.precision, device),
@@ -171,14 +179,10 @@ def promising(contenders: Sequence[Contender], flops: Mapping[str, float]) -> li
     return [(more, fewer) for more, fewer in ordered if flops[more] > flops[fewer]]
 
 
-def _report(done: Callable[[int], None], before: int, count: int) -> None:
-    done(before + count)
-
-
-def gain(laps: bench.Laps, flops: Mapping[str, float], name: str, over: str, batch: int) -> Gain:
+def gain(laps: Laps, flops: Mapping[str, float], name: str, over: str, batch: int) -> Gain:
     """Compare two denoisers, round by round."""
     pairs = zip(laps[over]["denoiser"], laps[name]["denoiser"], strict=True)
-    measured = Spread.of([theirs / own for theirs, own in pairs])
+    measured = median_interval([theirs / own for theirs, own in pairs])
     return Gain(name, over, batch, measured, flops[over] / flops[name])
 
 
@@ -211,26 +215,21 @@ def machine(device: torch.device) -> str:
 
 def steps_table(timings: Sequence[Timing]) -> str:
     """Milliseconds per image of every step of the denoiser, in markdown; of many steps their mean."""
-    lines = ["| | batch | denoiser's steps, ms |", "| --- | ---: | --- |"]
+    rows = []
     for timing in timings:
-        steps = [spread.median for part, spread in timing.parts.items() if part.startswith("denoiser/")]
-        each = " + ".join(bench.format_ms(s) for s in steps)
+        steps = [spread.value for part, spread in timing.parts.items() if part.startswith("denoiser/")]
+        each = " + ".join(map(format_ms, steps))
         if len(steps) > 8:
-            each = f"{len(steps)} of {bench.format_ms(sum(steps) / len(steps))}"
-        lines.append(f"| {timing.name} | {timing.batch} | {each} |")
-    return "\n".join(lines)
+            each = f"{len(steps)} of {format_ms(sum(steps) / len(steps))}"
+        rows.append([timing.name, str(timing.batch), each])
+    return markdown.table(["", "batch", "denoiser's steps, ms"], rows)
 
 
 def gains_table(gains: Sequence[Gain]) -> str:
     """Measured and expected gains of the denoisers, in markdown."""
-    lines = [
-        "| denoiser | batch | faster | fewer operations | part reached |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for g in gains:
-        reached = f"{g.reached.median:.2f} [{g.reached.low:.2f}, {g.reached.high:.2f}]"
-        measured = bench.format_ratio(g.measured)
-        lines.append(
-            f"| {g.name} against {g.over} | {g.batch} | {measured} | {g.expected:.3g}x | {reached} |"
-        )
-    return "\n".join(lines)
+    rows = [
+        [f"{g.name} against {g.over}", str(g.batch), format_ratio(g.measured), f"{g.expected:.3g}x",
+         g.reached.show("{:.2f}".format)]
+        for g in gains
+    ]  # fmt: skip
+    return markdown.table(["denoiser", "batch", "faster", "fewer operations", "part reached"], rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +18,7 @@ from scalewise import mini
 from scalewise.common import distributed
 from scalewise.common.checkpoint import write_atomically
 from scalewise.common.images import stills, to_bytes
+from scalewise.common.progress import Progress, silent
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.image_folder import ImageEntry, load_pixels, scan_images
 from scalewise.data.shards import alone
@@ -105,7 +105,7 @@ def judge_of(
     asked: Asked | None = None,
     *,
     pool: Sequence[str] = (),
-    progress: setup.Progress | None = None,
+    progress: Progress = silent,
 ) -> Judge:
     """The judges that were asked for: the mini's own scorer unless another is named, and the extras.
 
@@ -132,7 +132,6 @@ def judge_of(
             f"The metric {lacking.name} holds pictures against real ones; give a folder of them with "
             "--reference."
         )
-    progress = progress or _silent
     entries = real_pictures(asked.reference, progress) if asked.reference else []
     if asked.reference and len(entries) < 2:
         raise RecipeError(
@@ -163,7 +162,7 @@ def _known_spectrum() -> dict[str, Gaussian]:
     return {SPECTRUM: Gaussian.fit(load_file(mini.REFERENCE)["test_spectrum"])}
 
 
-def real_pictures(folder: Path, progress: setup.Progress) -> list[ImageEntry]:
+def real_pictures(folder: Path, progress: Progress) -> list[ImageEntry]:
     """The usable pictures of a folder; those that are not are warned of."""
     with progress("reading real pictures", 0):
         entries, skipped = scan_images(folder, captions=False)
@@ -171,12 +170,8 @@ def real_pictures(folder: Path, progress: setup.Progress) -> list[ImageEntry]:
     return entries
 
 
-def _silent(_what: str, _total: int) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda _done: None)
-
-
 def _real(
-    extra: Extra, source: str, examiner: Examiner, entries: list[ImageEntry], progress: setup.Progress
+    extra: Extra, source: str, examiner: Examiner, entries: list[ImageEntry], progress: Progress
 ) -> Gaussian:
     """Statistics of real pictures, kept: thousands of them need not be read at every evaluation."""
     stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
@@ -205,7 +200,7 @@ def _features(
     entries: list[ImageEntry],
     look: Callable[[np.ndarray], Tensor],
     name: str,
-    progress: setup.Progress,
+    progress: Progress,
 ) -> Tensor:
     """Features [M, D] of real pictures, a chunk of one size at a time."""
     parts = []

@@ -8,12 +8,14 @@ down slows both. Everything here works on callables and a clock, so that tests c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import comb
-from statistics import median
-from typing import Any
+from typing import Any, TypeVar
+
+from scalewise.common import markdown
+from scalewise.common.progress import Done, ignore
+from scalewise.metrics.intervals import FEWEST_ROUNDS, Interval, median_interval
 
 Clock = Callable[[], float]
 """Seconds since whenever; waits first until the device has done what it was given."""
@@ -24,7 +26,7 @@ Laps = dict[str, dict[str, list[float]]]
 """laps[contender][part][round] in milliseconds per image."""
 
 TOTAL = "total"
-FEWEST_ROUNDS = 6  # that a 95% interval of a median needs
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,39 +38,15 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A median over rounds with its 95% interval."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Order statistics, which assume no distribution; of fewer than FEWEST_ROUNDS values their range."""
-        ordered, count = sorted(values), len(values)
-        # P(median outside [k-th smallest, k-th largest]) = 2 P(Binomial(n, 1/2) < k): the largest k below 5%.
-        outside, cut = 2 * 0.5**count, 0
-        while outside + 2 * comb(count, cut + 1) * 0.5**count <= 0.05:
-            cut += 1
-            outside += 2 * comb(count, cut) * 0.5**count
-        return cls(median(ordered), ordered[cut], ordered[count - 1 - cut])
-
-    def to_list(self) -> list[float]:
-        """[median, low, high], as results are stored."""
-        return [self.median, self.low, self.high]
-
-
-@dataclass(frozen=True)
 class Timing:
     """Milliseconds per image of a contender at one batch size."""
 
     name: str
     batch: int
     rounds: int
-    parts: dict[str, Spread]
+    parts: dict[str, Interval]
     """By part, and "total" from caption to pixels."""
-    speedup: dict[str, Spread]
+    speedup: dict[str, Interval]
     """Times faster than the baseline, within the same round; by part and in total. Empty for the baseline."""
     baseline: str
 
@@ -95,41 +73,41 @@ def device_clock(device: str = "cpu") -> Clock:
 
 
 def bench(
-    subjects: Sequence[Subject], *, batches: Iterable[int] = (1, 8), rounds: int = 7,
-    clock: Clock = time.perf_counter, done: Callable[[int], None] = lambda count: None,
+    subjects: Sequence[Subject], *, batches: Sequence[int] = (1, 8), rounds: int = 7,
+    clock: Clock = time.perf_counter, done: Done = ignore,
 ) -> list[Timing]:  # fmt: skip
-    """Time all subjects at every batch size; the first subject is what the others are compared with.
+    """Time all subjects at every batch size; the first subject is what the others are compared with."""
+    found = laps_of(subjects, batches, rounds=rounds, clock=clock, done=done)
+    return [t for batch, laps in found.items() for t in summarize(laps, batch, baseline=subjects[0].name)]
 
-    `done` is told the number of rounds finished, warm-up included; there are len(batches) * (rounds + 1).
+
+def laps_of(
+    subjects: Sequence[Subject], batches: Sequence[int], *, rounds: int, clock: Clock = time.perf_counter,
+    done: Done = ignore,
+) -> dict[int, Laps]:  # fmt: skip
+    """Run every subject once a round at every batch size, in turns; the first round of each is warm-up.
+
+    `done` is called with the number of rounds finished, of len(batches) * (rounds + 1).
     """
-    timings: list[Timing] = []
-    for number, batch in enumerate(batches):
-
-        def so_far(count: int, before: int = number * (rounds + 1)) -> None:
-            done(before + count)
-
-        laps = interleave(subjects, batch, rounds=rounds, clock=clock, done=so_far)
-        timings += summarise(laps, batch, baseline=subjects[0].name)
-    return timings
-
-
-def interleave(
-    subjects: Sequence[Subject], batch: int, *, rounds: int = 7, clock: Clock = time.perf_counter,
-    done: Callable[[int], None] = lambda count: None,
-) -> Laps:  # fmt: skip
-    """Run every subject once a round, each round beginning with the next one; the first round is warm-up."""
     if rounds < 1:
         raise ValueError(f"Timing needs at least one round, not {rounds}; 7 give a 95% interval.")
-    laps: Laps = {subject.name: {} for subject in subjects}
-    for number in range(rounds + 1):
-        first = number % len(subjects)
-        for subject in [*subjects[first:], *subjects[:first]]:
-            lap = time_parts(subject, batch, clock)
-            if number > 0:
-                for part, milliseconds in lap.items():
-                    laps[subject.name].setdefault(part, []).append(milliseconds)
-        done(number + 1)
-    return laps
+    found: dict[int, Laps] = {}
+    for at, batch in enumerate(batches):
+        laps = found[batch] = {subject.name: {} for subject in subjects}
+        for number in range(rounds + 1):
+            for subject in in_turns(subjects, number):
+                lap = time_parts(subject, batch, clock)
+                if number > 0:
+                    for part, milliseconds in lap.items():
+                        laps[subject.name].setdefault(part, []).append(milliseconds)
+            done(at * (rounds + 1) + number + 1)
+    return found
+
+
+def in_turns(items: Sequence[T], number: int) -> list[T]:
+    """Rotate the order of items, so that each round begins with the next one."""
+    first = number % len(items)
+    return [*items[first:], *items[:first]]
 
 
 def time_parts(subject: Subject, batch: int, clock: Clock) -> dict[str, float]:
@@ -147,31 +125,31 @@ def time_parts(subject: Subject, batch: int, clock: Clock) -> dict[str, float]:
     return lap | {TOTAL: sum(lap.values())} | pieces
 
 
-def summarise(laps: Laps, batch: int, *, baseline: str) -> list[Timing]:
+def summarize(laps: Laps, batch: int, *, baseline: str) -> list[Timing]:
     """Medians over rounds, and medians of the rounds' own ratios to the baseline."""
     base = laps[baseline]
     timings = []
     for name, own in laps.items():
         ratios = {
-            part: Spread.of([theirs / ours for theirs, ours in zip(base[part], own[part], strict=True)])
+            part: median_interval([theirs / ours for theirs, ours in zip(base[part], own[part], strict=True)])
             for part in own
             if name != baseline and part in base and min(own[part]) > 0
         }
-        spreads = {part: Spread.of(values) for part, values in own.items()}
+        spreads = {part: median_interval(values) for part, values in own.items()}
         timings.append(Timing(name, batch, len(own[TOTAL]), spreads, ratios, baseline))
     return timings
 
 
-def table(timings: Sequence[Timing]) -> str:
+def timings_table(timings: Sequence[Timing]) -> str:
     """A table in markdown: milliseconds per image by part, and the speed-up with its interval."""
     parts = [part for part in timings[0].parts if "/" not in part]
     head = ["", "batch", *(f"{part}, ms" for part in parts), "speed-up", "of the denoiser alone"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = []
     for timing in timings:
-        cells = [format_ms(timing.parts[part].median) for part in parts]
+        cells = [format_ms(timing.parts[part].value) for part in parts]
         ratios = [format_ratio(timing.speedup.get(part)) for part in (TOTAL, "denoiser")]
-        lines.append([timing.name, str(timing.batch), *cells, *ratios])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([timing.name, str(timing.batch), *cells, *ratios])
+    return markdown.table(head, rows)
 
 
 def rounds_told(rounds: int) -> str:
@@ -187,6 +165,6 @@ def format_ms(milliseconds: float) -> str:
     return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:,.0f}"
 
 
-def format_ratio(ratio: Spread | None) -> str:
+def format_ratio(ratio: Interval | None) -> str:
     """Such as "12.3x [11.8, 12.9]", or a dash for the baseline itself."""
-    return f"{ratio.median:.3g}x [{ratio.low:.3g}, {ratio.high:.3g}]" if ratio else "-"
+    return f"{ratio.value:.3g}x [{ratio.low:.3g}, {ratio.high:.3g}]" if ratio else "-"

@@ -16,13 +16,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scalewise.common import markdown
+from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation import timing
 from scalewise.evaluation.sampling_speed import machine
-from scalewise.evaluation.timing import Spread
+from scalewise.evaluation.timing import device_clock, in_turns, rounds_told
+from scalewise.metrics.intervals import Interval, median_interval
 from scalewise.models.lora import versions
 from scalewise.training import setup
-from scalewise.training.setup import Progress
 from scalewise.training.trainer import Trainer
 
 FULL_SCALE, MMD_ONLY = "schedule.full_scale=true", "loss.mmd_only=true"
@@ -40,7 +41,7 @@ class Mode:
     """What an iteration of one mode takes."""
 
     name: str
-    seconds: Spread
+    seconds: Interval
     held: int
     """Bytes of the base, the roles that the loss needs, their moments and their average."""
     peak: int
@@ -56,7 +57,7 @@ class TrainingCost:
     """All modes, and their ratios within rounds."""
 
     modes: list[Mode]
-    ratios: dict[str, Spread]
+    ratios: dict[str, Interval]
     """Seconds of one mode over those of another, by "one / other"."""
     setting: dict[str, Any]
 
@@ -77,21 +78,18 @@ class TrainingCost:
     @property
     def markdown(self) -> str:
         """Two tables."""
-        lines = ["| training | an iteration, s | peak memory, GB | of it held throughout |"]
-        lines.append("| --- | ---: | ---: | ---: |")
-        for mode in self.modes:
-            s = mode.seconds
-            seconds = f"{s.median:.3g} [{s.low:.3g}, {s.high:.3g}]"
-            lines.append(f"| {mode.name} | {seconds} | {mode.peak / GB:.3g} | {mode.held / GB:.3g} |")
-        lines += ["", "| seconds of | ratio |", "| --- | ---: |"]
-        for name, ratio in self.ratios.items():
-            lines.append(f"| {name} | {ratio.median:.3g} [{ratio.low:.3g}, {ratio.high:.3g}] |")
+        show = "{:.3g}".format
+        modes = [
+            [mode.name, mode.seconds.show(show), show(mode.peak / GB), show(mode.held / GB)]
+            for mode in self.modes
+        ]
+        head = ["training", "an iteration, s", "peak memory, GB", "of it held throughout"]
+        ratios = [[name, ratio.show(show)] for name, ratio in self.ratios.items()]
+        tables = [markdown.table(head, modes), markdown.table(["seconds of", "ratio"], ratios)]
         setting = self.setting
         told = f"Batch {setting['batch']}, {setting['dtype']} computed in {setting['precision']}, "
-        told += (
-            f"{setting['device']}. {timing.rounds_told(setting['rounds'])} Peak memory is that of tensors."
-        )
-        return "\n".join([*lines, "", told]) + "\n"
+        told += f"{setting['device']}. {rounds_told(setting['rounds'])} Peak memory is that of tensors."
+        return "\n\n".join([*tables, told]) + "\n"
 
 
 def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> TrainingCost:
@@ -110,7 +108,7 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
             name: Trainer(own, backbone, setup.batches_for(own, data, backbone), Path(folder))
             for name, own in recipes.items()
         }
-        clock = timing.device_clock(str(backbone.device))
+        clock = device_clock(str(backbone.device))
         laps: dict[str, list[float]] = {name: [] for name in trainers}
         passes = (rounds + 1) * sum(trainer.batches.steps for trainer in trainers.values())
         with progress("training iterations", passes) as done:
@@ -128,13 +126,12 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
                 peaks[name] = peak_bytes(partial(one_pass, trainer), backbone.device)
             names = list(trainers)
             for number in range(rounds):
-                first = number % len(names)  # as `bench` takes turns
-                for name in [*names[first:], *names[:first]]:
+                for name in in_turns(names, number):
                     started = clock()
                     one_pass(trainers[name])
                     laps[name].append((clock() - started) / trainer.batches.steps)
     modes = [
-        Mode(name, Spread.of(laps[name]), held_bytes(own), held_bytes(own) + peaks[name])
+        Mode(name, median_interval(laps[name]), held_bytes(own), held_bytes(own) + peaks[name])
         for name, own in trainers.items()
     ]
     setting = {
@@ -146,12 +143,12 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
     return TrainingCost(modes, ratios(laps), setting)
 
 
-def ratios(laps: dict[str, list[float]]) -> dict[str, Spread]:
+def ratios(laps: dict[str, list[float]]) -> dict[str, Interval]:
     """Scale-wise over full scale for each loss, and the full loss over MMD alone for each scale."""
     pairs = [(f"scale-wise, {loss}", f"full scale, {loss}") for loss in ("full loss", "MMD alone")]
     pairs += [(f"{scale}, full loss", f"{scale}, MMD alone") for scale in ("scale-wise", "full scale")]
     return {
-        f"{one} / {other}": Spread.of([a / b for a, b in zip(laps[one], laps[other], strict=True)])
+        f"{one} / {other}": median_interval([a / b for a, b in zip(laps[one], laps[other], strict=True)])
         for one, other in pairs
         if one in laps and other in laps
     }

@@ -140,6 +140,11 @@ class Metric:
     rounds: int = ROUNDS
     """Of resampling; fewer where the figure takes long."""
 
+    @property
+    def heading(self) -> str:
+        """The title with an arrow that says which way is better."""
+        return f"{self.title} {'↓' if self.better == 'lower' else '↑'}"
+
     def show(self, value: float, *, finer: int = 0) -> str:
         """Print a value or difference with as many digits as it deserves, or some more."""
         return f"{100 * value:.{1 + finer}f}%" if self.percent else f"{value:.{self.digits + finer}f}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from math import comb
+from statistics import NormalDist, median
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 ROUNDS = 2000  # verdicts stand at the ends of intervals, which few rounds leave to chance
 FEWEST = 20
 """Independent samples that an interval needs; of fewer it holds the true value too seldom (docs/log.md)."""
+FEWEST_ROUNDS = 6
+"""Values that a 95% interval of a median needs."""
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the expansion below errs by less
 # than 0.0001.
@@ -64,6 +67,9 @@ class Interval:
             return self
         return Interval(self.value, min(max(self.low, low), high), min(max(self.high, low), high))
 
+    def __truediv__(self, number: float) -> Interval:
+        return Interval(self.value / number, self.low / number, self.high / number)
+
     def excludes(self, number: float) -> bool:
         """Tell whether `number` lies outside."""
         return not self.low <= number <= self.high
@@ -84,6 +90,20 @@ class Interval:
         value, low, high = stored
         assert value is not None
         return cls.unknown(value) if low is None or high is None else cls(value, low, high)
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Take the median of values with its 95% interval; of fewer than FEWEST_ROUNDS values their range.
+
+    The ends are order statistics, which assume no distribution.
+    """
+    ordered, count = sorted(values), len(values)
+    # P(median outside [k-th smallest, k-th largest]) = 2 P(Binomial(n, 1/2) < k): the largest k below 5%.
+    outside, cut = 2 * 0.5**count, 0
+    while outside + 2 * comb(count, cut + 1) * 0.5**count <= 0.05:
+        cut += 1
+        outside += 2 * comb(count, cut) * 0.5**count
+    return Interval(median(ordered), ordered[cut], ordered[count - 1 - cut])
 
 
 @dataclass(frozen=True)

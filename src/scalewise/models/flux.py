@@ -128,9 +128,9 @@ class Flux(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Flux:
-        from scalewise.models import tiny as miniature
+        from scalewise.models import tiny
 
-        with miniature.seeded(seed):
+        with tiny.seeded(seed):
             transformer = FluxTransformer2DModel(
                 in_channels=16,
                 num_layers=2,
@@ -142,8 +142,8 @@ class Flux(PipelineAdapter):
                 guidance_embeds=True,
                 axes_dims_rope=(2, 2, 4),
             )
-            texts = miniature.clip_and_t5_for_flux(width=16)
-            vae = miniature.image_vae(scaling_factor=0.4, shift_factor=0.2)
+            texts = tiny.clip_and_t5_for_flux(width=16)
+            vae = tiny.image_vae(scaling_factor=0.4, shift_factor=0.2)
         scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=16,
             max_image_seq_len=64, shift=3.0,

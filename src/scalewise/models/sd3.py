@@ -120,10 +120,10 @@ class SD3(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> SD3:
-        from scalewise.models import tiny as miniature
+        from scalewise.models import tiny
 
-        with miniature.seeded(seed):
-            texts = miniature.clip_and_t5(joint_width=16)
+        with tiny.seeded(seed):
+            texts = tiny.clip_and_t5(joint_width=16)
             transformer = SD3Transformer2DModel(
                 sample_size=8,
                 patch_size=2,
@@ -139,7 +139,7 @@ class SD3(PipelineAdapter):
                 qk_norm="rms_norm",
                 dual_attention_layers=(0, 1),
             )
-            vae = miniature.image_vae(scaling_factor=1.3, shift_factor=0.1)
+            vae = tiny.image_vae(scaling_factor=1.3, shift_factor=0.1)
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **texts
         )

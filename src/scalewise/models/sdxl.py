@@ -132,10 +132,10 @@ class SDXL(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> SDXL:
-        from scalewise.models import tiny as miniature
+        from scalewise.models import tiny
 
-        with miniature.seeded(seed):
-            texts = miniature.two_clips(width=16)
+        with tiny.seeded(seed):
+            texts = tiny.two_clips(width=16)
             unet = UNet2DConditionModel(
                 sample_size=8,
                 in_channels=4,
@@ -153,7 +153,7 @@ class SDXL(PipelineAdapter):
                 addition_time_embed_dim=8,
                 projection_class_embeddings_input_dim=6 * 8 + 16,
             )
-            vae = miniature.image_vae(scaling_factor=0.13, shift_factor=None)
+            vae = tiny.image_vae(scaling_factor=0.13, shift_factor=None)
         scheduler = EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
             steps_offset=1,

@@ -119,10 +119,10 @@ class Wan(PipelineAdapter):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Wan:
-        from scalewise.models import tiny as miniature
+        from scalewise.models import tiny
 
-        with miniature.seeded(seed):
-            texts = miniature.umt5(width=32)
+        with tiny.seeded(seed):
+            texts = tiny.umt5(width=32)
             transformer = WanTransformer3DModel(
                 patch_size=(1, 2, 2),
                 num_attention_heads=2,

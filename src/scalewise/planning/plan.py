@@ -6,7 +6,6 @@ autograd keeps for the backward pass is added up (counting.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scalewise import mini
+from scalewise.common.progress import Done, ignore
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.method.features import tap
@@ -183,7 +183,7 @@ def scales_to_count(recipe: Recipe) -> list[Scale]:
     return sorted(set(recipe.schedule.build().scales))
 
 
-def make_plan(recipe: Recipe, done: Callable[[int], None] = lambda count: None) -> Plan:
+def make_plan(recipe: Recipe, done: Done = ignore) -> Plan:
     """Count everything for a recipe; `done` is told how many of the scales are counted."""
     base, dtype = mini.resolve(recipe.model.base, mini.TEACHER), getattr(torch, recipe.model.dtype)
     model = skeleton(

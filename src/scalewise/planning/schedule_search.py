@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scalewise import mini
+from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
 from scalewise.data.image_folder import ImageEntry, load_pixels, scan_images
@@ -36,7 +37,6 @@ from scalewise.models.meta import skeleton
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.planning.plan import forward_flops
 from scalewise.training import setup
-from scalewise.training.setup import Progress
 
 DENSE = 100  # steps of the model's own schedule that timesteps are chosen among
 BATCH = 8  # pictures encoded at once

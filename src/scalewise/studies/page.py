@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scalewise.common import markdown
 from scalewise.common.checkpoint import write_atomically
 from scalewise.metrics import METRICS, Interval
 from scalewise.studies.base import Claim, Finding
@@ -79,14 +80,13 @@ def seeds_of(outcome: Outcome) -> str:
 def claims_table(outcome: Outcome) -> str:
     """Every claim with its verdict, and the gain in every figure."""
     metrics = [METRICS[name] for name in outcome.study.metrics]
-    lines = ["| claim | verdict | " + " | ".join(f"gain, {m.title}" for m in metrics) + " |"]
-    lines.append("| --- | --- |" + " --- |" * len(metrics))
+    rows = []
     for claim in outcome.study.claims:
         own = [f for f in outcome.findings if f.claim == claim]
         cells = [gain_cell(next(f for f in own if f.metric == m.name)) for m in metrics]
-        verdict = f"**{outcome.verdict(claim.text)}**"
-        lines.append(f"| {claim.text} ({terms(claim)}) | {verdict} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{claim.text} ({terms(claim)})", f"**{outcome.verdict(claim.text)}**", *cells])
+    head = ["claim", "verdict", *(f"gain, {m.title}" for m in metrics)]
+    return markdown.table(head, rows, left=len(head)) + "\n"
 
 
 def terms(claim: Claim) -> str:
@@ -114,15 +114,14 @@ def figures_table(outcome: Outcome) -> str:
     """Every arm's figures."""
     there = next(iter(outcome.figures.values()))  # a stored study may be older than a figure
     metrics = [METRICS[name] for name in outcome.study.figures if name in there]
-    arrows = {"lower": "↓", "higher": "↑"}
-    titles = [f"{m.title} {arrows[m.better]}" for m in metrics] + ["tokens"] * bool(outcome.tokens)
-    lines = ["| arm | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    head = ["arm", *(m.heading for m in metrics), *["tokens"] * bool(outcome.tokens)]
+    rows = []
     for arm, values in outcome.figures.items():
         cells = [values[m.name].show(m.show) for m in metrics]
         if arm in outcome.tokens:
             cells.append(f"{outcome.tokens[arm]:,}")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([arm, *cells])
+    return markdown.table(head, rows) + "\n"
 
 
 def plot(outcome: Outcome, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from scalewise import mini
 from scalewise.common.checkpoint import write_atomically
 from scalewise.common.errors import first_line, going_on_by_itself
 from scalewise.common.images import sheet, to_bytes
+from scalewise.common.progress import Done, Progress
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
@@ -38,7 +39,6 @@ from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, ov
 from scalewise.studies.work_queue import Task, work_off
 from scalewise.training import setup
 from scalewise.training.run import distill
-from scalewise.training.setup import Progress
 
 SHOWN = 24  # pictures on an arm's sheet
 Looks = dict[str, Tensor]
@@ -156,7 +156,7 @@ def chosen(stored: LatentSet, count: int) -> tuple[list[int], list[int]]:
 @torch.no_grad()
 def go_on(
     model: ModelAdapter, recipe: Recipe, start: Start, prompts: Prompts, *, latents: Mapping[Scale, Tensor],
-    done: Callable[[int], None],
+    done: Done,
 ) -> np.ndarray:  # fmt: skip
     """Let the teacher finish noised latents of known pictures: bytes [N, H, W, 3]."""
     small, full = latents

@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scalewise.common import markdown
 from scalewise.common.checkpoint import write_atomically
+from scalewise.common.progress import Progress
 from scalewise.config.presets import find_recipe
-from scalewise.evaluation.timing import FEWEST_ROUNDS, Spread
 from scalewise.evaluation.training_cost import GB, TrainingCost, measure_training
 from scalewise.metrics import Interval
+from scalewise.metrics.intervals import FEWEST_ROUNDS
 from scalewise.studies.base import Verdict
 from scalewise.studies.page import plot_panels
 from scalewise.studies.work_queue import alone
-from scalewise.training.setup import Progress
 
 NAME, TITLE, SOURCE = "training-cost", "What a training iteration costs", "section 5.3, table 5"
 
@@ -31,16 +32,15 @@ class CostClaim:
     paper: float
     """The ratio of the table's figures for SD3.5 Medium."""
 
-    def verdict(self, ratio: Spread, rounds: int) -> Verdict:
+    def verdict(self, ratio: Interval, rounds: int) -> Verdict:
         """Reproduced if the interval of one / other lies on the paper's side of 1; fewer than six rounds have
         no interval, and decide nothing.
         """
         if rounds < FEWEST_ROUNDS:
             return "undecided"
-        less = self.paper < 1
-        if ratio.high < 1 or ratio.low > 1:
-            return "reproduced" if (ratio.high < 1) == less else "not reproduced"
-        return "undecided"
+        if not ratio.excludes(1):
+            return "undecided"
+        return "reproduced" if (ratio.value < 1) == (self.paper < 1) else "not reproduced"
 
 
 CLAIMS = (
@@ -75,23 +75,21 @@ def run_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict
 
 def plot(cost: TrainingCost, path: Path) -> None:
     """Seconds and peak memory of every mode."""
-    seconds = [Interval(m.seconds.median, m.seconds.low, m.seconds.high) for m in cost.modes]
     peaks = [Interval(m.peak / GB, m.peak / GB, m.peak / GB) for m in cost.modes]
-    panels = {"an iteration, seconds": seconds, "peak memory, GB": peaks}
+    panels = {"an iteration, seconds": [m.seconds for m in cost.modes], "peak memory, GB": peaks}
     plot_panels([mode.name for mode in cost.modes], panels, path)
 
 
 def page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
     """The study's page in markdown."""
-    lines = ["| claim | verdict | measured ratio | paper's |", "| --- | --- | ---: | ---: |"]
-    for claim in CLAIMS:
-        ratio = cost.ratios[claim.ratio]
-        measured = f"{ratio.median:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]"
-        lines.append(f"| {claim.text} | **{verdicts[claim.text]}** | {measured} | {claim.paper:.2g} |")
+    show = "{:.3g}".format
+    rows = [
+        [c.text, f"**{verdicts[c.text]}**", cost.ratios[c.ratio].show(show), f"{c.paper:.2g}"] for c in CLAIMS
+    ]
     parts = [
         f"# {TITLE}\n\nPaper: {SOURCE}.\n",
         f"    scalewise study {NAME} --rounds {rounds}\n",
-        "\n".join(lines) + "\n",
+        markdown.table(["claim", "verdict", "measured ratio", "paper's"], rows, left=2) + "\n",
         cost.markdown,
         f"![seconds and memory by mode]({NAME}.png)\n",
         "In a round every mode runs once over all steps, in turns. A claim is reproduced if the whole "

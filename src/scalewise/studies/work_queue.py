@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from scalewise.training.setup import Progress
+from scalewise.common.progress import Progress
 
 SECONDS_BETWEEN_LOOKS = 1.0
 

@@ -14,6 +14,7 @@ import torch
 from scalewise.common import checkpoint, distributed
 from scalewise.common.images import middle_frame, read_picture, sheet, to_bytes
 from scalewise.common.locks import locked
+from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.method.backbone import Precision, settle
 from scalewise.method.distill import Numbers
@@ -104,9 +105,7 @@ class Log:
         self._board.close()
 
 
-def distill(
-    recipe: Recipe, out: Path, progress: setup.Progress, *, resume: bool = False
-) -> Iterator[Numbers]:
+def distill(recipe: Recipe, out: Path, progress: Progress, *, resume: bool = False) -> Iterator[Numbers]:
     """Train a recipe's student into a folder; yields the log's rows, after one that says where it starts.
 
     The folder is held meanwhile. Resuming a run that is finished changes nothing, whatever is asked for.
@@ -133,9 +132,7 @@ def distill(
         yield from train(folder, found, progress, resume=resume)
 
 
-def train(
-    folder: RunFolder, found: Path | None, progress: setup.Progress, *, resume: bool
-) -> Iterator[Numbers]:
+def train(folder: RunFolder, found: Path | None, progress: Progress, *, resume: bool) -> Iterator[Numbers]:
     """Train in a folder that is held, from the checkpoint `found` on or from the beginning."""
     recipe, out = folder.recipe, folder.path
     data = setup.prepare_data(recipe, progress, extra_prompts=recipe.train.sample_prompts)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from scalewise import mini
 from scalewise.common import console, distributed
 from scalewise.common.contents import part_fingerprint
 from scalewise.common.paths import expand_home
+from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.batches import Batches
@@ -28,9 +28,6 @@ from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, fam
 from scalewise.models.offloading import offload
 from scalewise.models.quantization import quantize
 from scalewise.training.trainer import Trainer
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""progress(what, total) gives a context whose value is called with the number done so far."""
 
 
 def cache_folder() -> Path:
@@ -155,7 +152,7 @@ def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> Pro
             captions,
             folder,
             fingerprint=key,
-            progress=lambda number, _total: done(number),
+            done=done,
         )
 
 
@@ -190,7 +187,7 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
             mode=recipe.data.shape,
             least=least,
             caption_from_name=recipe.data.caption_from_name,
-            progress=lambda number, _total: done(number),
+            done=done,
             say=console.note,
         )
 

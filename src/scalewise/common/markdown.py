@@ -1,0 +1,15 @@
+"""Tables in markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Write a table without a line break at its end; columns after the first `left` are aligned right."""
+    rules = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(map(_line, (head, rules, *rows)))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
