@@ -10,17 +10,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from scalewise.method import losses
 from scalewise.method.backbone import Backbone
 from scalewise.method.discriminator import DiscriminatorHead
-from scalewise.method.distill import Batch, DistillStep, draw_levels
+from scalewise.method.distill import Batch, DistillStep, draw_timesteps
 from scalewise.method.loss_config import LossRecipe
 from scalewise.method.rng import SampleNoise
 from scalewise.models import SDXL, Flux, ModelAdapter
 
 BLOCK = 2
 OFF = {"weight": 0.0}
-MMD = {"weight": 0.7, "levels": {"high": 600.0}}
+MMD = {"weight": 0.7, "timesteps": {"high": 600.0}}
 DMD = {"weight": 1.3, "guidance": 4.5}
 GAN = {"weight": 0.4, "discriminator_weight": 0.6}
-RELEASED_MMD = {"penalty": "huber", "features": "fake", "levels": {"draw": "schedule", "high": 603.0}}
+RELEASED_MMD = {"penalty": "huber", "features": "fake", "timesteps": {"draw": "schedule", "high": 603.0}}
 
 
 def recipe(mmd: dict = OFF, dmd: dict = OFF, gan: dict = OFF) -> LossRecipe:
@@ -123,14 +123,14 @@ def joint_student_loss(loss: LossRecipe, batch: Batch, rng, student, fake, teach
             level, eps = torch.zeros(n), torch.zeros_like(x0)
         else:
             own = rng.fork("mmd")
-            level, eps = draw_levels(loss.mmd.levels, own), own(x0.shape[1:])
+            level, eps = draw_timesteps(loss.mmd.timesteps, own), own(x0.shape[1:])
         judge = teacher if loss.mmd.features == "teacher" else fake
         real_features = features_of(judge, noised(judge, batch.target, eps, level), level, cond)
         fake_features = features_of(judge, noised(judge, x0, eps, level), level, cond)
         total = total + loss.mmd.weight * mmd_written_out(loss.mmd, real_features, fake_features)
     if loss.dmd.weight or loss.gan.weight:
         own = rng.fork("dmd_gan")
-        level, eps = draw_levels(loss.dmd.levels, own), own(x0.shape[1:])
+        level, eps = draw_timesteps(loss.dmd.timesteps, own), own(x0.shape[1:])
         x_t = noised(student, x0, eps, level)
     if loss.gan.weight:
         total = total + loss.gan.weight * F.softplus(-head(features_of(fake, x_t, level, cond))).mean()
@@ -167,7 +167,7 @@ def fake_gradients(step: DistillStep, batch: Batch, rng) -> tuple[dict, list[tor
     with torch.no_grad():
         eps = rng(batch.source.shape[1:])
         x0 = x0_of(student, noised(student, batch.source, eps, t), t, batch.cond)
-    level, eps = draw_levels(loss.fake.levels, rng), rng(x0.shape[1:])
+    level, eps = draw_timesteps(loss.fake.timesteps, rng), rng(x0.shape[1:])
     total = F.mse_loss(x0_of(fake, noised(fake, x0, eps, level), level, batch.cond), x0)
     head_gradients: list[torch.Tensor] = []
     if step.head:

@@ -21,7 +21,7 @@ from scalewise.config.recipe import Recipe
 from scalewise.data.batches import Batches
 from scalewise.models.lora import load_student
 from scalewise.training import run, setup
-from scalewise.training.trainer import Side, Trainer
+from scalewise.training.trainer import RoleOptimizer, Trainer
 
 
 def silent(_what: str, _total: int):
@@ -95,7 +95,7 @@ def test_without_an_average_the_last_weights_are_the_student(recipe: Recipe, tmp
     assert torch.equal(flat(trainer.student_weights()), live_weights(trainer))
 
 
-def first_moments(side: Side) -> float:
+def first_moments(side: RoleOptimizer) -> float:
     """Norm of AdamW's first moments, which after one update are (1 - beta1) times the gradient it got."""
     states = side.optimizer.state.values()
     return float(torch.cat([state["exp_avg"].flatten() for state in states]).norm())

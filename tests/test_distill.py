@@ -23,8 +23,8 @@ from separate import (
 
 from scalewise.method import losses
 from scalewise.method.discriminator import DiscriminatorHead
-from scalewise.method.distill import Batch, DistillStep, LossError, draw_levels
-from scalewise.method.loss_config import Levels, LossRecipe
+from scalewise.method.distill import Batch, DistillStep, LossError, draw_timesteps
+from scalewise.method.loss_config import LossRecipe, Timesteps
 from scalewise.method.rng import SampleNoise
 
 
@@ -114,7 +114,7 @@ def test_a_step_leaves_the_base_without_gradients_and_as_the_teacher(make_step, 
 
 
 # Each term draws from streams of its own, so that switching one off leaves the others' noise alone.
-TERM_OF = {"mmd_gradient": "mmd", "dmd_gradient": "dmd_gan", "gan_gradient": "dmd_gan"}
+STREAM_OF = {"mmd_gradient": "mmd", "dmd_gradient": "dmd_gan", "gan_gradient": "dmd_gan"}
 
 
 def by_hand(step: DistillStep, batch: Batch, term) -> tuple[dict[str, torch.Tensor | None], float]:
@@ -124,14 +124,14 @@ def by_hand(step: DistillStep, batch: Batch, term) -> tuple[dict[str, torch.Tens
     x_t = step.process.add_noise(batch.source, rng(batch.source.shape[1:]), t)
     x0 = step.backbone.predict_x0(x_t, t, batch.cond, role="student")
     leaf = x0.detach().requires_grad_()
-    gradient = term(step, batch, leaf, rng.fork(TERM_OF[term.__name__]))
+    gradient = term(step, batch, leaf, rng.fork(STREAM_OF[term.__name__]))
     step.backbone.roles.module.zero_grad()
     x0.backward(gradient)
     return gradients(step, "student"), float(gradient.norm())
 
 
 def mmd_gradient(step, batch, leaf, rng):
-    t, eps = draw_levels(step.loss.mmd.levels, rng), rng(leaf.shape[1:])
+    t, eps = draw_timesteps(step.loss.mmd.timesteps, rng), rng(leaf.shape[1:])
     real, fake = (
         step.backbone.features(step.process.add_noise(x, eps, t), t, batch.cond, role="teacher", block=BLOCK)
         for x in (batch.target, leaf)
@@ -140,7 +140,7 @@ def mmd_gradient(step, batch, leaf, rng):
 
 
 def dmd_gradient(step, batch, leaf, rng):
-    t, eps = draw_levels(step.loss.dmd.levels, rng), rng(leaf.shape[1:])
+    t, eps = draw_timesteps(step.loss.dmd.timesteps, rng), rng(leaf.shape[1:])
     with torch.no_grad():
         x_t = step.process.add_noise(leaf, eps, t)
         real = step.backbone.predict_x0(x_t, t, batch.cond, guidance=4.5, uncond=batch.uncond)
@@ -149,7 +149,7 @@ def dmd_gradient(step, batch, leaf, rng):
 
 
 def gan_gradient(step, batch, leaf, rng):
-    t, eps = draw_levels(step.loss.dmd.levels, rng), rng(leaf.shape[1:])
+    t, eps = draw_timesteps(step.loss.dmd.timesteps, rng), rng(leaf.shape[1:])
     x_t = step.process.add_noise(leaf, eps, t)
     seen = step.backbone.features(x_t, t, batch.cond, role="fake", block=BLOCK)
     return torch.autograd.grad(0.4 * losses.gan_generator(step.head(seen)), leaf)[0]
@@ -268,7 +268,7 @@ def test_statistics_show_a_student_that_leaves_the_range_of_real_latents(make_st
 
 
 def test_uniform_levels_fill_their_range():
-    t = draw_levels(Levels(low=200, high=600), streams(1, 4000))
+    t = draw_timesteps(Timesteps(low=200, high=600), streams(1, 4000))
     assert t.shape == (4000,)
     assert 200 <= t.min() < 202
     assert 598 < t.max() <= 600
@@ -276,12 +276,12 @@ def test_uniform_levels_fill_their_range():
 
 
 def test_levels_of_the_schedule_are_drawn_evenly_from_its_entries():
-    levels = Levels(draw="schedule", high=603)
-    t = draw_levels(levels, streams(1, 4000))
+    timesteps = Timesteps(draw="schedule", high=603)
+    t = draw_timesteps(timesteps, streams(1, 4000))
     values, counts = t.unique(return_counts=True)
-    assert values.tolist() == pytest.approx(sorted(levels.entries()), rel=1e-6)
+    assert values.tolist() == pytest.approx(sorted(timesteps.entries()), rel=1e-6)
     assert counts.min() > 300
-    assert torch.equal(t, draw_levels(levels, streams(1, 4000)))
+    assert torch.equal(t, draw_timesteps(timesteps, streams(1, 4000)))
 
 
 def test_a_term_does_not_notice_that_another_is_switched_off(make_step, batch):

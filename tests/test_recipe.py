@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -9,7 +11,7 @@ from scalewise.cli.arguments import split_overrides
 from scalewise.config.overrides import field_names, nearest
 from scalewise.config.presets import RECIPES, find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
-from scalewise.method.loss_config import Levels, LossRecipe, MmdRecipe
+from scalewise.method.loss_config import LossRecipe, MmdRecipe, Timesteps
 from scalewise.method.scales import ScaleSchedule
 
 
@@ -129,8 +131,8 @@ def test_the_last_of_two_overrides_of_one_field_holds(recipe):
         ("schedule.scales=[8, 8]", "schedule: 3 timesteps do not pair with 2 scales"),
         ("schedule.scales=[8, 16, 8x24]", "schedule: Scale 8x24 follows 16x16; .* at least 16x24"),
         ("schedule.timesteps=[1000, 600, 895]", "schedule: Timestep 895 follows 600"),
-        ("loss.mmd.levels.low=700", "loss.mmd.levels: low 700 must lie below high 600"),
-        ("loss.dmd.levels.low=790.4", r"no level of the 28-step schedule lies in \[790.4, 790.5\]"),
+        ("loss.mmd.timesteps.low=700", "loss.mmd.timesteps: low 700 must be below high 600"),
+        ("loss.dmd.timesteps.low=790.4", r"no timestep of the 28-step schedule lies in \[790.4, 790.5\]"),
     ],
 )  # fmt: skip
 def test_a_bad_override_is_refused_with_what_would_be_right(recipe, assignment, parts):
@@ -198,19 +200,19 @@ def test_a_loss_that_makes_no_sense_is_refused(recipe, assignment, message):
 
 
 def test_the_released_levels_of_mmd_are_entries_18_to_27_of_the_28_step_schedule():
-    levels = Levels(draw="schedule", high=603)
+    levels = Timesteps(draw="schedule", high=603)
     assert [round(t) for t in levels.entries()] == [602, 561, 515, 465, 409, 347, 278, 200, 111, 9]
 
 
 def test_the_released_levels_of_dmd_end_at_790_and_those_of_the_fake_model_at_1000():
-    dmd, fake = LossRecipe().dmd.levels.entries(), LossRecipe().fake.levels.entries()
+    dmd, fake = LossRecipe().dmd.timesteps.entries(), LossRecipe().fake.timesteps.entries()
     assert (len(dmd), round(dmd[0])) == (16, 790)
     assert (len(fake), fake[0]) == (28, 1000.0)
     assert fake[12:] == dmd
 
 
 def test_the_papers_levels_of_mmd_are_drawn_uniformly_from_0_to_600():
-    levels = MmdRecipe().levels
+    levels = MmdRecipe().timesteps
     assert (levels.draw, levels.low, levels.high, levels.entries()) == ("uniform", 0, 600, ())
 
 
@@ -244,3 +246,10 @@ def test_words_behind_a_recipe_are_overrides_or_samplers():
     assert overrides == ["model.base=a=b", "a.b=c"]
     with pytest.warns(UserWarning, match="--set is deprecated; write key=value by itself"):
         assert split_overrides(["teacher"], ["train.batch=2"]) == (["teacher"], ["train.batch=2"])
+
+
+def test_recipes_that_call_the_timesteps_levels_are_read_as_before(recipe):
+    values = recipe.model_dump(mode="json")
+    old = json.loads(json.dumps(values).replace('"timesteps": {', '"levels": {'))
+    assert old["loss"]["mmd"]["levels"] and old != values
+    assert Recipe.from_mapping(old) == recipe

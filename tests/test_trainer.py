@@ -211,7 +211,9 @@ def test_mmd_alone_builds_no_fake_model_and_no_head(recipe: Recipe, tmp_path: Pa
 
 def gradient_of_the_student(recipe: Recipe, tmp_path: Path) -> torch.Tensor:
     trainer: Trainer = setup.build_trainer(recipe, setup.prepare_data(recipe, silent), tmp_path)
-    trainer._accumulate(trainer.step.student_step, trainer.updates - 1)
+    for role in (trainer.student, trainer.fake):
+        role.apply = lambda iteration: 0.0  # keeps the gradients instead of stepping
+    trainer.iterate()
     parameters = trainer.backbone.parameters("student").values()
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
@@ -338,9 +340,10 @@ def test_all_updates_of_an_iteration_train_its_step_and_every_step_gets_as_many(
     def note(role: str):
         return lambda batch, rng, share: seen[role].append(batch.index) or {}
 
+    trainer.step.student_step, trainer.step.fake_step = note("student"), note("fake")
+    trainer.student.apply = trainer.fake.apply = lambda iteration: 0.0
     for trainer.iteration in range(2 * len(timesteps)):
-        for update in range(trainer.updates):
-            trainer._accumulate(note("student" if update == trainer.updates - 1 else "fake"), update)
+        trainer.iterate()
     steps = len(timesteps)
     assert seen["student"] == [*range(steps)] * 2
     assert seen["fake"] == [step for step in seen["student"] for _ in range(5)]

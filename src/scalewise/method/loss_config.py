@@ -1,4 +1,4 @@
-"""Settings of the losses: the weights of their terms, and the noise levels that each draws."""
+"""Settings of the losses: the weight of each term, and the timesteps that it draws."""
 
 from __future__ import annotations
 
@@ -16,34 +16,46 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class Levels(Frozen):
-    """Where a loss draws its noise levels t: uniformly in [low, high], or from the schedule within."""
+class Timesteps(Frozen):
+    """Where a loss draws its timesteps t: uniformly from [low, high], or from a schedule within it."""
 
     draw: Literal["uniform", "schedule"] = "uniform"
     low: float = Field(0.0, ge=0, le=1000)
     high: float = Field(1000.0, gt=0, le=1000)
-    steps: int = Field(28, ge=1, description="length of the schedule that `draw: schedule` draws from")
+    steps: int = Field(28, ge=1, description="steps of the schedule that `draw: schedule` draws from")
     shift: float = Field(3.0, gt=0, description="shift of that schedule")
 
     def entries(self) -> tuple[float, ...]:
-        """The schedule's levels within [low, high]; empty when levels are drawn uniformly."""
+        """Return the schedule's timesteps within [low, high]; empty with `draw: uniform`."""
         if self.draw == "uniform":
             return ()
-        levels = [1000 * sigma for sigma in shifted_sigmas(self.steps, self.shift)[:-1]]
-        return tuple(t for t in levels if self.low <= t <= self.high)
+        schedule = [1000 * sigma for sigma in shifted_sigmas(self.steps, self.shift)[:-1]]
+        return tuple(t for t in schedule if self.low <= t <= self.high)
 
     @model_validator(mode="after")
-    def _some_level(self) -> Levels:
+    def _some_timestep(self) -> Timesteps:
         if self.low >= self.high:
-            raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
         if self.draw == "schedule" and not self.entries():
             raise ValueError(
-                f"no level of the {self.steps}-step schedule lies in [{self.low:g}, {self.high:g}]"
+                f"no timestep of the {self.steps}-step schedule lies in [{self.low:g}, {self.high:g}]"
             )
         return self
 
 
-class MmdRecipe(Frozen):
+class Term(Frozen):
+    """A part of the loss that draws timesteps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, values: Any) -> Any:
+        """Recipes written before version 0.2 call the timesteps `levels`."""
+        if isinstance(values, dict) and "levels" in values and "timesteps" not in values:
+            return {"timesteps" if key == "levels" else key: value for key, value in values.items()}
+        return values
+
+
+class MmdRecipe(Term):
     """Maximum mean discrepancy on a block's features (section 4.2)."""
 
     weight: float = Field(1.0, ge=0)
@@ -54,17 +66,17 @@ class MmdRecipe(Frozen):
         100.0, gt=0, description="of the RBF kernel, as released; null = the median distance of real tokens"
     )
     features: Literal["teacher", "fake"] = "teacher"
-    levels: Levels = Levels(high=600)
+    timesteps: Timesteps = Timesteps(high=600)
     whole_batch: bool = Field(False, description="ablation B: average tokens over the batch")
     clean: bool = Field(False, description="ablation C: features of clean samples")
 
 
-class DmdRecipe(Frozen):
+class DmdRecipe(Term):
     """Distribution matching by the difference of two scores (as DMD2)."""
 
     weight: float = Field(1.0, ge=0)
     guidance: float = Field(4.5, ge=1, description="of the real score")
-    levels: Levels = Levels(draw="schedule", high=790.5)
+    timesteps: Timesteps = Timesteps(draw="schedule", high=790.5)
 
 
 class GanRecipe(Frozen):
@@ -74,11 +86,11 @@ class GanRecipe(Frozen):
     discriminator_weight: float = Field(0.01, ge=0)
 
 
-class FakeRecipe(Frozen):
+class FakeRecipe(Term):
     """Training of the fake model, which follows the student's distribution."""
 
     updates: int = Field(5, ge=1, description="fake-model updates before each student update")
-    levels: Levels = Levels(draw="schedule")
+    timesteps: Timesteps = Timesteps(draw="schedule")
 
 
 class LossRecipe(Frozen):

@@ -1,4 +1,4 @@
-"""The loop: five updates of the fake model, one of the student, and everything needed to go on after a stop.
+"""The training loop: updates of the fake model, one of the student, and what a resumed run needs.
 
 All randomness is derived from (seed, purpose, position), so the whole state of a run is: the roles' weights,
 the head, both optimizers, the average, and one counter.
@@ -31,7 +31,7 @@ from scalewise.training.origin import Origin, check_resume
 
 
 def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
-    """The discriminator head, if the recipe's loss has a GAN term; its start depends on the seed alone."""
+    """Build the discriminator head if the loss has a GAN term; its weights depend on the seed alone."""
     if not recipe.loss.needs_head:
         return None
     with torch.random.fork_rng(devices=[]):
@@ -52,19 +52,22 @@ def load_head(head: DiscriminatorHead, state: dict[str, Tensor], path: str) -> N
     head.load_state_dict(state)
 
 
-class Side:
-    """One optimizer with the parameters it owns, collected by role name."""
+class RoleOptimizer:
+    """AdamW over the parameters of one trained role, collected by role name."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, lr: float) -> None:
-        self.parameters, self.lr, self.clip, self.warmup = list(parameters), lr, recipe.clip, recipe.warmup
+    def __init__(
+        self, role: str, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, *, lr: float
+    ) -> None:
+        self.role, self.parameters = role, list(parameters)
+        self.lr, self.clip, self.warmup = lr, recipe.clip, recipe.warmup
         self.rate = lr
-        """Of the last update: the warm-up rises to `lr`."""
+        """Learning rate of the last update: the warm-up rises to `lr`."""
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
 
-    def update(self, iteration: int) -> float:
-        """Average gradients over processes, clip, step; returns the norm before clipping."""
+    def apply(self, iteration: int) -> float:
+        """Average gradients over processes, clip and step; returns the norm before clipping."""
         distributed.mean_gradients(self.parameters)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         if not math.isfinite(norm):
@@ -112,19 +115,21 @@ class Trainer:
         if recipe.train.gradient_checkpointing:
             backbone.enable_checkpointing()
         optimizer = recipe.optimizer
-        self.student = Side(list(backbone.parameters("student").values()), optimizer, optimizer.lr)
-        self.fake: Side | None = None
+        self.student = RoleOptimizer(
+            "student", list(backbone.parameters("student").values()), optimizer, lr=optimizer.lr
+        )
+        self.fake: RoleOptimizer | None = None
         if recipe.loss.needs_fake:
             owned = list(backbone.parameters("fake").values()) + list(
                 self.head.parameters() if self.head else ()
             )
-            self.fake = Side(owned, optimizer, optimizer.fake_lr or optimizer.lr)
+            self.fake = RoleOptimizer("fake", owned, optimizer, lr=optimizer.fake_lr or optimizer.lr)
         self.average = Average(backbone.parameters("student"), recipe.train.ema) if recipe.train.ema else None
         self.checkpoints = self.folder / "checkpoints"
 
     @property
     def updates(self) -> int:
-        """Optimizer updates in one iteration: the fake model's and the student's one."""
+        """Optimizer updates in an iteration: those of the fake model and one of the student."""
         return (self.recipe.loss.fake.updates if self.fake else 0) + 1
 
     def fit(self, log: Callable[[Numbers], None] = lambda row: None) -> Iterator[Numbers]:
@@ -153,55 +158,38 @@ class Trainer:
                     raise TrainingInterrupted(stop, step)
 
     def iterate(self) -> Numbers:
-        """The fake model's updates, each on fresh batches, then the student's."""
-        row: Numbers = {}
-        for update in range(self.updates):
-            student = update == self.updates - 1
-            side, compute = (
-                (self.student, self.step.student_step) if student else (self.fake, self.step.fake_step)
-            )
-            assert side is not None
-            numbers = self._together(compute, update)
-            norm = side.update(self.iteration)
-            role = "student" if student else "fake"
-            row |= distributed.mean_scalars(numbers) | {
-                f"{role}/gradient_norm": norm,
-                f"{role}/lr": side.rate,
-            }
+        """Update the fake model `loss.fake.updates` times, each on fresh batches, then the student once."""
+        row = Numbers()
+        if self.fake:
+            for k in range(self.updates - 1):
+                row |= self._update(self.fake, self.step.fake_step, k)
+        row |= self._update(self.student, self.step.student_step, self.updates - 1)
         if self.average:
             self.average.update(self.iteration)
         return row
 
-    def _together(self, compute: Callable[..., Numbers], update: int) -> Numbers:
-        """Compute this process's gradients; a loss that breaks in one process stops all, instead of leaving
-        the others waiting for its gradients.
+    def _update(self, role: RoleOptimizer, gradients: Callable[..., Numbers], k: int) -> Numbers:
+        """Make update number k of this iteration: mean gradient of `train.accumulate` batches, clip, step.
+
+        All updates of an iteration train the same step of the schedule, as in the released trainer. A loss
+        that is not finite in one process stops all, which would otherwise wait for its gradients.
         """
-        error, numbers = None, Numbers()
+        pieces, update = self.recipe.train.accumulate, self.iteration * self.updates + k
+        index = self.batches.index_at(self.iteration)
+        means, error = Numbers(), None
         try:
-            numbers = self._accumulate(compute, update)
+            for position in range(update * pieces, (update + 1) * pieces):
+                batch = self.batches.at(position, index, update=update)
+                numbers = gradients(batch, self.batches.noise(position), share=1 / pieces)
+                for key, value in numbers.items():
+                    means[key] = means.get(key, 0.0) + value / pieces
         except LossError as found:
             error = found
         if distributed.any_of(error is not None):
             raise error or LossError("a term of another process", math.nan)
-        return numbers
-
-    def _accumulate(self, compute: Callable[..., Numbers], update: int) -> Numbers:
-        """Average gradients and numbers over `train.accumulate` batches of the same step of the schedule.
-
-        All updates of an iteration have that step in common, as in the released trainer: the fake model knows
-        the student's samples of every step alike, and last those that the student is about to be judged by.
-        """
-        pieces = self.recipe.train.accumulate
-        number = self.iteration * self.updates + update
-        sums: Numbers = {}
-        index = self.batches.index_at(self.iteration)
-        for piece in range(pieces):
-            position = number * pieces + piece
-            rng = self.batches.noise(position)
-            numbers = compute(self.batches.at(position, index, update=number), rng, share=1 / pieces)
-            for key, value in numbers.items():
-                sums[key] = sums.get(key, 0.0) + value / pieces
-        return sums | {"step": index}
+        norm = role.apply(self.iteration)
+        means = distributed.mean_scalars(means | {"step": index})
+        return means | {f"{role.role}/gradient_norm": norm, f"{role.role}/lr": role.rate}
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""

@@ -9,10 +9,10 @@ def paper_loss(feature_block: int) -> dict[str, Any]:
     """Paper: squared distance of per-image means, the teacher's features, levels uniform in [0, 600]."""
     return {
         "feature_block": feature_block,
-        "mmd": {"penalty": "squared", "features": "teacher", "levels": {"high": 600.0}},
-        "dmd": {"weight": 1.0, "guidance": 4.5, "levels": {"draw": "schedule", "high": 790.5}},
+        "mmd": {"penalty": "squared", "features": "teacher", "timesteps": {"high": 600.0}},
+        "dmd": {"weight": 1.0, "guidance": 4.5, "timesteps": {"draw": "schedule", "high": 790.5}},
         "gan": {"weight": 0.005, "discriminator_weight": 0.01},
-        "fake": {"updates": 5, "levels": {"draw": "schedule"}},
+        "fake": {"updates": 5, "timesteps": {"draw": "schedule"}},
     }
 
 
@@ -26,9 +26,9 @@ def released_loss(feature_block: int) -> dict[str, Any]:
             "penalty": "huber",
             "c": 0.001,
             "features": "fake",
-            "levels": {"draw": "schedule", "high": 603.0},
+            "timesteps": {"draw": "schedule", "high": 603.0},
         },
-        "dmd": {"weight": 1.0, "guidance": 4.5, "levels": {"draw": "schedule", "high": 790.5}},
+        "dmd": {"weight": 1.0, "guidance": 4.5, "timesteps": {"draw": "schedule", "high": 790.5}},
         "gan": {"weight": 0.005, "discriminator_weight": 0.01},
-        "fake": {"updates": 5, "levels": {"draw": "schedule"}},
+        "fake": {"updates": 5, "timesteps": {"draw": "schedule"}},
     }
