@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from scalewise import load_student
 from scalewise.data import LatentSet
 from scalewise.models import SD3
 
@@ -81,6 +82,7 @@ def expected() -> dict[str, object]:
             for scale in data.header.scales
         },
         "third iteration": {key: rows[2][key] for key in LOSSES},
+        "third student": sum(float(t.abs().sum()) for t in load_student("longer").tensors.values()),
     }
 
 

@@ -1,4 +1,4 @@
-"""A set, a checkpoint and students of version 0.1 (before the move into packages) are read as they were then."""
+"""A set, a checkpoint and students of version 0.1 (before the move into packages) are read as they were."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def test_an_old_checkpoint_is_resumed_as_if_it_had_never_stopped(files: Path) ->
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     for key, value in EXPECTED["third iteration"].items():
         assert rows[2][key] == pytest.approx(value, rel=1e-3), key
-    assert scalewise.load_student("run").recipe["train"]["iterations"] == 3
+    student = scalewise.load_student("run")
+    assert student.recipe["train"]["iterations"] == 3
+    size = sum(float(t.abs().sum()) for t in student.tensors.values())
+    assert size == pytest.approx(EXPECTED["third student"], rel=1e-3)
 
 
 def test_an_old_recipe_file_says_what_it_said(files: Path) -> None:
