@@ -25,7 +25,7 @@ from scalewise.config.recipe import Recipe
 from scalewise.data.synthetic import generate
 from scalewise.method.backbone import Backbone
 from scalewise.method.rng import SampleNoise
-from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale
 from scalewise.models import FAMILIES, SD3, SDXL, Flux, ModelError, PipelineAdapter, load_model
 from scalewise.models.folder import variants_of
@@ -406,8 +406,8 @@ def test_with_another_scheduler_the_teacher_samples_what_diffusers_pipeline_does
     noise, cond = SampleNoise([3])(scale.shape(1, 4, video=model.video)[1:]), model.encode_prompts(["a dog"])
     want = ask_diffusers(model, ["a dog"], noise, num_inference_steps=4, guidance_scale=3.0)
     uncond = None if family == "flux" else model.encode_prompts([""])
-    steps = teacher_steps(Backbone(model), scale, cond, [3], steps=4, guidance=3.0, uncond=uncond)
-    assert torch.allclose(last(steps), want, atol=1e-4) and want.std() > 0.5
+    found = sample_teacher(Backbone(model), scale, cond, [3], steps=4, guidance=3.0, uncond=uncond)
+    assert torch.allclose(found, want, atol=1e-4) and want.std() > 0.5
 
 
 def test_flux_with_dpm_solver_of_a_fixed_shift_samples_at_that_shift():

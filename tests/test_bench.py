@@ -9,7 +9,7 @@ from math import comb
 
 import pytest
 
-from scalewise.evaluation.timing import Parts, Subject, bench, laps_of, timings_table
+from scalewise.evaluation.timing import Mark, Parts, Subject, bench, laps_of, timings_table
 from scalewise.metrics.intervals import Interval, median_interval
 
 
@@ -35,7 +35,7 @@ class Machine:
 
         return Subject(name, enter)
 
-    def work(self, seconds: float) -> None:
+    def work(self, seconds: float, _mark: Mark) -> None:
         # Two subjects make a round of two entries, so a round runs at one speed.
         self.now += seconds * self.slowdown[(len(self.log) - 1) // 2 % len(self.slowdown)]
 

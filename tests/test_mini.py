@@ -45,16 +45,16 @@ def test_stock_diffusers_loads_the_folder_without_arguments_and_draws_the_same_p
     ).images[0]  # fmt: skip
     model = load_model(mini.TEACHER)
     from scalewise.method.backbone import Backbone
-    from scalewise.method.sampling import last, sample_teacher
+    from scalewise.method.sampling import sample_with_scheduler
 
     backbone = Backbone(model)
     cond, uncond = model.encode_prompts(["a red apple, noto style"]), model.encode_prompts([""])
     with torch.no_grad():
-        x0 = last(sample_teacher(
+        x0 = sample_with_scheduler(
             lambda x, t: backbone.predict_x0(x, t, cond, guidance=4.5, uncond=uncond),
             model.teacher_scheduler(4, model.full_scale), model.noise,
             lambda shape, device="cpu": start, shape=(16, 16, 16),
-        ))  # fmt: skip
+        )  # fmt: skip
     ours = ((model.decode(x0)[0].permute(1, 2, 0) + 1) / 2).numpy()
     assert np.abs(ours - drawn).max() < 5e-3
 

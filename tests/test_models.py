@@ -23,7 +23,7 @@ from scalewise import models
 from scalewise.method.backbone import Backbone
 from scalewise.method.features import tap
 from scalewise.method.rng import SampleNoise
-from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale
 from scalewise.models import ALL_PARTS, Condition, ModelError, family_of, load_model
 
@@ -317,8 +317,7 @@ def test_the_teacher_samples_what_diffusers_pipeline_samples(model, size, guidan
     cond, uncond = model.encode_prompts(PROMPTS), model.encode_prompts([""])
     noise = SampleNoise(seeds)(scale.shape(1, model.channels, video=model.video)[1:])
     theirs = ask_diffusers(type(model).tiny(), PROMPTS, noise, num_inference_steps=5, guidance_scale=guidance)
-    steps = teacher_steps(Backbone(model), scale, cond, seeds, steps=5, guidance=guidance, uncond=uncond)
-    ours = last(steps)
+    ours = sample_teacher(Backbone(model), scale, cond, seeds, steps=5, guidance=guidance, uncond=uncond)
     assert ours.shape == noise.shape
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 

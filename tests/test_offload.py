@@ -14,7 +14,7 @@ from scalewise.data.synthetic import latents_of_all_scales
 from scalewise.evaluation.samplers import Contender, enter
 from scalewise.method.backbone import Backbone
 from scalewise.method.roles import Roles
-from scalewise.method.sampling import last, student_steps
+from scalewise.method.sampling import sample_student
 from scalewise.method.scales import Scale, ScaleSchedule
 from scalewise.models import SD3, SDXL, Flux, ModelAdapter, Wan
 from scalewise.models.attached import attached, check_student
@@ -31,7 +31,7 @@ def drawn(model: ModelAdapter) -> Tensor:
     small, full = (Scale(1, 4, 4), Scale(1, 8, 8)) if not model.video else (Scale(2, 4, 4), Scale(2, 8, 8))
     schedule = ScaleSchedule.build((1000, 600), (str(small), str(full)))
     cond = model.encode_prompts(["a dog", "a cat"])
-    x0 = last(student_steps(Backbone(model), schedule, cond, [1, 2], role="teacher"))
+    x0 = sample_student(Backbone(model), schedule, cond, [1, 2], role="teacher")
     kept = latents_of_all_scales(model, x0, [small, full])
     return torch.cat([model.decode(x0).flatten(), *(kept[s].flatten() for s in (small, full))])
 
@@ -164,8 +164,8 @@ def test_a_recipe_in_fewer_bits_draws_in_them_with_a_student_too(
     cond, x0 = SD3.tiny().encode_prompts(["a dog"]), []
     for model in (whole, few):
         with enter(model, contender) as sampler:
-            x0.append(last(sampler(cond, cond, [3])))
-        x0.append(last(student_steps(Backbone(model), student.schedule, cond, [3], role="teacher")))
+            x0.append(sampler(cond, cond, [3]))
+        x0.append(sample_student(Backbone(model), student.schedule, cond, [3], role="teacher"))
     moved = [student - plain for student, plain in (x0[:2], x0[2:])]
     # The student moves both bases alike, whatever rounding does to the base itself.
     assert (moved[0] - moved[1]).norm() < 0.5 * moved[0].norm()

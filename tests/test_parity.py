@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scalewise.method import losses
 from scalewise.method.discriminator import DiscriminatorHead
 from scalewise.method.noise import FlowMatching
-from scalewise.method.sampling import last, sample_scale_wise
+from scalewise.method.sampling import sample_scale_wise
 from scalewise.method.scales import Scale, ScaleSchedule, downscale_area, shifted_sigmas, upscale_latents
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -103,7 +103,10 @@ def test_the_scale_wise_sampler_is_the_released_one():
         assert drawn.shape[1:] == torch.Size(shape)
         return drawn.to(device)
 
-    steps = list(sample_scale_wise(predict, schedule, process, noise, channels=4))
-    assert [tuple(x0.shape) for _, x0 in steps] == [(2, 4, s, s) for s in (4, 6, 8, 12)]
-    torch.testing.assert_close(last(iter(steps)), TENSORS["sampler.output"], rtol=1e-5, atol=1e-6)
+    shapes = []
+    sample = sample_scale_wise(
+        predict, schedule, process, noise, channels=4, on_step=lambda _, x0: shapes.append(tuple(x0.shape))
+    )
+    assert shapes == [(2, 4, s, s) for s in (4, 6, 8, 12)]
+    torch.testing.assert_close(sample, TENSORS["sampler.output"], rtol=1e-5, atol=1e-6)
     assert next(noises, None) is None

@@ -22,7 +22,7 @@ from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.method.backbone import Backbone
 from scalewise.method.rng import SampleNoise
-from scalewise.method.sampling import last, student_steps
+from scalewise.method.sampling import sample_student
 from scalewise.method.scales import ScaleSchedule
 from scalewise.models import ModelAdapter, ModelError
 from scalewise.models.lora import StudentError, fused, load_student, save_student
@@ -82,7 +82,7 @@ def test_a_pipeline_samples_what_training_samples(family, pipe, student):
     model = family.tiny()
     cond, schedule = model.encode_prompts(PROMPTS), recipe_of(family).schedule.build()
     with fused(model.denoiser, load_student(student)):
-        expected = last(student_steps(Backbone(model), schedule, cond, [7, 8], role="teacher"))
+        expected = sample_student(Backbone(model), schedule, cond, [7, 8], role="teacher")
     ours = outputs(pipe(PROMPTS, seed=7, output_type="latent"))
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     alone = outputs(pipe(PROMPTS[1], seed=8, output_type="latent"))

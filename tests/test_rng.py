@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scalewise.method.rng import SampleNoise, derive, generator, permutation
-from scalewise.method.sampling import last, student_steps, teacher_steps
+from scalewise.method.sampling import sample_student, sample_teacher
 from scalewise.method.scales import Scale, ScaleSchedule
 
 PROMPTS = ["a red apple", "a dog", "a rocket", "the sun", "a house"]
@@ -85,9 +85,9 @@ def test_image_i_is_the_same_at_any_batch_size(make_backbone, sampler, size):
 
     def sample(rows: slice) -> torch.Tensor:
         if sampler == "student":
-            return last(student_steps(backbone, schedule, cond[rows], SEEDS[rows]))
-        return last(teacher_steps(backbone, Scale(1, 8, 12), cond[rows], SEEDS[rows], steps=3, guidance=4.5,
-                                  uncond=uncond))  # fmt: skip
+            return sample_student(backbone, schedule, cond[rows], SEEDS[rows])
+        return sample_teacher(backbone, Scale(1, 8, 12), cond[rows], SEEDS[rows], steps=3, guidance=4.5,
+                              uncond=uncond)  # fmt: skip
 
     whole = sample(slice(0, 5))
     pieces = torch.cat([sample(slice(i, i + size)) for i in range(0, 5, size)])

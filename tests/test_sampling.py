@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from scalewise.method.noise import FlowMatching
 from scalewise.method.rng import SampleNoise
-from scalewise.method.sampling import last, sample_scale_wise, sample_teacher, student_steps, teacher_steps
+from scalewise.method.sampling import sample_scale_wise, sample_student, sample_teacher, sample_with_scheduler
 from scalewise.method.scales import Scale, ScaleSchedule, upscale_latents
 
 PROMPTS = ["a red apple", "a dog"]
@@ -30,8 +30,23 @@ def silence(shape, device="cpu") -> torch.Tensor:
     return torch.zeros(2, *shape)
 
 
+def follow():
+    """A list, and an `on_step` that puts x0 of every step into it."""
+    found = []
+
+    def on_step(i: int, x0: torch.Tensor) -> None:
+        assert i == len(found)
+        found.append(x0)
+
+    return found, on_step
+
+
 def run(predict, schedule: ScaleSchedule, noise, **options) -> list[torch.Tensor]:
-    return [x0 for _, x0 in sample_scale_wise(predict, schedule, PROCESS, noise, channels=3, **options)]
+    """x0 of every step."""
+    found, on_step = follow()
+    sample = sample_scale_wise(predict, schedule, PROCESS, noise, channels=3, on_step=on_step, **options)
+    assert sample is found[-1]
+    return found
 
 
 def test_the_teachers_sampler_follows_the_straight_path_of_a_known_x0():
@@ -39,9 +54,12 @@ def test_the_teachers_sampler_follows_the_straight_path_of_a_known_x0():
     recorder = Recorder(lambda x_t: truth)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.2])
-    steps = list(sample_teacher(recorder, scheduler, PROCESS, SampleNoise([0, 1]), shape=shape))
-    assert [i for i, _ in steps] == [0, 1, 2]
-    torch.testing.assert_close(steps[-1][1], truth, rtol=1e-5, atol=1e-5)
+    steps, on_step = follow()
+    sample = sample_with_scheduler(
+        recorder, scheduler, PROCESS, SampleNoise([0, 1]), shape=shape, on_step=on_step
+    )
+    assert len(steps) == 3 and all(x0 is truth for x0 in steps)
+    torch.testing.assert_close(sample, truth, rtol=1e-5, atol=1e-5)
     eps = SampleNoise([0, 1])(shape)
     for (x_t, t), sigma in zip(recorder.asked, [1.0, 0.7, 0.2], strict=True):
         assert t == pytest.approx([1000 * sigma] * 2)
@@ -51,13 +69,14 @@ def test_the_teachers_sampler_follows_the_straight_path_of_a_known_x0():
 def test_one_step_is_one_prediction_from_pure_noise(make_backbone):
     backbone, schedule = make_backbone("student"), ScaleSchedule.build([1000], ["8x12"])
     cond = backbone.model.encode_prompts(PROMPTS)
-    steps = list(student_steps(backbone, schedule, cond, [3, 4]))
+    steps, on_step = follow()
+    sample = sample_student(backbone, schedule, cond, [3, 4], on_step=on_step)
     with torch.no_grad():
         x0 = backbone.predict_x0(
             SampleNoise([3, 4])((4, 8, 12)), torch.full((2,), 1000.0), cond, role="student"
         )
-    assert [i for i, _ in steps] == [0]
-    assert torch.equal(steps[0][1], x0)
+    assert len(steps) == 1
+    assert torch.equal(steps[0], x0) and torch.equal(sample, x0)
 
 
 def test_a_constant_schedule_is_plain_multistep_sampling(make_backbone):
@@ -65,16 +84,17 @@ def test_a_constant_schedule_is_plain_multistep_sampling(make_backbone):
     schedule = ScaleSchedule.build([1000, 895.9, 602.1], [8, 8, 8])
     cond, noise = backbone.model.encode_prompts(PROMPTS), SampleNoise([3, 4])
     x = noise((4, 8, 8))
-    found = {
-        role: list(student_steps(backbone, schedule, cond, [3, 4], role=role)) for role in ("student", "fake")
-    }
+    found = {}
+    for role in ("student", "fake"):
+        found[role], on_step = follow()
+        sample_student(backbone, schedule, cond, [3, 4], role=role, on_step=on_step)
     with torch.no_grad():
         for i, t in enumerate([1000.0, 895.9, 602.1]):
             x0 = backbone.predict_x0(x, torch.full((2,), t), cond, role="student")
-            assert torch.equal(found["student"][i][1], x0)
+            assert torch.equal(found["student"][i], x0)
             sigma = torch.tensor([895.9, 602.1, 0.0])[i] / 1000
             x = (1 - sigma) * x0 + sigma * noise((4, 8, 8))
-    assert not torch.allclose(found["student"][-1][1], found["fake"][-1][1], atol=1e-2)
+    assert not torch.allclose(found["student"][-1], found["fake"][-1], atol=1e-2)
 
 
 def test_every_step_works_at_its_own_scale_and_level():
@@ -119,19 +139,31 @@ def test_video_grows_in_time_too():
 def test_samplers_keep_no_graph_and_leave_the_callers_gradient_mode_alone(make_backbone, asked):
     backbone = make_backbone("student")
     cond, schedule = backbone.model.encode_prompts(PROMPTS), ScaleSchedule.build([1000, 800], [4, 8])
+    found, on_step = follow()
     with torch.set_grad_enabled(asked):
-        samplers = (
-            student_steps(backbone, schedule, cond, [0, 1]),
-            teacher_steps(backbone, Scale(1, 4, 4), cond, [0, 1], steps=2, guidance=1.0),
-        )
-        for steps in samplers:
-            for _, x0 in steps:
-                assert not x0.requires_grad
-                assert torch.is_grad_enabled() == asked
+        student = sample_student(backbone, schedule, cond, [0, 1], on_step=on_step)
+        teacher = sample_teacher(backbone, Scale(1, 4, 4), cond, [0, 1], steps=2, guidance=1.0)
+        assert torch.is_grad_enabled() == asked
+    assert not any(x.requires_grad for x in (*found, student, teacher))
     assert backbone.roles.current == "teacher"
 
 
-def test_the_last_x0_is_the_sample():
-    assert torch.equal(last(iter([(0, torch.zeros(1)), (1, torch.ones(1))])), torch.ones(1))
-    with pytest.raises(AssertionError, match="at least one step"):
-        last(iter([]))
+def test_what_on_step_returns_takes_the_place_of_x0_for_the_student():
+    schedule, other = ScaleSchedule.build([1000, 800], ["4x6", "8x12"]), torch.full((2, 3, 4, 6), 7.0)
+    predict = Recorder()
+    sample = sample_scale_wise(
+        predict, schedule, PROCESS, silence, channels=3, on_step=lambda i, x0: other if i == 0 else None
+    )
+    expected = 0.2 * upscale_latents(other, Scale(1, 8, 12))
+    torch.testing.assert_close(predict.asked[1][0], expected)
+    torch.testing.assert_close(sample, 0.5 * expected + 0.1)  # a step for which it returns None keeps its x0
+
+
+def test_what_on_step_returns_takes_the_place_of_x0_for_the_teacher():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    other = torch.full((2, 3, 4, 6), 7.0)
+    sample = sample_with_scheduler(
+        Recorder(), scheduler, PROCESS, SampleNoise([0, 1]), shape=(3, 4, 6), on_step=lambda i, x0: other
+    )
+    torch.testing.assert_close(sample, other, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from scalewise.config.recipe import Recipe
 from scalewise.data import DataError, LatentSet
 from scalewise.data.synthetic import generate
 from scalewise.evaluation.samplers import encode, enter, parse_contender
-from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale
 from scalewise.models import SD3, SDXL, Flux, ModelError, Wan
 from scalewise.training import setup
@@ -84,10 +84,10 @@ def test_a_contender_draws_with_the_recipes_shift_and_negative_prompt(recipe):
     uncond, cond = (encode(model, contender, [text]) for text in ("blurry", "a dog"))
     assert cond.tensors["tokens"].shape[1] == model.clip_length + 5
     with enter(model, contender) as sampler:
-        found = last(sampler(cond, uncond, [3]))
+        found = sampler(cond, uncond, [3])
     backbone = setup.teacher_backbone(chosen)
-    expected = [last(teacher_steps(backbone, contender.schedule.full, cond, [3], steps=2, guidance=4.5,
-                                   uncond=uncond, shift=shift)) for shift in (8.0, None)]  # fmt: skip
+    expected = [sample_teacher(backbone, contender.schedule.full, cond, [3], steps=2, guidance=4.5,
+                                   uncond=uncond, shift=shift) for shift in (8.0, None)]  # fmt: skip
     torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, expected[1], rtol=1e-2, atol=1e-2)
 

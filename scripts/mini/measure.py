@@ -29,7 +29,7 @@ from scalewise.evaluation.compare import real_rows
 from scalewise.evaluation.samplers import Prompts
 from scalewise.evaluation.scoring import judge_of
 from scalewise.method.backbone import Backbone
-from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, downscale_area
 from scalewise.metrics import measure
 from scalewise.metrics.clip import prompt_match
@@ -59,11 +59,11 @@ def draw(model: ModelAdapter, prompts: Prompts, scale: Scale) -> Tensor:
         for start in range(0, len(prompts), 23):
             some = prompts[start : start + 23]
             cond = model.encode_prompts(some.captions)
-            steps = teacher_steps(
+            x0 = sample_teacher(
                 backbone, scale, cond, some.seeds, steps=recipe.teacher.steps,
                 guidance=recipe.teacher.guidance, uncond=uncond,
             )  # fmt: skip
-            parts.append(model.decode(last(steps)))
+            parts.append(model.decode(x0))
             done(start + len(some))
     return torch.cat(parts)
 

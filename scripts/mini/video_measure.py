@@ -29,7 +29,6 @@ from scalewise.evaluation.evaluate import table as figures_table
 from scalewise.evaluation.samplers import Contender, Prompts, enter, parse_contenders
 from scalewise.evaluation.scoring import Judge
 from scalewise.evaluation.timing import timings_table
-from scalewise.method.sampling import last
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.shares import wilson
 from scalewise.models import ALL_PARTS, ModelAdapter
@@ -87,7 +86,7 @@ def draw(model: ModelAdapter, contender: Contender, captions: list[str], *, batc
         for start in range(0, len(captions), batch):
             some = captions[start : start + batch]
             seeds = range(start, start + len(some))
-            parts.append(model.decode(last(sampler(model.encode_prompts(some), uncond, seeds))))
+            parts.append(model.decode(sampler(model.encode_prompts(some), uncond, seeds)))
             done(start + len(some))
     return torch.cat(parts)
 

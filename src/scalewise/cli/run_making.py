@@ -74,8 +74,12 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     ):
         for number, start in enumerate(range(0, len(texts), asked.batch)):
             part = slice(start, start + asked.batch)
-            for step, x0 in sampler(encode(model, contender, texts[part]), uncond, seeds[part]):  # noqa: B007
-                done(number * contender.steps + step + 1)
+
+            def on_step(i: int, _x0: Tensor, before: int = number * contender.steps) -> None:
+                done(before + i + 1)
+
+            cond = encode(model, contender, texts[part])
+            x0 = sampler(cond, uncond, seeds[part], on_step=on_step)
             for text, own, sample in zip(texts[part], seeds[part], model.decode(x0), strict=True):
                 name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-") or "untitled"
                 files.append(save_sample(sample, out / f"{name}-{own}"))

@@ -19,7 +19,7 @@ from scalewise.data.header import CONTENTS
 from scalewise.method.adapter import ModelAdapter
 from scalewise.method.backbone import Backbone
 from scalewise.method.rng import derive
-from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, downscale_video
 
 SAFE_SECONDS = 300.0  # the most that a kill can cost, even where a shard takes an hour
@@ -121,12 +121,12 @@ def _drawing(
     uncond = encode([teacher.negative_prompt])
 
     def draw(captions: Sequence[str], seeds: Sequence[int]) -> dict[Scale, Tensor]:
-        steps = teacher_steps(
+        x0 = sample_teacher(
             backbone, full, encode(captions), seeds, steps=teacher.steps, guidance=teacher.guidance,
             uncond=uncond, shift=teacher.shift,
         )  # fmt: skip
         with torch.no_grad():
-            return latents_of_all_scales(model, last(steps), scales, reencode=recipe.data.reencode)
+            return latents_of_all_scales(model, x0, scales, reencode=recipe.data.reencode)
 
     return draw
 

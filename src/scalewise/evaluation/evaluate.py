@@ -27,10 +27,9 @@ from scalewise.evaluation.samplers import (
     parse_contenders,
 )
 from scalewise.evaluation.scoring import Judge
-from scalewise.evaluation.timing import Parts, Subject
+from scalewise.evaluation.timing import Mark, Parts, Subject
 from scalewise.method.adapter import ModelAdapter
 from scalewise.method.backbone import Precision
-from scalewise.method.sampling import last
 from scalewise.metrics import METRICS, Interval, Metric, Seen, measure
 
 __all__ = [
@@ -166,26 +165,21 @@ def _parts(
 ) -> Iterator[Parts]:  # fmt: skip
     held: dict[str, Any] = {}
 
-    def text() -> None:
+    def text(_mark: Mark) -> None:
         held["cond"] = encode(model, contender, [caption] * batch)
         negative = [contender.negative_prompt]
         held["uncond"] = encode(model, contender, negative) if contender.guidance != 1 else held["cond"]
 
-    def vae() -> None:
+    def vae(_mark: Mark) -> None:
         model.decode(held["x0"])
 
     with torch.no_grad(), enter(model, contender, precision=precision) as sampler:
 
-        def denoiser() -> None:
-            held["x0"] = last(sampler(held["cond"], held["uncond"], range(batch)))
+        def denoiser(mark: Mark) -> None:
+            on_step = (lambda _i, _x0: mark()) if each_step else None
+            held["x0"] = sampler(held["cond"], held["uncond"], range(batch), on_step=on_step)
 
-        def step() -> None:
-            if "steps" not in held:
-                held["steps"] = sampler(held["cond"], held["uncond"], range(batch))
-            held["x0"] = next(held["steps"])[1]
-
-        steps = {f"denoiser/{i + 1}": step for i in range(contender.steps)}
-        yield {"text": text, **(steps if each_step else {"denoiser": denoiser}), "vae": vae}
+        yield {"text": text, "denoiser": denoiser, "vae": vae}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -24,15 +24,13 @@ from scalewise.method.adapter import Condition, ModelAdapter
 from scalewise.method.backbone import Backbone, Precision
 from scalewise.method.rng import derive
 from scalewise.method.roles import TEACHER
-from scalewise.method.sampling import last, student_steps, teacher_steps
+from scalewise.method.sampling import OnStep, Sampler, sample_student, sample_teacher
 from scalewise.method.scales import ScaleSchedule
 from scalewise.models.attached import check_student, with_student
 from scalewise.models.lora import Student, load_student
 
 Kind = Literal["teacher", "undistilled", "student", "folder"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Sampler = Callable[[Condition, Condition, Sequence[int]], Iterator[tuple[int, Tensor]]]
-"""(captions' condition, unconditional one, seeds) -> (step, x0) of every step."""
 
 FORMS = "teacher, teacher:STEPS, undistilled, undistilled:full, student:PATH or folder:PATH"
 
@@ -198,7 +196,7 @@ def enter(
         held = with_student(model.denoiser, student, weight=weight)
     with held:
         backbone = Backbone(model, precision=precision)
-        yield partial(_as_teacher if contender.kind == "teacher" else _as_student, backbone, contender)
+        yield partial(_sample, backbone, contender)
 
 
 def encode(model: ModelAdapter, contender: Contender, captions: Sequence[str]) -> Condition:
@@ -210,22 +208,17 @@ def encode(model: ModelAdapter, contender: Contender, captions: Sequence[str]) -
     return model.encode_prompts(captions)
 
 
-def _as_teacher(
-    backbone: Backbone, contender: Contender, cond: Condition, uncond: Condition, seeds: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
+def _sample(
+    backbone: Backbone, contender: Contender, cond: Condition, uncond: Condition, seeds: Sequence[int], *,
+    on_step: OnStep | None = None,
+) -> Tensor:  # fmt: skip
     assert contender.schedule is not None
-    return teacher_steps(
+    if contender.kind != "teacher":  # in the base's own role: a student, if any, is fused into it
+        return sample_student(backbone, contender.schedule, cond, seeds, role=TEACHER, on_step=on_step)
+    return sample_teacher(
         backbone, contender.schedule.full, cond, seeds, steps=contender.steps, guidance=contender.guidance,
-        uncond=uncond, shift=contender.shift,
+        uncond=uncond, shift=contender.shift, on_step=on_step,
     )  # fmt: skip
-
-
-def _as_student(
-    backbone: Backbone, contender: Contender, cond: Condition, uncond: Condition, seeds: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
-    assert contender.schedule is not None
-    # The base's own role: a student, if any, is fused into it.
-    return student_steps(backbone, contender.schedule, cond, seeds, role=TEACHER)
 
 
 @torch.no_grad()
@@ -255,7 +248,7 @@ def draw(
             part = numbers[start : start + batch]
             images, some = known(part), prompts.chosen(part)
             if images is None:
-                x0 = last(sampler(encode(model, contender, some.captions), uncond, some.seeds))
+                x0 = sampler(encode(model, contender, some.captions), uncond, some.seeds)
                 images = to_bytes(model.decode(x0))
                 keep(part, images)
             parts.append(images)
@@ -267,8 +260,13 @@ def draw(
 def draw_steps(
     model: ModelAdapter, contender: Contender, prompts: Prompts, *, precision: Precision = "float32"
 ) -> list[np.ndarray]:
-    """Draw a few prompts and decode x0 of every step: bytes [N, h_i, w_i, 3], growing with the scales."""
+    """Draw a few prompts and decode x0 of every step: bytes [N, h_i, w_i, 3], growing with the scales.
+
+    The last one is the sample itself.
+    """
     cond = encode(model, contender, prompts.captions)
     uncond = encode(model, contender, [contender.negative_prompt])
     with enter(model, contender, precision=precision) as sampler:
-        return [to_bytes(model.decode(x0)) for _, x0 in sampler(cond, uncond, prompts.seeds)]
+        found: list[Tensor] = []
+        sample = sampler(cond, uncond, prompts.seeds, on_step=lambda _i, x0: found.append(x0))
+        return [to_bytes(model.decode(x0)) for x0 in [*found[:-1], sample]]

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from scalewise.common import markdown
@@ -19,9 +21,10 @@ from scalewise.metrics.intervals import FEWEST_ROUNDS, Interval, median_interval
 
 Clock = Callable[[], float]
 """Seconds since whenever; waits first until the device has done what it was given."""
-Parts = Mapping[str, Callable[[], object]]
-"""What makes up one batch, in the order in which it runs: {"text": ..., "denoiser": ..., "vae": ...}.
-Pieces of a part are written "denoiser/1", "denoiser/2"; the part is their sum."""
+Mark = Callable[[], None]
+"""Called by a part after each of its pieces: "denoiser/1", "denoiser/2"; the last one ends with the part."""
+Parts = Mapping[str, Callable[[Mark], object]]
+"""What makes up one batch, in the order in which it runs: {"text": ..., "denoiser": ..., "vae": ...}."""
 Laps = dict[str, dict[str, list[float]]]
 """laps[contender][part][round] in milliseconds per image."""
 
@@ -114,15 +117,19 @@ def time_parts(subject: Subject, batch: int, clock: Clock) -> dict[str, float]:
     """Milliseconds per image of each part and in total, from one run; entering and leaving do not count."""
     lap, pieces = dict[str, float](), dict[str, float]()
     with subject.enter(batch) as parts:
-        for name, work in parts.items():
-            started = clock()
-            work()
-            milliseconds = 1000 * (clock() - started) / batch
-            part, _, piece = name.partition("/")
-            lap[part] = lap.get(part, 0.0) + milliseconds
-            if piece:
-                pieces[name] = milliseconds
+        for part, work in parts.items():
+            marks, started = list[float](), clock()
+            work(partial(_mark, marks, clock))
+            ended = clock()
+            lap[part] = 1000 * (ended - started) / batch
+            for number, (since, until) in enumerate(pairwise([started, *marks[:-1], ended]), 1):
+                if marks:
+                    pieces[f"{part}/{number}"] = 1000 * (until - since) / batch
     return lap | {TOTAL: sum(lap.values())} | pieces
+
+
+def _mark(marks: list[float], clock: Clock) -> None:
+    marks.append(clock())
 
 
 def summarize(laps: Laps, batch: int, *, baseline: str) -> list[Timing]:

@@ -1,13 +1,12 @@
 """Sampling: the scale-wise few-step sampler of the student, and the teacher's own scheduler.
 
-Both are iterators over (step index, x0), so that progress bars, previews, pipelines and benchmarks run the
-very same code. `predict` stands for the model: (x_t, t [N]) -> x0.
+Progress bars, previews, pipelines and benchmarks run the very same code: they follow it by `on_step`.
+`predict` stands for the model: (x_t, t [N]) -> x0.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,12 +21,22 @@ from scalewise.method.roles import TEACHER
 from scalewise.method.scales import Scale, ScaleSchedule, upscale_latents
 
 Predict = Callable[[Tensor, Tensor], Tensor]
+OnStep = Callable[[int, Tensor], Tensor | None]
+"""Called with the number i of a step and its x0 [N, ...]; a tensor that it returns takes the place of x0."""
 
 
 class Noise(Protocol):
     """Gives the next noise [N, *shape] at every call."""
 
     def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor: ...
+
+
+class Sampler(Protocol):
+    """Samples [N, ...] for conditions and seeds, with everything else settled."""
+
+    def __call__(
+        self, cond: Condition, uncond: Condition, seeds: Sequence[int], *, on_step: OnStep | None = None
+    ) -> Tensor: ...
 
 
 def sample_scale_wise(
@@ -40,31 +49,28 @@ def sample_scale_wise(
     video: bool = False,
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
-) -> Generator[tuple[int, Tensor], Tensor | None, None]:
-    """Yield (i, x0 at s_i) for every step; the last x0 is the sample.
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample [N, C, H, W] (video [N, C, T, H, W]) along a schedule; `on_step` sees x0 at every s_i.
 
-    `start` are clean latents at s_1 to begin with instead of noise alone. Latents that are sent into the
-    generator take the place of the x0 just yielded.
-
-    x0 is upscaled (never x_t), then noised afresh to the next level, also when the scale does not change
-    (paper, section 4.1).
+    `start` are clean latents at s_1 to begin with instead of noise alone. x0 is upscaled (never x_t), then
+    noised afresh to the next level, also when the scale does not change (paper, section 4.1).
     """
     shape = schedule[0].scale.shape(1, channels, video=video)[1:]
     x = noise(shape, device)
     if start is not None:
         x = process.add_noise(start, x, torch.full((len(x),), schedule[0].t, device=x.device))
     for i, step in enumerate(schedule):
-        x0 = predict(x, torch.full((len(x),), step.t, device=x.device))
-        changed = yield i, x0
-        x0 = x0 if changed is None else changed
+        x0 = _shown(on_step, i, predict(x, torch.full((len(x),), step.t, device=x.device)))
         if i + 1 < len(schedule):
             after = schedule[i + 1]
             x0 = upscale_latents(x0, after.scale)
             eps = noise(x0.shape[1:], x0.device)
             x = process.add_noise(x0, eps, torch.full((len(x),), after.t, device=x.device))
+    return x0
 
 
-def sample_teacher(
+def sample_with_scheduler(
     predict: Predict,
     scheduler: Any,
     process: NoiseProcess,
@@ -74,52 +80,47 @@ def sample_teacher(
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
     begin: int = 0,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (i, x0) of the steps of a diffusers scheduler with its timesteps set, and last the sample itself.
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample [N, *shape] with a diffusers scheduler whose timesteps are set.
 
-    `shape` is a sample's. The scheduler gets what the network would have predicted for the x0 given: working
-    on x0 keeps the one question to the model. With `start`, latents noised to the level of step `begin`,
-    the steps before that one are left out.
+    The scheduler gets what the network would have predicted for the x0 given: working on x0 keeps the one
+    question to the model. With `start`, latents noised to the level of step `begin`, the steps before that
+    one are left out.
     """
     if start is None:
         x = noise(shape, device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     else:
         x = start
         scheduler.set_begin_index(begin)
-    final = len(scheduler.timesteps) - 1
     for i, t in enumerate(scheduler.timesteps[begin:], begin):
         x_t = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         level = torch.full((len(x),), float(t), device=x.device)
-        x0 = predict(x_t, level)
+        x0 = _shown(on_step, i, predict(x_t, level))
         x = scheduler.step(process.prediction(x0, x_t, level), t, x, return_dict=False)[0]
-        yield i, x if i == final else x0
+    return x
 
 
-def student_steps(
+@torch.no_grad()
+def sample_student(
     backbone: Backbone,
     schedule: ScaleSchedule,
     cond: Condition,
     seeds: Sequence[int],
     *,
     role: str = "student",
-) -> Iterator[tuple[int, Tensor]]:
+    on_step: OnStep | None = None,
+) -> Tensor:
     """Sample with a student: one forward a step, no guidance; sample i depends on its seed alone."""
-    predict = partial(_ask, backbone, cond, role=role, guidance=None, uncond=None)
     model = backbone.model
-    return _without_gradients(
-        sample_scale_wise(
-            predict,
-            schedule,
-            model.noise,
-            SampleNoise(seeds),
-            channels=model.channels,
-            video=model.video,
-            device=backbone.device,
-        )
-    )
+    return sample_scale_wise(
+        partial(backbone.predict_x0, cond=cond, role=role), schedule, model.noise, SampleNoise(seeds),
+        channels=model.channels, video=model.video, device=backbone.device, on_step=on_step,
+    )  # fmt: skip
 
 
-def teacher_steps(
+@torch.no_grad()
+def sample_teacher(
     backbone: Backbone,
     scale: Scale,
     cond: Condition,
@@ -131,52 +132,22 @@ def teacher_steps(
     shift: float | None = None,
     start: Tensor | None = None,
     begin: int = 0,
-) -> Iterator[tuple[int, Tensor]]:
+    on_step: OnStep | None = None,
+) -> Tensor:
     """Sample with the teacher: its own schedule of `steps` steps, with guidance; `shift` replaces the
     schedule's own.
 
-    `start` and `begin`: go on from noised latents at a step, as in `sample_teacher`.
+    `start` and `begin`: continue from noised latents at a step, as in `sample_with_scheduler`.
     """
-    predict = partial(_ask, backbone, cond, role=TEACHER, guidance=guidance, uncond=uncond)
     model = backbone.model
-    return _without_gradients(
-        sample_teacher(
-            predict,
-            model.teacher_scheduler(steps, scale, shift=shift),
-            model.noise,
-            SampleNoise(seeds),
-            shape=scale.shape(1, model.channels, video=model.video)[1:],
-            device=backbone.device,
-            start=start,
-            begin=begin,
-        )
-    )
+    return sample_with_scheduler(
+        partial(backbone.predict_x0, cond=cond, role=TEACHER, guidance=guidance, uncond=uncond),
+        model.teacher_scheduler(steps, scale, shift=shift), model.noise, SampleNoise(seeds),
+        shape=scale.shape(1, model.channels, video=model.video)[1:], device=backbone.device, start=start,
+        begin=begin, on_step=on_step,
+    )  # fmt: skip
 
 
-def last(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
-    """Run a sampler to its end and return the finished latents."""
-    newest = deque(steps, maxlen=1)
-    assert newest, "a sampler has at least one step"
-    return newest[0][1]
-
-
-def _ask(
-    backbone: Backbone,
-    cond: Condition,
-    x_t: Tensor,
-    t: Tensor,
-    *,
-    role: str,
-    guidance: float | None,
-    uncond: Condition | None,
-) -> Tensor:
-    return backbone.predict_x0(x_t, t, cond, role=role, guidance=guidance, uncond=uncond)
-
-
-def _without_gradients(steps: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    while True:
-        with torch.no_grad():  # left at every yield, so that the caller's own setting holds in between
-            item = next(steps, None)
-        if item is None:
-            return
-        yield item
+def _shown(on_step: OnStep | None, i: int, x0: Tensor) -> Tensor:
+    changed = on_step(i, x0) if on_step else None
+    return x0 if changed is None else changed

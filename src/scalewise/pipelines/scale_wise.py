@@ -208,8 +208,9 @@ class ScaleWisePipeline:
         start, latents = 0, None
         if image is not None:
             start, latents = self._start_from(model, image, strength, plan=plan, count=len(prompts))
-        steps = self._steps(model, plan, cond, noise=noise, start=start, latents=latents)
-        x0 = self._follow(steps, plan, start, callback_on_step_end)
+        x0 = self._sample(
+            model, plan, cond, noise=noise, start=start, latents=latents, callback=callback_on_step_end
+        )
         return self._finish(model, x0, output_type, return_dict=return_dict)
 
     def _check_guidance(self, model: Any, guidance: float) -> None:
@@ -299,10 +300,12 @@ class ScaleWisePipeline:
             )
         return image
 
-    def _steps(
+    def _sample(
         self, model: Any, plan: ScaleSchedule, cond: Condition, *, noise: Any, start: int,
-        latents: Tensor | None,
-    ) -> Any:  # fmt: skip
+        latents: Tensor | None, callback: Callback | None,
+    ) -> Tensor:  # fmt: skip
+        """Run the sampler under the pipeline's progress bar; the callback sees x0 and may change it."""
+        pipeline: Any = self
         rest = ScaleSchedule(plan.steps[start:])
         if latents is not None:
             latents = upscale_latents(latents, rest[0].scale)
@@ -311,25 +314,18 @@ class ScaleWisePipeline:
             found: Tensor = model.noise.x0(model.predict(x_t, t, cond), x_t, t)
             return found
 
-        return sample_scale_wise(
-            predict, rest, model.noise, noise, channels=model.channels, video=model.video,
-            device=model.device, start=latents,
-        )  # fmt: skip
+        with pipeline.progress_bar(total=len(rest)) as bar:
 
-    def _follow(self, steps: Any, plan: ScaleSchedule, start: int, callback: Callback | None) -> Tensor:
-        """Run the sampler under the pipeline's progress bar; the callback sees x0 and may change it."""
-        pipeline: Any = self
-        x0, changed = torch.empty(0), None
-        with pipeline.progress_bar(total=len(plan) - start) as bar:
-            while True:
-                try:
-                    i, x0 = steps.send(changed)  # None starts it, and leaves x0 as it is later on
-                except StopIteration:
-                    return x0
+            def on_step(i: int, x0: Tensor) -> Tensor | None:
                 bar.update()
-                told = callback(self, start + i, plan[start + i].t, {"latents": x0}) if callback else None
-                changed = checks.changed_latents(told, x0, start + i)
-                x0 = x0 if changed is None else changed
+                step = start + i
+                told = callback(self, step, plan[step].t, {"latents": x0}) if callback else None
+                return checks.changed_latents(told, x0, step)
+
+            return sample_scale_wise(
+                predict, rest, model.noise, noise, channels=model.channels, video=model.video,
+                device=model.device, start=latents, on_step=on_step,
+            )  # fmt: skip
 
     def _finish(self, model: Any, x0: Tensor, output_type: str, *, return_dict: bool) -> Any:
         pipeline: Any = self

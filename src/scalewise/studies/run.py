@@ -29,7 +29,7 @@ from scalewise.evaluation.scoring import SCORER, SPECTRUM, Judge, judge_of
 from scalewise.method.backbone import Backbone
 from scalewise.method.noise import NoiseProcess
 from scalewise.method.rng import SampleNoise, permutation
-from scalewise.method.sampling import last, teacher_steps
+from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, upscale_latents
 from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, resample
 from scalewise.metrics.base import Gaussian
@@ -172,11 +172,11 @@ def go_on(
             start.how, latents[small][part], latents[full][part], seeds=some.seeds, process=model.noise,
             t=float(levels[begin]),
         )  # fmt: skip
-        steps = teacher_steps(
+        x0 = sample_teacher(
             backbone, full, encode(some.captions), some.seeds, steps=teacher.steps,
             guidance=teacher.guidance, uncond=uncond, shift=teacher.shift, start=x_t, begin=begin,
         )  # fmt: skip
-        parts.append(to_bytes(model.decode(last(steps))))
+        parts.append(to_bytes(model.decode(x0)))
         done(at + len(some))
     return np.concatenate(parts)
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from scalewise.common import checkpoint, distributed
 from scalewise.common.images import middle_frame, read_picture, sheet, to_bytes
@@ -19,7 +21,7 @@ from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.method.backbone import Precision, settle
 from scalewise.method.distill import Numbers
 from scalewise.method.rng import derive
-from scalewise.method.sampling import student_steps
+from scalewise.method.sampling import sample_student
 from scalewise.models.lora import load_student, save_student, versions
 from scalewise.training import origin, setup
 from scalewise.training.origin import TUNABLE, Origin, check_resume
@@ -206,12 +208,14 @@ def draw_samples(trainer: Trainer, data: setup.Data) -> Path | None:
     schedule = recipe.schedule.build()
     # Held only for the grid: training keeps the denoiser alone in memory.
     decoder = setup.load(recipe, ["vae"])
+    steps: list[list[np.ndarray]] = []
+
+    def keep(_i: int, x0: Tensor) -> None:
+        # One at a time: decoding takes more memory than anything else here.
+        steps.append([to_bytes(middle_frame(decoder.decode(one)))[0] for one in x0.split(1)])
+
     with using_average(trainer):
-        steps = [
-            # One at a time: decoding takes more memory than anything else here.
-            [to_bytes(middle_frame(decoder.decode(x0[i : i + 1])))[0] for i in range(len(prompts))]
-            for _, x0 in student_steps(trainer.backbone, schedule, cond, seeds)
-        ]
+        sample_student(trainer.backbone, schedule, cond, seeds, on_step=keep)
     pictures = [step[i] for i in range(len(prompts)) for step in steps]
     path = trainer.folder / "samples" / f"iteration-{trainer.iteration:06d}.png"
     titles = [f"t {step.t:.0f}, {step.scale}" for step in schedule]
