@@ -80,6 +80,15 @@ def check_prompts(prompt: Any) -> list[str]:
     return list(prompts)
 
 
+def check_negative_prompt(prompt: Any) -> None:
+    """Refuse a negative prompt that says something."""
+    if prompt:
+        raise ValueError(
+            "A negative prompt has no effect here: the student samples without classifier-free guidance, "
+            "which is where it would act. Leave it out."
+        )
+
+
 def check_strength(strength: Any, image: Any) -> float:
     """Strength of an image to start from, 0.8 unless given; without an image it is refused."""
     if strength is None:

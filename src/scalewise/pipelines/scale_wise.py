@@ -187,14 +187,10 @@ class ScaleWisePipeline:
             height=height, width=width, num_frames=num_frames, num_images_per_prompt=num_images_per_prompt
         )
         checks.check_callback(callback_on_step_end)
+        checks.check_negative_prompt(negative_prompt)
         strength = checks.check_strength(strength, image)
         prompts = [p for p in checks.check_prompts(prompt) for _ in range(num_images_per_prompt)]
         model = self.adapter()
-        if negative_prompt:
-            raise ValueError(
-                "A negative prompt has no effect here: the student samples without classifier-free guidance, "
-                "which is where it would act. Leave it out."
-            )
         if guidance_scale is not None:
             self._check_guidance(model, guidance_scale)
         if not prompts or output_type not in OUTPUTS:
