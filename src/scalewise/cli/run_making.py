@@ -75,7 +75,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
         for number, start in enumerate(range(0, len(texts), asked.batch)):
             part = slice(start, start + asked.batch)
 
-            def on_step(i: int, _x0: Tensor, before: int = number * contender.steps) -> None:
+            def on_step(i: int, _x0: Tensor, *, before: int = number * contender.steps) -> None:
                 done(before + i + 1)
 
             cond = encode(model, contender, texts[part])
