@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scalewise.method import losses
 from scalewise.method.adapter import Condition
 from scalewise.method.backbone import Backbone
-from scalewise.method.loss_config import LossRecipe, MmdRecipe, Timesteps
+from scalewise.method.loss_config import LossRecipe, Timesteps
 from scalewise.method.rng import SampleNoise
 from scalewise.method.roles import TEACHER
 
@@ -82,7 +82,13 @@ class DistillStep:
                 real = self._features(self.process.add_noise(batch.target, eps, t), t, cond, mmd.features)
             with self.backbone.roles.role(mmd.features):
                 x_t = self.process.add_noise(x0_student, eps, t)
-                value = mmd_loss(mmd, real, self._features(x_t, t, cond, mmd.features))
+                seen = self._features(x_t, t, cond, mmd.features)
+                if mmd.kernel == "rbf":
+                    value = losses.mmd_rbf(real, seen, sigma=mmd.sigma)
+                else:
+                    value = losses.mmd_linear(
+                        real, seen, penalty=mmd.penalty, c=mmd.c, whole_batch=mmd.whole_batch
+                    )
                 numbers |= _add_loss("mmd", value, mmd.weight, x0_student)
 
         if dmd.weight > 0 or gan.weight > 0:  # one noised sample for both
@@ -152,13 +158,6 @@ class DistillStep:
 
     def _features(self, x_t: Tensor, t: Tensor, cond: Condition, role: str) -> Tensor:
         return self.backbone.features(x_t, t, cond, role=role, block=self.loss.feature_block)
-
-
-def mmd_loss(mmd: MmdRecipe, real: Tensor, generated: Tensor) -> Tensor:
-    """The recipe's MMD between features [N, L, D] of real and generated samples, unweighted."""
-    if mmd.kernel == "rbf":
-        return losses.mmd_rbf(real, generated, sigma=mmd.sigma)
-    return losses.mmd_linear(real, generated, penalty=mmd.penalty, c=mmd.c, whole_batch=mmd.whole_batch)
 
 
 def draw_noise(
