@@ -81,10 +81,10 @@ def test_a_recipe_is_printed_as_yaml_that_reads_back(run, tmp_path: Path) -> Non
     [
         (["distill", "minni"], "did you mean 'mini'?"),
         (["distill", "mini", "loss.mmd.kernl=rbf"], "did you mean 'loss.mmd.kernel'?"),
-        (["distill", "mini", "train.iterations"], "needs the form key=value"),
+        (["distill", "mini", "train.iterations"], "must have the form key=value"),
         (["distill", "mini", "train.batch=0"], "train.batch = 0"),
-        (["distill", "mini", "schedule.timesteps=[1000,900,950,600]"], "timesteps must fall"),
-        (["distill", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
+        (["distill", "mini", "schedule.timesteps=[1000,900,950,600]"], "timesteps must decrease"),
+        (["distill", "nowhere.yaml"], "Recipe file nowhere.yaml not found"),
         (["sample", "a dog", "--student", "nowhere"], "There is no student at nowhere"),
         (["sample", "a dog", "--schedule", "minni"], "There is no schedule 'minni'"),
         (["export", "mini", "out.safetensors", "--form", "webui"], "There is no form 'webui'"),
@@ -218,7 +218,7 @@ def test_a_schedule_that_does_not_fit_the_model_is_refused(run, recipe_file: str
     code, text = run("distill", recipe_file, "schedule.scales=['5','6','6','8']", "--dry-run")
     assert code == 1 and "5x5 is not divisible by the patch size 2" in text
     code, text = run("distill", recipe_file, "schedule.scales=['4','6','6','64']", "--dry-run")
-    assert code == 1 and "24x24, the largest this model has positions for" in text
+    assert code == 1 and "24x24, the largest scale with position embeddings in this model" in text
     code, text = run("distill", recipe_file, "loss.feature_block=7", "--dry-run")
     assert code == 1 and "blocks 0 to 3" in text
 

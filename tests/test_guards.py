@@ -240,7 +240,7 @@ def test_pictures_are_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["1000@64 8..@80", "1000@64 600@8x", "1000@"])
 def test_a_schedule_that_cannot_be_read_is_said_so(text: str) -> None:
-    with pytest.raises(ValueError, match="Cannot read the schedule"):
+    with pytest.raises(ValueError, match="Cannot parse the schedule"):
         read_schedule(text)
 
 
@@ -257,7 +257,7 @@ def test_a_schedule_that_cannot_be_read_is_said_so(text: str) -> None:
         (["bench", "mini", "model.dtype=float16", "--training"], "model.dtype=float16 is for sampling"),
         (["evaluate", "mini", "model.base=x"], "Name what to compare"),
         (["evaluate", "mini", "teacher", "train.iteration=5"], "did you mean 'train.iterations'"),
-        (["bench", "mini", "teacher", "loss.gan=5"], "'loss.gan' is a group"),
+        (["bench", "mini", "teacher", "loss.gan=5"], "'loss.gan' is a group of keys"),
         (["spectrum", "mini", "--data", "pics #1"], "pics #1"),
     ],
 )

@@ -108,7 +108,7 @@ def test_levels_between_training_levels_are_interpolated_and_1000_is_the_last():
 
 @pytest.mark.parametrize("table", [[0.1, 0.5, 0.9], [0.9, 0.9, 0.1], [[0.9, 0.1]]])
 def test_a_table_that_does_not_fall_is_refused(table):
-    with pytest.raises(ValueError, match="alphas_cumprod must be one falling list"):
+    with pytest.raises(ValueError, match="alphas_cumprod must be a strictly decreasing list"):
         VariancePreserving(table)
 
 

@@ -29,8 +29,8 @@ MINI = find_recipe("mini")
     ("train.sample_prompts=a dog", r"train.sample_prompts = 'a dog': .*'lora.targets=\[to_q, to_k\]'$"),
     ("lora.targets=to_q", r"lora.targets = 'to_q': .* as in 'lora.targets=\[to_q, to_k\]'$"),
     ("schedule.scales=4 6 6 8", r"schedule.scales = '4 6 6 8': .* as in 'lora.targets=\[to_q, to_k\]'$"),
-    ("lora.targets=[]", r"targets \[\] name no module; leave them out for the family's$"),
-    ("lora.targets=['']", r"targets \[''\] name no module; leave them out for the family's$"),
+    ("lora.targets=[]", r"targets \[\] name no module; omit them for those of the model family$"),
+    ("lora.targets=['']", r"targets \[''\] name no module; omit them for those of the model family$"),
 ])  # fmt: skip
 def test_a_value_out_of_bounds_is_refused_with_its_key(override: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
@@ -48,10 +48,10 @@ def test_a_backbone_without_targets_is_refused_and_not_given_the_familys() -> No
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ([("train.iterations", 3)], r"Override \('train.iterations', 3\) is no text of the form"),
-    (None, "Override None is no text of the form 'train.iterations=200'"),
-    (3, "Override 3 is no text"), ([None], "Override None is no text"),
-    ({3: 4}, "Recipe key 3 is no text; write one as in 'train.iterations'"),
+    ([("train.iterations", 3)], r"Overrides must be strings .*; got \('train.iterations', 3\)"),
+    (None, "Overrides must be strings such as 'train.iterations=200'.*; got None"),
+    (3, "Overrides must be strings.*; got 3"), ([None], "Overrides must be strings.*; got None"),
+    ({3: 4}, "Recipe keys must be strings such as 'train.iterations'; got 3"),
 ])  # fmt: skip
 def test_overrides_that_are_no_text_are_refused(given: Any, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
@@ -61,11 +61,12 @@ def test_overrides_that_are_no_text_are_refused(given: Any, said: str) -> None:
 def test_a_distillation_of_no_recipe_or_into_no_folder_is_refused(tmp_path: Path) -> None:
     wrong: Any = {"name": "x"}
     with pytest.raises(
-        RecipeError, match=r"\{'name': 'x'\} is no recipe; .* Recipe.from_mapping reads a dict"
+        RecipeError,
+        match=r"recipe must be a Recipe.*; got \{'name': 'x'\}. Use Recipe.from_mapping for a dict",
     ):
         scalewise.distill(wrong, tmp_path / "out")
     nowhere: Any = None
-    with pytest.raises(RecipeError, match="folder of the run is None; give out a path"):
+    with pytest.raises(RecipeError, match="out must be a path, .*; got None"):
         scalewise.distill(MINI, nowhere)
 
 

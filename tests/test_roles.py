@@ -150,17 +150,17 @@ def test_roles_nest_and_come_back_after_an_exception(backbone, question):
 def test_an_unknown_role_is_refused_with_those_there_are_and_changes_nothing(backbone):
     with backbone.roles.role("student"):
         with (
-            pytest.raises(ValueError, match=r"no role 'critic'.*'teacher', 'student', 'fake'"),
+            pytest.raises(ValueError, match=r"Unknown role 'critic'.*'teacher', 'student', 'fake'"),
             backbone.roles.role("critic"),
         ):
             pass
         assert backbone.roles.current == "student"
-    with pytest.raises(ValueError, match=r"no role 'teacher'; trained roles are \['student', 'fake'\]"):
+    with pytest.raises(ValueError, match=r"Unknown role 'teacher'; trained roles are \['student', 'fake'\]"):
         backbone.parameters("teacher")
 
 
 def test_the_teacher_cannot_be_an_adapter(model):
-    with pytest.raises(ValueError, match=r"'teacher' is the frozen base.*name the role otherwise"):
+    with pytest.raises(ValueError, match=r"'teacher' is the frozen base.*use another name for the role"):
         Roles(model.denoiser, ["teacher"], rank=4, targets=TARGETS)
 
 
@@ -250,7 +250,8 @@ def test_a_lora_for_another_base_or_other_targets_is_refused(make_backbone):
     state = {k: v + 1 for k, v in state.items()}
     before = backbone.roles.state("student")
     with pytest.raises(
-        ValueError, match=rf"{key} is \[4, 32\] in the file and \[4, 16\] here; it was made for another base"
+        ValueError,
+        match=rf"{key} is \[4, 32\] in the file and \[4, 16\] here; it was trained on another base",
     ):
         backbone.roles.load("student", state | {key: torch.zeros(4, 32)})
     # A refused file leaves the role as it was.

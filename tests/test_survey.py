@@ -183,7 +183,7 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
     (["mini", "--steps", "3", "--timesteps", "1000 500"], "not both"),
     (["mini", "--timesteps", "1000 5x"], "Cannot read the noise levels"),
     (["mini", "--timesteps", "1200 500"], "1200 lies outside"),
-    (["mini", "--timesteps", "500 1000"], "timesteps must fall"),
+    (["mini", "--timesteps", "500 1000"], "timesteps must decrease"),
     (["mini", "--budget", "1.5"], "part of the full-scale cost"),
     (["mini", "--smallest", "2"], "part of the full side"),
     (["mini", "--data", "nowhere"], "no latents or pictures in nowhere"),

@@ -1,1 +1,1 @@
-"""Recipes: a run as a value, and named ones."""
+"""Recipes: the frozen configuration of a run, and the named presets."""

@@ -1,4 +1,4 @@
-"""Override values read by the type of their key: text stays as typed, only lists and numbers are parsed."""
+"""Parsing of overrides by the type of their key: strings stay as typed, numbers and lists are parsed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 _CHANGED = " (changed: "
-_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False,
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False,
            "0": False}  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def field_type(model: type[BaseModel], dotted: str) -> Any:
 
 
 def choices_of(kind: Any) -> list[str]:
-    """What may stand behind `key=` for a key of few choices (true and false, names, null), else nothing."""
+    """Return the allowed values of a key with a fixed set of choices (booleans, literals, null), else []."""
     if get_origin(kind) in (Union, UnionType):
         parts = [part for part in get_args(kind) if part is not NoneType]
         found = [choice for part in parts for choice in choices_of(part)]
@@ -44,13 +44,13 @@ def choices_of(kind: Any) -> list[str]:
 
 
 def read_value(text: str, kind: Any) -> Any:
-    """Read the text behind `key=` for a key of type `kind`.
+    """Parse the text after `key=` for a key of type `kind`.
 
-    A key that takes a string gets the text as typed: no quotes are removed, and `#`, `123` or `no` mean
-    themselves. A key that may also be empty (`str | None`) takes `null` or nothing for that. All other keys
-    read numbers, `true` and `false`, `null`, and YAML lists; in a list of strings every element is a string.
+    A string key takes the text as typed: quotes are kept, and `#`, `123` and `no` are plain text. An optional
+    string (`str | None`) is None for `null` or empty text. All other keys accept numbers, `true` and `false`,
+    `null`, and YAML lists; the elements of a list of strings stay strings.
 
-    Raises yaml.YAMLError for a list that cannot be read.
+    Raises yaml.YAMLError for an invalid list.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if NoneType in kinds and text.strip() in ("null", ""):
@@ -58,8 +58,8 @@ def read_value(text: str, kind: Any) -> Any:
     if any(_is_text(k) for k in kinds):
         return text
     if bool in kinds:
-        return _TRUTHS.get(text.strip().lower(), text)
-    # BaseLoader leaves every scalar a string: YAML's own rules would read 010 as 8, and 1:30 as 90.
+        return _BOOLEANS.get(text.strip().lower(), text)
+    # BaseLoader keeps every scalar a string; YAML's rules would parse 010 as 8 and 1:30 as 90.
     value = yaml.BaseLoader(text).get_single_data()
     if any(_is_text(element) for k in kinds for element in get_args(k)):
         return value
@@ -67,18 +67,18 @@ def read_value(text: str, kind: Any) -> Any:
 
 
 def key_of(assignment: str) -> str:
-    """The dotted key of an override as it is typed, "key=value"."""
+    """Return the dotted key of an override "key=value"."""
     return assignment.partition("=")[0].strip()
 
 
 def replaced(assignments: Sequence[str], by: Sequence[str]) -> list[str]:
-    """Overrides without those whose key others set, and the others behind them."""
+    """Return `assignments` without the keys set in `by`, followed by `by`."""
     keys = {key_of(text) for text in by}
     return [*(text for text in assignments if key_of(text) not in keys), *by]
 
 
 def about_of(before: Any, after: Any, keys: Iterable[str]) -> str:
-    """The `about` of a recipe for one that overrides of `keys` made: behind it, in brackets, what changed."""
+    """Return the `about` text of a recipe after overrides: the original, and the changed keys in brackets."""
     text, sign, old = before.about.partition(_CHANGED)
     names = old.removesuffix(")").split(", ") if sign else []
     for key in keys:
@@ -95,7 +95,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Read a number; everything else is left for validation to refuse."""
+    """Convert to a number if possible; anything else is left to validation."""
     if isinstance(value, str):
         for number in (int, float):
             with contextlib.suppress(ValueError):
@@ -118,7 +118,7 @@ def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
 def explain_fields(
     model: type[BaseModel], prefix: str = "", *, defaults: BaseModel | None = None
 ) -> list[tuple[str, str, str]]:
-    """Dotted name, default and description of every field, with its choices if it has a few."""
+    """Return dotted name, default, and description with choices of every field."""
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
         part, value = field.annotation, getattr(defaults, name, field.default)
@@ -128,14 +128,14 @@ def explain_fields(
         else:
             shown = "" if value is PydanticUndefined else json.dumps(value)
             choices = ", ".join(choices_of(field.annotation))
-            told = [field.description or "", f"one of {choices}" if choices else ""]
-            rows.append((prefix + name, shown, "; ".join(filter(None, told))))
+            parts = [field.description or "", f"one of {choices}" if choices else ""]
+            rows.append((prefix + name, shown, "; ".join(filter(None, parts))))
     return rows
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return ", did you mean x?" for the nearest known word, or the list of what is known."""
+    """Return "did you mean 'x'?" for the nearest known word, or the list of known words."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close:  # the right field at another place
+    if not close:  # the same last part under another group
         close = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
     return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."

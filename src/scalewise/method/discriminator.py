@@ -1,4 +1,4 @@
-"""The discriminator head: a small MLP on the mean of a block's tokens."""
+"""Discriminator head: a small MLP on the mean of a block's tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class DiscriminatorHead(nn.Sequential):
-    """`depth` x (LayerNorm -> GELU -> Linear) with widths falling evenly from `width` to 1, rounded down.
+    """`depth` x (LayerNorm -> GELU -> Linear); widths decrease evenly from `width` to 1, rounded down.
 
-    These are the released widths: 1536 falls to 1152, 768, 384 and 1.
+    Widths as released: 1536, 1152, 768, 384, 1.
     """
 
     def __init__(self, width: int, *, depth: int = 4) -> None:
@@ -21,5 +21,5 @@ class DiscriminatorHead(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Score features [N, L, D]: tokens are averaged first. Returns logits [N, 1]."""
+        """Return logits [N, 1] from features [N, L, D], averaged over tokens."""
         return super().forward(features.float().mean(dim=1))

@@ -1,7 +1,7 @@
-"""Features of one block, taken by a forward hook; the blocks after it need not run.
+"""Features of one block through a forward hook that can stop the forward pass after it.
 
-Stopping by an exception leaves the model's own forward untouched, and the features and their gradients equal
-those of a full forward bit by bit (tests/test_taps.py).
+The hook stops the pass by an exception, so the model's forward needs no changes; features and their gradients
+are bit-equal to those of a full forward pass (tests/test_taps.py).
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from torch import Tensor, nn
 
 
 class _Stop(Exception):
-    """Raised by the hook when nothing after the block is wanted."""
+    """Raised by the hook to skip the blocks after the tapped one."""
 
 
 class Tap:
-    """Holds what a tapped block gave out: image tokens [N, L, D]."""
+    """Image tokens [N, L, D] of a tapped block."""
 
     def __init__(self) -> None:
         self._tokens: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:
-        """The block's image tokens; the block must have run."""
+        """The image tokens [N, L, D]; available once the block has run."""
         assert self._tokens is not None, "the tapped block has not run"
         return self._tokens
 
 
 @contextmanager
 def tap(block: nn.Module, image_tokens: Callable[[Any], Tensor], *, stop: bool) -> Iterator[Tap]:
-    """Store the tokens of `block` during the forward inside; with `stop`, end that forward right after it."""
+    """Store the image tokens of `block` during a forward pass; with `stop`, end the pass right after it.
+
+    `image_tokens` extracts tokens [N, L, D] from the output of the block.
+    """
     found = Tap()
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:

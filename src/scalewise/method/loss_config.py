@@ -11,7 +11,7 @@ from scalewise.method.scales import shifted_sigmas
 
 
 class Frozen(BaseModel):
-    """Base of all recipe parts."""
+    """Base class of all parts of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -56,14 +56,16 @@ class Term(Frozen):
 
 
 class MmdRecipe(Term):
-    """Maximum mean discrepancy on a block's features (section 4.2)."""
+    """Maximum mean discrepancy between features of a block (section 4.2)."""
 
     weight: float = Field(1.0, ge=0)
     kernel: Literal["linear", "rbf"] = "linear"
     penalty: Penalty = "squared"
-    c: float = Field(0.001, gt=0, description="of the pseudo-Huber penalty")
+    c: float = Field(0.001, gt=0, description="c of the pseudo-Huber penalty")
     sigma: float | None = Field(
-        100.0, gt=0, description="of the RBF kernel, as released; null = the median distance of real tokens"
+        100.0,
+        gt=0,
+        description="width of the RBF kernel, as released; null = median distance between real tokens",
     )
     features: Literal["teacher", "fake"] = "teacher"
     timesteps: Timesteps = Timesteps(high=600)
@@ -72,41 +74,43 @@ class MmdRecipe(Term):
 
 
 class DmdRecipe(Term):
-    """Distribution matching by the difference of two scores (as DMD2)."""
+    """Distribution matching by the difference of two scores, as in DMD2."""
 
     weight: float = Field(1.0, ge=0)
-    guidance: float = Field(4.5, ge=1, description="of the real score")
+    guidance: float = Field(4.5, ge=1, description="guidance scale of the real score")
     timesteps: Timesteps = Timesteps(draw="schedule", high=790.5)
 
 
 class GanRecipe(Frozen):
-    """A discriminator head on the fake model's features."""
+    """GAN with a discriminator head on the features of the fake model."""
 
     weight: float = Field(0.005, ge=0)
     discriminator_weight: float = Field(0.01, ge=0)
 
 
 class FakeRecipe(Term):
-    """Training of the fake model, which follows the student's distribution."""
+    """Training of the fake model, which tracks the distribution of the student."""
 
     updates: int = Field(5, ge=1, description="fake-model updates before each student update")
     timesteps: Timesteps = Timesteps(draw="schedule")
 
 
 class LossRecipe(Frozen):
-    """loss = mmd + dmd + gan, each by its weight; without dmd and gan no fake model is built."""
+    """loss = mmd + dmd + gan, each times its weight; without dmd and gan there is no fake model."""
 
     mmd: MmdRecipe = MmdRecipe()
     dmd: DmdRecipe = DmdRecipe()
     gan: GanRecipe = GanRecipe()
     fake: FakeRecipe = FakeRecipe()
-    feature_block: int = Field(0, ge=0, description="the block whose features MMD and GAN compare")
-    mmd_only: bool = Field(False, description="MMD alone on the teacher's features, whatever is set above")
+    feature_block: int = Field(0, ge=0, description="block whose features MMD and GAN use")
+    mmd_only: bool = Field(
+        False, description="MMD alone on the teacher's features; overrides the settings above"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _alone(cls, values: Any) -> Any:
-        """Switch off all but MMD in the values themselves, so that the stored recipe says what ran."""
+        """Switch off all other terms in the values, so that the stored recipe states what was trained."""
         if isinstance(values, dict) and values.get("mmd_only") is True:
             parts = {k: v for k in ("mmd", "dmd", "gan") if isinstance(v := values.get(k, {}), dict)}
             off: dict[str, dict[str, Any]] = {
@@ -119,7 +123,7 @@ class LossRecipe(Frozen):
 
     @property
     def needs_fake(self) -> bool:
-        """Tell whether a fake model has to be trained."""
+        """Whether a fake model is trained."""
         return (
             self.dmd.weight > 0
             or self.gan.weight > 0
@@ -128,15 +132,15 @@ class LossRecipe(Frozen):
 
     @property
     def needs_head(self) -> bool:
-        """Tell whether a discriminator head has to be trained."""
+        """Whether a discriminator head is trained."""
         return self.gan.weight > 0
 
     @model_validator(mode="after")
     def _something(self) -> LossRecipe:
         if not (self.mmd.weight or self.dmd.weight or self.gan.weight):
-            raise ValueError("all loss weights are 0; give mmd, dmd or gan a weight")
+            raise ValueError("all loss weights are 0; set the weight of mmd, dmd or gan")
         if self.mmd.features == "fake" and not (self.dmd.weight or self.gan.weight):
             raise ValueError(
-                "mmd.features=fake without dmd and gan trains a fake model for nothing; use teacher"
+                "mmd.features=fake without dmd and gan would train a fake model for MMD alone; use teacher"
             )
         return self

@@ -1,7 +1,7 @@
-"""Noise processes: how clean latents become noisy ones, and what a network's prediction says about x0.
+"""Noise processes: noising of clean latents, and conversion between a network's prediction and x0.
 
-Both are x_t = alpha(t) x0 + sigma(t) eps with t in [0, 1000]; they differ in alpha, sigma and in what the
-network predicts. Everything is computed in float32: in bfloat16 sigma is off by up to 0.002 near 0.9.
+All are x_t = alpha(t) x0 + sigma(t) eps with timesteps t in [0, 1000]; they differ in alpha, sigma and the
+network's prediction. Everything is computed in float32: in bfloat16 sigma is off by up to 0.002 near 0.9.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from torch import Tensor
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """Reshape values [N] so that they broadcast over `like` [N, ...]."""
+    """Reshape `value` [N] to broadcast over `like` [N, ...]."""
     return value.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 class NoiseProcess(ABC):
-    """x_t = alpha(t) x0 + sigma(t) eps; t is a tensor [N] of levels in [0, 1000]."""
+    """x_t = alpha(t) x0 + sigma(t) eps with timesteps t [N] in [0, 1000]."""
 
     predicts: ClassVar[str]
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the clean latent at t, float32 [N]."""
+        """Return the weight of x0 at t [N], float32 [N]."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise at t, float32 [N]."""
+        """Return the weight of the noise at t [N], float32 [N]."""
 
     @abstractmethod
     def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Clean latents [N, ...] implied by the network's prediction at x_t."""
+        """Return x0 [N, ...] from the network's prediction [N, ...] for x_t [N, ...] at t [N]."""
 
     @abstractmethod
     def prediction(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """What the network would have to predict at x_t for `x0` to be implied; inverse of `x0`."""
+        """Return the prediction [N, ...] that gives x0 [N, ...] for x_t [N, ...] at t [N]: the inverse of
+        `x0`.
+        """
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Noise clean latents x0 [N, ...] with eps to the levels t [N]."""
+        """Return x_t [N, ...] from x0 and eps [N, ...] at t [N], in the dtype of x0."""
         alpha, sigma = (per_sample(v, x0) for v in (self.alpha(t), self.sigma(t)))
         return (alpha * x0.float() + sigma * eps.float()).to(x0.dtype)
 
 
 class FlowMatching(NoiseProcess):
-    """SD3.5, FLUX, Wan2.1: x_t = (1 - sigma) x0 + sigma eps, sigma = t / 1000; the network predicts v = eps -
-    x0.
-    """
+    """SD3.5, FLUX, Wan2.1: x_t = (1 - sigma) x0 + sigma eps with sigma = t / 1000; predicts v = eps - x0."""
 
     predicts: ClassVar[str] = "velocity"
 
@@ -69,10 +69,10 @@ class FlowMatching(NoiseProcess):
 
 
 class VariancePreserving(NoiseProcess):
-    """SDXL: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps over 1000 training levels; the network predicts eps.
+    """SDXL: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps; predicts eps.
 
-    `alphas_cumprod` holds abar for the training levels 0 .. 999; t = 1000 means the last of them, and levels
-    between two training levels are interpolated.
+    `alphas_cumprod` holds abar [1000] of the training timesteps 0 .. 999. t = 1000 is the last of them, and
+    abar is interpolated linearly between them. ValueError if it does not decrease strictly.
     """
 
     predicts: ClassVar[str] = "epsilon"
@@ -81,7 +81,7 @@ class VariancePreserving(NoiseProcess):
         self.abar = torch.as_tensor(alphas_cumprod, dtype=torch.float32)
         if self.abar.ndim != 1 or bool((self.abar.diff() >= 0).any()):
             raise ValueError(
-                "alphas_cumprod must be one falling list of values, one for each training level."
+                "alphas_cumprod must be a strictly decreasing list, one value for each training timestep."
             )
 
     def _abar(self, t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, never on batch size, process count or history.
+"""Random numbers that depend on their purpose, never on batch size, number of processes or history.
 
-A generator is made anew from (seed, purpose, position), so there is no hidden state to save: a resumed run
-draws what an uninterrupted one would have drawn.
+Every generator is created from (seed, purpose, position), so there is no hidden state to save: a resumed run
+draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ def derive(*key: int | str) -> int:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """Return a fresh CPU generator for a key; equal keys give equal numbers."""
+    """Return a new CPU generator for a key; equal keys give equal numbers."""
     return torch.Generator().manual_seed(derive(*key))
 
 
 class SampleNoise:
-    """Noise for a batch of N samples, one stream per sample seed: what a sample draws is the same in any
-    batch, whatever the accumulation and the number of processes.
+    """Noise for a batch of N samples with one random stream per sample seed: a sample draws the same numbers
+    in
+    any batch, for any accumulation and number of processes.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -37,19 +38,19 @@ class SampleNoise:
         return len(self._seeds)
 
     def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Draw the next noise [N, *shape] of every stream; drawn on the CPU so that devices agree."""
+        """Draw the next normal noise [N, *shape], on the CPU so that all devices get the same."""
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators]).to(device)
 
     def uniform(self) -> Tensor:
-        """Draw the next number in [0, 1) of every stream [N]."""
+        """Draw the next uniform numbers [N] in [0, 1)."""
         return torch.cat([torch.rand(1, generator=g) for g in self._generators])
 
     def choice(self, count: int) -> Tensor:
-        """Draw the next integer in [0, count) of every stream [N]."""
+        """Draw the next integers [N] in [0, count)."""
         return torch.cat([torch.randint(count, (1,), generator=g) for g in self._generators])
 
     def fork(self, purpose: str) -> SampleNoise:
-        """Return new streams for a purpose; how far these ones have been drawn makes no difference."""
+        """Return new streams for a purpose, independent of how many numbers these have drawn."""
         return SampleNoise([derive(seed, purpose) for seed in self._seeds])
 
 

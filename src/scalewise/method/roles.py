@@ -1,9 +1,9 @@
 """Roles on one frozen module: the teacher is the base itself, student and fake are LoRA adapters on it.
 
-Three traps, all silent, are closed here (measured on torch 2.13 with peft 0.21): peft's adapter switch flips
-requires_grad, so gradients of a role that was switched away before its backward pass vanish; a checkpointed
-block that is recomputed under another role gives wrong gradients; and parameters collected by requires_grad
-end up in two optimizers.
+Guards against three silent errors (seen with torch 2.13 and peft 0.21). peft's adapter switch changes
+requires_grad, so a role that is switched off before its backward pass loses its gradients. A checkpointed
+block that is recomputed under another role gives wrong gradients. Parameters collected by requires_grad end
+up in two optimizers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEACHER = "teacher"
 
 
 class Roles:
-    """LoRA adapters named by role on a frozen module; `role()` selects which of them a forward uses."""
+    """LoRA adapters by role name on a frozen module; `role()` selects the one that forward passes use."""
 
     def __init__(
         self,
@@ -35,10 +35,13 @@ class Roles:
         alpha: float | None = None,
         seed: int = 0,
     ) -> None:
-        """Freeze `module` and give it one adapter per name (A gaussian, B zero: nothing changes at first)."""
+        """Freeze `module` and add one adapter per name (A Gaussian, B zero: outputs are unchanged at first).
+
+        ValueError if a name is that of the teacher or no module matches `targets`.
+        """
         if TEACHER in names:
             raise ValueError(
-                f"{TEACHER!r} is the frozen base and cannot be an adapter; name the role otherwise."
+                f"{TEACHER!r} is the frozen base and cannot be an adapter; use another name for the role."
             )
         self.module, self.names = module, tuple(names)
         module.requires_grad_(False)
@@ -47,9 +50,8 @@ class Roles:
         paths = [n for n, _ in module.named_modules() if any(n.endswith(f".{target}") for target in targets)]
         if names and not paths:
             raise ValueError(
-                f"No module matches the LoRA targets {list(targets)}; name modules of this model."
+                f"No module matches the LoRA targets {list(targets)}; give names of modules of this model."
             )
-        # The teacher's layers must be wrapped even when no role is trained yet.
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha if alpha is not None else rank,
@@ -58,7 +60,7 @@ class Roles:
             lora_dropout=0.0,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # peft warns of a second adapter on one module, which is just what is wanted here.
+            # peft warns about a second adapter on a module, which is intended here.
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             torch.manual_seed(seed)
             for name in self.names:
@@ -82,19 +84,19 @@ class Roles:
         return found
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Parameters of a role by name, as "transformer_blocks.0.attn.to_q.lora_A.weight"; never by flag."""
+        """Return the parameters of a role by name, such as "transformer_blocks.0.attn.to_q.lora_A.weight"."""
         if name not in self._parameters:
-            raise ValueError(f"There is no role {name!r}; trained roles are {list(self.names)}.")
+            raise ValueError(f"Unknown role {name!r}; trained roles are {list(self.names)}.")
         return self._parameters[name]
 
     @property
     def current(self) -> str:
-        """The role that a forward would use now."""
+        """The role that a forward pass would use now."""
         return self._now
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
-        """Run what is inside under a role; the one before comes back, also after an exception. Re-entrant."""
+        """Activate a role within the context and restore the previous one afterwards. Re-entrant."""
         before = self._now
         self._switch(name)
         try:
@@ -106,14 +108,14 @@ class Roles:
         if name == self._now:
             return
         if name != TEACHER and name not in self.names:
-            raise ValueError(f"There is no role {name!r}; known are {[TEACHER, *self.names]}.")
+            raise ValueError(f"Unknown role {name!r}; roles are {[TEACHER, *self.names]}.")
         for _, layer in self._layers:
             if name == TEACHER:
                 layer.enable_adapters(False)
             else:
                 layer.set_adapter(name)
                 layer._disable_adapters = False
-        # peft has just changed requires_grad; a pending backward pass of another role would lose its
+        # peft has changed requires_grad; without this a pending backward pass of another role would lose its
         # gradients.
         for parameters in self._parameters.values():
             for parameter in parameters.values():
@@ -121,7 +123,9 @@ class Roles:
         self._now = name
 
     def checkpointing(self) -> Callable[..., Any]:
-        """Return a gradient-checkpointing function that recomputes a block under the role of its forward."""
+        """Return a gradient-checkpointing function that recomputes a block under the role of its forward
+        pass.
+        """
 
         def run(block: nn.Module, *inputs: Any) -> Any:
             name = self._now
@@ -135,12 +139,12 @@ class Roles:
         return run
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """Copy of a role's weights."""
+        """Return a copy of the weights of a role."""
         return {k: v.detach().clone() for k, v in self.parameters(name).items()}
 
     @torch.no_grad()
     def load(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Load a role's weights; all names and shapes have to agree."""
+        """Load the weights of a role; ValueError if names or shapes differ, and nothing is loaded."""
         own = self.parameters(name)
         missing, unexpected = own.keys() - tensors.keys(), tensors.keys() - own.keys()
         if missing or unexpected:
@@ -148,16 +152,18 @@ class Roles:
             raise ValueError(
                 f"The LoRA does not fit this model: {len(missing)} of {len(own)} weights are missing and "
                 f"{len(unexpected)} are unexpected (for example {example}); "
-                "it was made for another base or other targets."
+                "it was trained on another base or with other targets."
             )
         for key, parameter in own.items():
             if parameter.shape != tensors[key].shape:
                 axis = 0 if ".lora_A." in key else 1
                 there, here = tensors[key].shape[axis], parameter.shape[axis]
-                remedy = f"set lora.rank to {there}" if there != here else "it was made for another base"
+                remedy = (
+                    f"set lora.rank to {there} or" if there != here else "it was trained on another base;"
+                )
                 raise ValueError(
                     f"The LoRA does not fit: {key} is {list(tensors[key].shape)} in the file and "
-                    f"{list(parameter.shape)} here; {remedy}, or take another file."
+                    f"{list(parameter.shape)} here; {remedy} use another file."
                 )
-        for key, parameter in own.items():  # only now: a refused file leaves the role as it was
+        for key, parameter in own.items():  # after all checks, so that a rejected file changes nothing
             parameter.copy_(tensors[key])

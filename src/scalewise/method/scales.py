@@ -1,4 +1,4 @@
-"""Latent scales, schedules that pair every step's noise level with a scale, and resizing between scales."""
+"""Latent scales, schedules of (timestep, scale) steps, and resizing of latents between scales."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, order=True)
 class Scale:
-    """A latent size in latent cells; images have one frame."""
+    """Size of a latent in latent cells; images have one frame."""
 
     frames: int
     height: int
@@ -23,17 +23,17 @@ class Scale:
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1:
             raise ValueError(
-                f"A scale needs sizes of at least 1, not {self.frames}x{self.height}x{self.width}."
+                f"Sizes of a scale must be at least 1; got {self.frames}x{self.height}x{self.width}."
             )
 
     @classmethod
     def parse(cls, text: str | int | Scale) -> Scale:
-        """Read "16" (square), "16x24" (height x width) or "21x60x104" (frames x height x width)."""
+        """Parse "16" (square), "16x24" (height x width) or "21x60x104" (frames x height x width)."""
         if isinstance(text, Scale):
             return text
         sizes = [int(part) for part in re.findall(r"\d+", str(text))]
         if not re.fullmatch(r"\d+(x\d+){0,2}", str(text)):
-            raise ValueError(f"Cannot read the scale {text!r}; write 16, 16x24 or 21x60x104.")
+            raise ValueError(f"Cannot parse the scale {text!r}; write 16, 16x24 or 21x60x104.")
         if len(sizes) == 1:
             sizes = [sizes[0], sizes[0]]
         return cls(*([1] * (3 - len(sizes)) + sizes))
@@ -49,11 +49,11 @@ class Scale:
 
     @property
     def cells(self) -> int:
-        """Latent cells in all: frames x height x width."""
+        """Number of latent cells: frames x height x width."""
         return self.frames * self.height * self.width
 
     def covers(self, other: Scale) -> bool:
-        """Tell whether no axis is smaller than the other scale's."""
+        """Return whether every axis is at least as long as that of `other`."""
         return self.frames >= other.frames and self.height >= other.height and self.width >= other.width
 
     def shape(self, count: int, channels: int, *, video: bool = False) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a schedule: the noise level t in [0, 1000] and the scale it works at."""
+    """One step of a schedule: timestep t in (0, 1000] and the scale of its latent."""
 
     t: float
     scale: Scale
@@ -73,25 +73,25 @@ class Step:
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """Immutable steps (t_i, s_i): t falls, no scale shrinks, the last scale is full size (section 4.1)."""
+    """Steps (t_i, s_i) with decreasing t and non-decreasing scales; the last is full size (section 4.1)."""
 
     steps: tuple[Step, ...]
 
     @classmethod
     def build(cls, timesteps: Sequence[float], scales: Sequence[str | int | Scale]) -> ScaleSchedule:
-        """Pair timesteps with scales; both need the same length."""
+        """Pair timesteps with scales; ValueError if their lengths differ."""
         if len(timesteps) != len(scales):
             raise ValueError(
-                f"{len(timesteps)} timesteps do not pair with {len(scales)} scales; give one for each."
+                f"Got {len(timesteps)} timesteps and {len(scales)} scales; the lengths must match."
             )
         return cls(tuple(Step(float(t), Scale.parse(s)) for t, s in zip(timesteps, scales, strict=True)))
 
     @classmethod
     def parse(cls, text: str) -> ScaleSchedule:
-        """Read what `str` writes: "1000@64x64 896@80x80 737@96x96 602@128x128"."""
+        """Parse the output of `str`, such as "1000@64x64 896@80x80 737@96x96 602@128x128"."""
         if not re.fullmatch(r"(\d+(\.\d+)?@\d+(x\d+){0,2}(\s+|$))+", text.strip()):
             raise ValueError(
-                f"Cannot read the schedule {text!r}; write timestep@scale for every step, as in "
+                f"Cannot parse the schedule {text!r}; write timestep@scale for every step, as in "
                 '"1000@64 896@80 737@96 602@128".'
             )
         pairs = [part.split("@") for part in text.split()]
@@ -102,11 +102,11 @@ class ScaleSchedule:
             raise ValueError("A schedule needs at least one step; give timesteps and scales.")
         for step in self.steps:
             if not 0 < step.t <= 1000:
-                raise ValueError(f"Timestep {step.t:g} lies outside (0, 1000]; timesteps are 1000 x sigma.")
+                raise ValueError(f"Timestep {step.t:g} is outside (0, 1000]; timesteps are 1000 x sigma.")
         for before, after in itertools.pairwise(self.steps):
             if after.t >= before.t:
                 raise ValueError(
-                    f"Timestep {after.t:g} follows {before.t:g}; timesteps must fall from step to step."
+                    f"Timestep {after.t:g} follows {before.t:g}; timesteps must decrease from step to step."
                 )
             if not after.scale.covers(before.scale):
                 raise ValueError(
@@ -125,7 +125,7 @@ class ScaleSchedule:
 
     @property
     def full(self) -> Scale:
-        """The last scale, the size of the finished latent."""
+        """The last scale: the size of the finished latent."""
         return self.steps[-1].scale
 
     @property
@@ -135,23 +135,23 @@ class ScaleSchedule:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """The noise levels of all steps, in order."""
+        """The timesteps of all steps, in order."""
         return tuple(step.t for step in self.steps)
 
     def source(self, index: int) -> Scale:
-        """Scale of the latent that enters training step `index`: s_{i-1}, and s_1 itself for the first."""
+        """Return the scale of the training input of step `index`: s_{i-1}, or s_1 for the first step."""
         return self.steps[max(index - 1, 0)].scale
 
     def target(self, index: int) -> Scale:
-        """Scale s_i that step `index` predicts at."""
+        """Return the scale s_i of the prediction of step `index`."""
         return self.steps[index].scale
 
     def at_full_scale(self) -> ScaleSchedule:
-        """The full-scale baseline: the same timesteps, every scale the last one."""
+        """Return the full-scale baseline: the same timesteps, all at the last scale."""
         return ScaleSchedule(tuple(Step(step.t, self.full) for step in self.steps))
 
     def for_size(self, full: Scale, patch: int = 1) -> ScaleSchedule:
-        """The same schedule for another full size: each axis by its own ratio, rounded to the patch."""
+        """Return the schedule for another full size: each axis scaled by its ratio, rounded to the patch."""
         if full == self.full:
             return self
 
@@ -159,7 +159,7 @@ class ScaleSchedule:
             return min(goal, max(step, step * round(part * goal / whole / step)))
 
         def scaled(scale: Scale) -> Scale:
-            # Frames follow their own ratio and need no patch.
+            # Frames have their own ratio and no patch.
             return Scale(
                 fit(scale.frames, self.full.frames, full.frames, 1),
                 fit(scale.height, self.full.height, full.height, patch),
@@ -169,25 +169,30 @@ class ScaleSchedule:
         return ScaleSchedule(tuple(Step(step.t, scaled(step.scale)) for step in self.steps))
 
     def check(self, *, patch: int, full: Scale | None = None, largest: Scale | None = None) -> None:
-        """Refuse scales that the model cannot take: indivisible by the patch, or without positions."""
+        """Raise ValueError for scales that the model does not support: not divisible by `patch`, larger than
+        `largest`, or not ending in `full`.
+        """
         for scale in self.scales:
             for axis in scale.size:
                 if axis % patch:
                     near = patch * max(1, round(axis / patch))
                     raise ValueError(
-                        f"Scale {scale} is not divisible by the patch size {patch}; {near} would be."
+                        f"Scale {scale} is not divisible by the patch size {patch}; the nearest valid side "
+                        f"is {near}."
                     )
             if largest and not largest.covers(scale):
                 raise ValueError(
-                    f"Scale {scale} is larger than {largest}, the largest this model has positions for."
+                    f"Scale {scale} is larger than {largest}, the largest scale with position embeddings in "
+                    "this model."
                 )
         if full and self.full != full:
             raise ValueError(
-                f"The last scale is {self.full}, but the data's full size is {full}; end with {full}."
+                f"The last scale is {self.full}, but the full size of the data is {full}; end the schedule "
+                f"with {full}."
             )
 
     def tokens(self, patch: int) -> int:
-        """Image tokens of one sample, summed over the steps."""
+        """Return the image tokens of one sample, summed over all steps."""
         return sum(scale.cells // patch**2 for scale in self.scales)
 
     def __str__(self) -> str:
@@ -203,15 +208,15 @@ def _cover(one: Scale, other: Scale) -> Scale:
 def upscale_latents(x0: Tensor, scale: Scale) -> Tensor:
     """Upscale clean latents [N, C, H, W] or [N, C, T, H, W]: bicubic in space, frame blending in time.
 
-    align_corners=False and no antialiasing, as in the paper (section 4.1). An unchanged size is returned as
-    it is.
+    align_corners=False and no antialiasing, as in the paper (section 4.1). Returns x0 itself if the size is
+    unchanged. ValueError for other shapes.
     """
     if x0.ndim == 4:
         if tuple(x0.shape[-2:]) == scale.size:
             return x0
         return F.interpolate(x0, size=scale.size, mode="bicubic", align_corners=False)
     if x0.ndim != 5:
-        raise ValueError(f"Latents must be [N, C, H, W] or [N, C, T, H, W], not {list(x0.shape)}.")
+        raise ValueError(f"Latents must be [N, C, H, W] or [N, C, T, H, W]; got {list(x0.shape)}.")
     count, channels, frames, height, width = x0.shape
     if (height, width) != scale.size:
         flat = x0.transpose(1, 2).reshape(count * frames, channels, height, width)
@@ -221,7 +226,9 @@ def upscale_latents(x0: Tensor, scale: Scale) -> Tensor:
 
 
 def blend_frames(x0: Tensor, frames: int) -> Tensor:
-    """Change the number of latent frames of [N, C, T, H, W] by blending neighbours; the ends stay."""
+    """Change the number of latent frames of [N, C, T, H, W] by linear interpolation; the first and last frame
+    are kept.
+    """
     have = x0.shape[2]
     if have == frames:
         return x0
@@ -233,18 +240,20 @@ def blend_frames(x0: Tensor, frames: int) -> Tensor:
 
 
 def downscale_area(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Downscale pictures or latents [N, C, H, W] by averaging over areas (adaptive average pooling)."""
+    """Downscale images or latents [N, C, H, W] to (H, W) by area averaging (adaptive average pooling).
+
+    ValueError if `size` is larger.
+    """
     if tuple(x.shape[-2:]) == size:
         return x
     if size[0] > x.shape[-2] or size[1] > x.shape[-1]:
-        raise ValueError(f"Area downscaling from {list(x.shape[-2:])} cannot enlarge to {list(size)}.")
+        raise ValueError(f"Area downscaling cannot enlarge {list(x.shape[-2:])} to {list(size)}.")
     return F.interpolate(x, size=size, mode="area")
 
 
 def downscale_video(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Bring pictures [N, 3, H, W] or videos [N, 3, F, H, W] to a size: (H, W) or (F, H, W).
-
-    By averaging over areas in space, by blending neighbouring frames in time.
+    """Downscale images [N, 3, H, W] or videos [N, 3, F, H, W] to (H, W) or (F, H, W) pixels: area averaging
+    in space, linear interpolation between frames in time.
     """
     if pixels.ndim == 4:
         return downscale_area(pixels, (size[-2], size[-1]))
@@ -255,18 +264,18 @@ def downscale_video(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def shifted_sigmas(steps: int, shift: float, *, train_steps: int = 1000) -> list[float]:
-    """Noise levels of a flow-matching schedule of `steps` levels with `shift`, and the closing 0.
+    """Return the `steps` sigmas of a flow-matching schedule with `shift`, followed by 0.
 
-    sigma' = shift sigma / (1 + (shift - 1) sigma) over levels equally spaced from 1 to the (itself shifted)
-    smallest training level; with 28 steps and shift 3 these are the 29 values that SD3.5's schedule has
-    (METHOD: entries 0 4 7 12 14 18 give 1000 945 896 790 737 602).
+    sigma' = shift sigma / (1 + (shift - 1) sigma), with sigma equally spaced from 1 to the (shifted) smallest
+    training sigma. 28 steps and shift 3 give the schedule of SD3.5, whose entries 0 4 7 12 14 18 are the
+    timesteps 1000 945 896 790 737 602.
     """
     if steps < 1:
-        raise ValueError(f"A schedule needs at least one step, not {steps}.")
+        raise ValueError(f"The number of steps must be at least 1; got {steps}.")
 
     def shifted(sigma: float) -> float:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
     low = shifted(1 / train_steps)
-    levels = [1.0] if steps == 1 else [1 - (1 - low) * i / (steps - 1) for i in range(steps)]
-    return [shifted(level) for level in levels] + [0.0]
+    sigmas = [1.0] if steps == 1 else [1 - (1 - low) * i / (steps - 1) for i in range(steps)]
+    return [shifted(sigma) for sigma in sigmas] + [0.0]

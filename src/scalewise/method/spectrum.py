@@ -1,10 +1,10 @@
-"""Power spectra of latents, which scales are safe at which noise level, and schedules from that (section 3).
+"""Power spectra of latents, the scales that are safe at each timestep, and schedules from them (section 3).
 
-Noise of variance 1 has power 1 at every frequency. So a noisy latent x_t = alpha x0 + sigma eps has, in
-expectation, alpha^2 P + sigma^2, where P is the power of x0. A scale cannot hold frequencies above its own
-limit; it is *safe* at t when there the noise is at least `margin` times as strong as the signal:
+Noise of variance 1 has power 1 at every frequency, so the expected power of x_t = alpha x0 + sigma eps is
+alpha^2 P + sigma^2, where P is the power of x0. A scale cannot represent frequencies above its limit. It is
+*safe* at t if the noise at those frequencies is at least `margin` times as strong as the signal:
 
-    sigma(t)^2 >= margin * alpha(t)^2 * max P over the frequencies that the scale cannot hold.
+    sigma(t)^2 >= margin * alpha(t)^2 * max P over the frequencies that the scale cannot represent.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from torch import Tensor
 from scalewise.method.noise import NoiseProcess
 from scalewise.method.scales import Scale, ScaleSchedule
 
-CHUNK = 64  # latents whose transforms are held at once
+CHUNK = 64  # latents transformed at a time
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Mean power [K] at rising frequencies [K] in cycles per cell, at most 0.5; white noise has power 1."""
+    """Mean power [K] at increasing frequencies [K] in cycles per cell, at most 0.5; white noise has power
+    1.
+    """
 
     frequency: Tensor
     power: Tensor
 
     def above(self, limit: float) -> float:
-        """Return the largest power at frequencies above `limit`; 0 from 0.5 on.
+        """Return the largest power at frequencies above `limit`; 0 for a limit of 0.5 or more.
 
-        The power at the limit itself, interpolated between bins as a power law, counts too: it is what lies
-        just above.
+        Includes the power at the limit itself, interpolated between bins as a power law.
         """
         if limit >= 0.5:
-            return 0.0  # no axis has more
-        if limit >= float(self.frequency[-1]):  # within the last bin, of which this is the mean frequency
+            return 0.0  # the Nyquist frequency
+        if limit >= float(self.frequency[-1]):  # within the last bin, whose mean frequency this is
             return float(self.power[-1])
         right = int(torch.searchsorted(self.frequency, limit, right=True))
         found = float(self.power[right:].max())
@@ -48,7 +49,7 @@ class Spectrum:
         return max(found, math.exp(y0 + (math.log(limit) - x0) * (y1 - y0) / (x1 - x0)))
 
     def at_most(self, power: float) -> float:
-        """Return the frequency in [0, 0.5] above which the power is nowhere larger than `power`."""
+        """Return the lowest frequency in [0, 0.5] above which the power never exceeds `power`."""
         low, high = 0.0, 0.5
         if float(self.power.max()) <= power:
             return low
@@ -58,7 +59,7 @@ class Spectrum:
         return high
 
     def exponent(self) -> float:
-        """Return p of the power law P ~ f^-p that fits best (least squares in the logarithms)."""
+        """Return p of the best power law P ~ f^-p (least squares of the logarithms)."""
         x, y = self.frequency.log(), self.power.log()
         x = x - x.mean()
         return -float((x * y).sum() / x.square().sum())
@@ -67,13 +68,14 @@ class Spectrum:
 def radial_spectrum(latents: Tensor) -> Spectrum:
     """Return the radially averaged power spectrum (RAPSD) of latents [N, C, H, W] or [N, C, T, H, W].
 
-    Bins are rings of one cycle per shorter side, up to half a cycle per cell; the mean over frames, channels
-    and samples is taken, and the constant part (frequency 0) is left out.
+    Bins are rings one cycle per shorter side wide, up to half a cycle per cell. Power is averaged over
+    frames,
+    channels and samples; the constant component (frequency 0) is excluded. ValueError below 4x4 cells.
     """
     height, width = latents.shape[-2:]
     side = min(height, width)
     if side < 4:
-        raise ValueError(f"A spectrum needs latents of at least 4x4 cells, not {height}x{width}.")
+        raise ValueError(f"A spectrum needs latents of at least 4x4 cells; got {height}x{width}.")
     planes = latents if latents.ndim == 4 else latents.transpose(1, 2).flatten(0, 1)
     power = torch.zeros(height, width, dtype=torch.float64)
     for part in planes.split(CHUNK):
@@ -82,7 +84,7 @@ def radial_spectrum(latents: Tensor) -> Spectrum:
         torch.fft.fftfreq(height, dtype=torch.float64)[:, None],
         torch.fft.fftfreq(width, dtype=torch.float64)[None],
     )
-    # The corners, beyond half a cycle per cell, go into a ring of their own, which is left out.
+    # Frequencies above half a cycle per cell (the corners) get their own ring, which is dropped.
     ring = torch.where(radius > 0.5, side, (radius * side).round().long()).flatten()
     count = torch.bincount(ring).double()
     mean_radius, mean_power = (
@@ -93,10 +95,13 @@ def radial_spectrum(latents: Tensor) -> Spectrum:
 
 
 def temporal_spectrum(latents: Tensor) -> Spectrum:
-    """Return the power spectrum along the frames of latents [N, C, T, H, W], the mean over all else."""
+    """Return the power spectrum of latents [N, C, T, H, W] along T, averaged over all other axes.
+
+    ValueError for fewer than 3 frames.
+    """
     frames = latents.shape[2]
     if frames < 3:
-        raise ValueError(f"A spectrum along frames needs at least 3 latent frames, not {frames}.")
+        raise ValueError(f"A temporal spectrum needs at least 3 latent frames; got {frames}.")
     power = torch.zeros(frames // 2 + 1, dtype=torch.float64)
     for part in latents.split(CHUNK):
         power += torch.fft.rfft(part.double(), dim=2, norm="ortho").abs().square().mean((1, 3, 4)).sum(0)
@@ -105,7 +110,7 @@ def temporal_spectrum(latents: Tensor) -> Spectrum:
 
 @dataclass(frozen=True)
 class Spectra:
-    """The spectra of clean latents of one size: in space and, for video, along frames."""
+    """Spectra of clean latents of one size: spatial and, for video, temporal."""
 
     full: Scale
     space: Spectrum
@@ -119,27 +124,29 @@ class Spectra:
         return cls(full, radial_spectrum(latents), time)
 
     def limits(self, scale: Scale) -> tuple[float, float]:
-        """Return the highest frequencies, in cycles per full-size cell, that a scale holds in space and time.
+        """Return the highest frequencies that a scale can represent in space and time, in cycles per
+        full-size
+        cell.
 
-        The end frames stay when frames are blended, so T frames stand (full - 1) / (T - 1) apart.
+        Interpolation keeps the first and last frame, so T frames are (full - 1) / (T - 1) apart.
         """
         space = min(scale.height / self.full.height, scale.width / self.full.width) / 2
         time = (scale.frames - 1) / (self.full.frames - 1) / 2 if self.full.frames > 1 else 0.5
         return space, time
 
     def lost(self, scale: Scale) -> float:
-        """Return the largest power at a frequency that the scale cannot hold; 0 at full size."""
+        """Return the largest power at a frequency that the scale cannot represent; 0 at full size."""
         space, time = self.limits(scale)
         return max(self.space.above(space), self.time.above(time) if self.time else 0.0)
 
     def margin(self, scale: Scale, t: float, noise: NoiseProcess) -> float:
-        """Return by how much, at t, noise exceeds the strongest signal that the scale cannot hold."""
+        """Return the ratio of noise power at t to the strongest signal that the scale cannot represent."""
         alpha, sigma = weights(noise, t)
         signal = alpha**2 * self.lost(scale)
         return sigma**2 / signal if signal else math.inf
 
     def safe_from(self, scale: Scale, noise: NoiseProcess, *, margin: float = 1.0) -> float | None:
-        """Return the lowest t in [0, 1000] at which the scale is safe; None if no noise level is enough."""
+        """Return the lowest t in [0, 1000] at which the scale is safe; None if there is none."""
         return crossing(self.lost(scale) * margin, noise)
 
 
@@ -150,9 +157,9 @@ def weights(noise: NoiseProcess, t: float) -> tuple[float, float]:
 
 
 def crossing(power: float, noise: NoiseProcess) -> float | None:
-    """Return the t in [0, 1000] at which noise of the process equals a signal of this power, by bisection.
+    """Return the t in [0, 1000] at which the noise equals a signal of this power, found by bisection.
 
-    For flow matching that is 1000 q / (1 + q) with q = sqrt(power). None if noise stays below at t = 1000.
+    For flow matching t = 1000 q / (1 + q) with q = sqrt(power). None if the noise is weaker even at t = 1000.
     """
 
     def hidden(t: float) -> bool:
@@ -171,8 +178,10 @@ def crossing(power: float, noise: NoiseProcess) -> float | None:
 
 
 def candidates(full: Scale, patch: int, *, smallest: float = 0.25) -> list[Scale]:
-    """Return the sizes of one frame that a schedule up to `full` may use, small to large: in steps of the
-    patch along the shorter side, of nearly the same shape, none below the part `smallest` of the full side.
+    """Return the single-frame scales that a schedule up to `full` may use, in increasing order.
+
+    The shorter side grows in steps of the patch from `smallest` times its full length; the aspect ratio is
+    kept as far as the patch allows.
     """
     short, found = min(full.size), []
     for side in range(patch, short + 1, patch):
@@ -188,11 +197,12 @@ def propose(
     spectra: Spectra, noise: NoiseProcess, timesteps: Sequence[float], *, patch: int, margin: float = 1.0,
     smallest: float = 0.25,
 ) -> ScaleSchedule:  # fmt: skip
-    """Return the cheapest schedule at these timesteps whose every upscaling the noise hides.
+    """Return the cheapest schedule at these timesteps in which every scale is safe at the following timestep.
 
-    Step i + 1 starts from what step i made at its scale, enlarged and noised to t_{i+1}: what that scale
-    could not hold is missing there, so it has to be safe at t_{i+1}. The last step works at full size, and no
-    step more than doubles a side or the frames, as in the paper. Frames are chosen like sides, on their own.
+    Step i + 1 starts from the output of step i, upscaled and noised to t_{i+1}. The frequencies that scale
+    s_i
+    cannot represent are missing from it, so s_i must be safe at t_{i+1}. The last step runs at full size, and
+    no step more than doubles a side or the frames, as in the paper. Frames are chosen independently of sides.
     """
     full = spectra.full
     sides = [s.size for s in candidates(full, patch, smallest=smallest)]
@@ -220,10 +230,10 @@ def within_budget(
     schedule_at: Callable[[float], ScaleSchedule], cost: Callable[[Scale], float], *, budget: float,
     least: float = 1.0,
 ) -> ScaleSchedule:  # fmt: skip
-    """Return the schedule with the largest margin whose cost is at most `budget` times that of full scale.
+    """Return the schedule with the largest margin whose cost is at most `budget` times that at full scale.
 
-    `schedule_at` gives a schedule for a margin, `cost` what a step at a scale costs. ValueError if even the
-    `least` margin costs more.
+    `schedule_at(margin)` returns a schedule, `cost(scale)` the cost of a step. ValueError if the schedule of
+    the smallest margin, `least`, exceeds the budget.
     """
 
     def part(margin: float) -> float:
@@ -232,10 +242,11 @@ def within_budget(
 
     if part(least) > budget:
         raise ValueError(
-            f"A budget of {budget:.2g} of the full-scale cost cannot be met: the cheapest schedule with a "
-            f"margin of {least:g} takes {part(least):.2f} of it. Allow that, or give higher timesteps."
+            f"The budget of {budget:.2g} times the full-scale cost is too small: the cheapest schedule with "
+            "a "
+            f"margin of {least:g} needs {part(least):.2f}. Raise the budget or use higher timesteps."
         )
-    low, high = math.log(least), 40.0  # logarithms; the second lets nothing pass below full size
+    low, high = math.log(least), 40.0  # logarithms; with the upper one only full size is safe
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if part(math.exp(middle)) <= budget else (low, middle)
@@ -243,48 +254,52 @@ def within_budget(
 
 
 def margins(spectra: Spectra, noise: NoiseProcess, schedule: ScaleSchedule) -> list[float]:
-    """Return, for every step after the first, the margin of what it enlarges: s_{i-1} at t_i."""
+    """Return the margin of s_{i-1} at t_i for every step after the first."""
     return [
         spectra.margin(before.scale, after.t, noise) for before, after in itertools.pairwise(schedule.steps)
     ]
 
 
-def spaced(levels: Sequence[float], steps: int, last: float) -> list[float]:
-    """Return `steps` timesteps from 1000 to about `last`, evenly spaced in a dense falling list of levels.
+def spaced(dense: Sequence[float], steps: int, last: float) -> list[float]:
+    """Return `steps` timesteps from 1000 to about `last`, evenly spaced in a `dense` decreasing schedule.
 
-    The paper's own are levels of SD3.5's schedule of 28 steps as well, from 1000 to 602 (appendix A).
+    The paper chooses its timesteps likewise: entries of the 28-step schedule of SD3.5, from 1000 to 602
+    (appendix A). ValueError if fewer than `steps` timesteps of `dense` lie in that range.
     """
     if steps < 1:
         raise ValueError(f"A schedule needs at least one step, not {steps}.")
     if steps == 1:
         return [1000.0]
-    end = min(range(len(levels)), key=lambda i: abs(levels[i] - last))
+    end = min(range(len(dense)), key=lambda i: abs(dense[i] - last))
     if end < steps - 1:
         raise ValueError(
-            f"{steps} timesteps down to {last:g} do not fit between the {end + 1} levels there; take fewer."
+            f"{steps} timesteps down to {last:g} do not fit into the {end + 1} timesteps of the model's "
+            "schedule "
+            "in that range; use fewer steps."
         )
-    return [1000.0, *(float(levels[round(i * end / (steps - 1))]) for i in range(1, steps))]
+    return [1000.0, *(float(dense[round(i * end / (steps - 1))]) for i in range(1, steps))]
 
 
 def advice(schedule: ScaleSchedule, default: Sequence[float]) -> list[str]:
-    """Tell where a schedule leaves the paper's advice (section 4.1, table 9).
+    """Return a sentence for each way in which a schedule deviates from the paper's advice (section 4.1, table
+    9).
 
-    `default` are the timesteps of the model's own schedule with as many steps.
+    `default` are the timesteps of the model's own schedule with the same number of steps.
     """
     found = []
     low = [f"{s.t:.0f} < {d:.0f}" for s, d in zip(schedule, default, strict=True) if s.t < d - 1]
     if low:
         found.append(
             f"Timesteps below the model's default for {len(schedule)} steps ({', '.join(low)}): the paper "
-            "takes higher ones, as noise hides what upscaling spoils."
+            "uses higher ones, because noise masks upscaling artifacts."
         )
     for before, after in itertools.pairwise(schedule.scales):
         if max(after.height / before.height, after.width / before.width) > 2:
-            found.append(f"{before} to {after} more than doubles a side; the paper grows by at most 2.")
+            found.append(f"{before} to {after} more than doubles a side; the paper at most doubles.")
         if after.frames > 2 * before.frames:
-            found.append(f"{before} to {after} more than doubles the frames; the paper grows by at most 2.")
+            found.append(f"{before} to {after} more than doubles the frames; the paper at most doubles.")
     if len(schedule) > 2 and len(set(schedule.scales[:-1])) == 1 and schedule.scales[0] != schedule.full:
         found.append(
-            f"All steps but the last work at {schedule.scales[0]}: growing step by step is better (table 9)."
+            f"All steps but the last run at {schedule.scales[0]}; growing at every step is better (table 9)."
         )
     return found

@@ -23,13 +23,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe by its name or from a YAML file."""
+    """Return a recipe by name or from a YAML file; RecipeError if there is none."""
     if name in RECIPES:
         return RECIPES[name]()
     name = expand_home(name)
     if name.endswith((".yaml", ".yml")):
         if not Path(name).exists():
-            raise RecipeError(f"There is no recipe file {name}.")
+            raise RecipeError(f"Recipe file {name} not found.")
         return Recipe.from_yaml(Path(name))
     raise RecipeError(
         f"Unknown recipe {name!r}; {nearest(name, list(RECIPES))} `scalewise recipes` lists them all."

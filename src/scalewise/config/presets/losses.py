@@ -1,4 +1,4 @@
-"""The full loss in its two forms: as the paper states it, and as the released trainer computes it."""
+"""The full loss in two forms: as stated in the paper and as computed by the released trainer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def paper_loss(feature_block: int) -> dict[str, Any]:
-    """Paper: squared distance of per-image means, the teacher's features, levels uniform in [0, 600]."""
+    """Paper: squared distance of per-image means, features of the teacher, t uniform in [0, 600]."""
     return {
         "feature_block": feature_block,
         "mmd": {"penalty": "squared", "features": "teacher", "timesteps": {"high": 600.0}},
@@ -17,8 +17,8 @@ def paper_loss(feature_block: int) -> dict[str, Any]:
 
 
 def released_loss(feature_block: int) -> dict[str, Any]:
-    """Released trainer: pseudo-Huber with c = 0.001, the fake model's features, entries 18..27 of its 28
-    levels.
+    """Released trainer: pseudo-Huber with c = 0.001, features of the fake model, timesteps 18..27 of its
+    28-step schedule.
     """
     return {
         "feature_block": feature_block,

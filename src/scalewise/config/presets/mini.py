@@ -1,4 +1,4 @@
-"""Recipes for the mini: the full loss, MMD alone, the full-scale baselines, and the short run of the demo."""
+"""Recipes for the mini: full loss, MMD alone, full-scale baselines, and the short run of the demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scalewise.config.presets.losses import paper_loss, released_loss
 from scalewise.config.recipe import Recipe
 
 # Four entries of the 28-step schedule with shift 3 (0, 7, 14, 18), and the scales of SD3.5's released 4-step
-# students (64 80 96 128) divided by 8: so token counts fall as they do there.
+# students (64 80 96 128) divided by 8, so that token counts have the same ratios.
 _TIMESTEPS = (1000.0, 895.9003, 737.0558, 602.1506)
 _SCALES = ("8x8", "10x10", "12x12", "16x16")
 _BLOCK = 3  # of 6: the middle
@@ -33,7 +33,8 @@ def _recipe(name: str, about: str, **changes: Any) -> Recipe:
         "schedule": {"timesteps": _TIMESTEPS, "scales": _SCALES},
         "lora": {"rank": 64},
         "loss": released_loss(_BLOCK),
-        # The mini is small and starts far from its few-step student: rates of large models would take days.
+        # The mini is small and starts far from a few-step student: learning rates of large models would take
+        # days.
         "optimizer": {"lr": 3e-4, "warmup": 10, "clip": 10.0, "betas": (0.9, 0.99)},
         "train": {
             "iterations": 120,
@@ -67,18 +68,18 @@ def paper() -> Recipe:
 def mmd_only() -> Recipe:
     """Scale-wise, four steps, MMD alone on the teacher's features: no fake model, no discriminator."""
     loss = released_loss(_BLOCK) | {"mmd_only": True}
-    # A sample costs a seventh of what it costs with the full loss, so seven times as many take as long.
+    # A sample costs a seventh of one with the full loss, so seven times as many take the same time.
     about = "scale-wise, 4 steps, MMD alone: no fake model, no discriminator"
     return _recipe("mini-mmd", about, loss=loss, train={"iterations": 400, "batch": 16})
 
 
 def full_scale() -> Recipe:
-    """The baseline: the same four timesteps, every one at 16 x 16."""
+    """Full-scale baseline: the same four timesteps, all at 16 x 16."""
     return _recipe("mini-full-scale", "full scale, 4 steps, full loss", schedule={"full_scale": True})
 
 
 def full_scale_two() -> Recipe:
-    """The baseline of equal sampling time: two steps at 16 x 16."""
+    """Full-scale baseline with the same sampling time: two steps at 16 x 16."""
     schedule = {"timesteps": (_TIMESTEPS[0], _TIMESTEPS[2]), "scales": ("16x16", "16x16")}
     return _recipe("mini-full-scale-2", "full scale, 2 steps, full loss", schedule=schedule)
 
@@ -89,7 +90,7 @@ def demo() -> Recipe:
     loss = changes.loss.model_dump(mode="json")
     return _recipe(
         "mini-demo",
-        "what `scalewise demo` trains: MMD alone, some minutes on two cores",
+        "recipe of `scalewise demo`: MMD alone, a few minutes on two cores",
         loss=loss,
         train={"iterations": 300, "batch": 16, "sample_every": 0, "checkpoint_every": 50},
     )

@@ -1,8 +1,8 @@
-"""The set-ups of the paper (appendices A and F) and of the released trainer, for the models they name.
+"""Recipes of the paper (appendices A and F) and of the released trainer for the models they cover.
 
-Every name gives the paper's form; `<name>-released` is what the released code or weights do differently.
-Two twins of each need one override: `schedule.full_scale=true` and `loss.mmd_only=true`. Batch sizes are
-those of one of eight processes (the paper's SD3.5 Large: 24 in all; its released script: 4 a process).
+`<name>` is the paper's form, `<name>-released` that of the released code or weights. Two variants of each
+need one override: `schedule.full_scale=true` and `loss.mmd_only=true`. Batch sizes are per process, for eight
+processes (SD3.5 Large: 24 in total in the paper, 4 per process in the released script).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from scalewise.method.scales import shifted_sigmas
 
 Build = Callable[[], Recipe]
 
-PREVIEWED = (
+PREVIEW_PROMPTS = (
     "a red fox sitting in fresh snow, photograph",
     "a glass of orange juice on a wooden table by a window",
     "an old lighthouse on a cliff in a storm, oil painting",
     "a shop window with a neon sign that says OPEN",
 )
-"""What previews show of every real model: a photograph, materials, a style, lettering."""
+"""Prompts of the previews of all full-size models: a photograph, materials, a style, lettering."""
 
 
 def entries(*numbers: int) -> tuple[float, ...]:
     """Timesteps of the 28-step schedule with shift 3: 0 4 7 12 14 18 are 1000 945 896 790 737 602."""
-    levels = shifted_sigmas(28, 3.0)
-    return tuple(round(1000 * levels[i], 4) for i in numbers)
+    sigmas = shifted_sigmas(28, 3.0)
+    return tuple(round(1000 * sigmas[i], 4) for i in numbers)
 
 
 def _recipe(
@@ -51,7 +51,7 @@ def _recipe(
             "batch": 3,
             "gradient_checkpointing": True,
             "sample_every": 250,
-            "sample_prompts": PREVIEWED,
+            "sample_prompts": PREVIEW_PROMPTS,
             "step_choice": "round-robin" if released else "sampled",
         },
     }
@@ -67,7 +67,7 @@ def _medium(
         name, about, base="stabilityai/stable-diffusion-3.5-medium", family="sd3", timesteps=timesteps,
         scales=scales, block=11, released=released, teacher={"steps": 40}, train={"batch": 8},
     )  # fmt: skip
-    # The released script asks the real score for more guidance than the paper.
+    # The released script uses more guidance for the real score than the paper.
     return recipe.with_values({"loss.dmd.guidance": 7.0}) if released else recipe
 
 
@@ -84,11 +84,11 @@ def _flux(name: str, about: str, timesteps: Sequence[float], scales: Sequence[in
         name, about, base="black-forest-labs/FLUX.1-dev", family="flux", timesteps=timesteps, scales=scales,
         block=15,
         model={"embedded_guidance": 4.5}, teacher={"steps": 30, "guidance": 5.0}, lora={"rank": 128},
-        data={"path": f"synthetic/{name}"},  # the two forms have other scales
+        data={"path": f"synthetic/{name}"},  # the two forms have different scales
     )  # fmt: skip
 
 
-# `sample_neg_prompt` of Wan2.1's own code, which its authors sample T2V-1.3B with, at guidance 6 and shift 8.
+# `sample_neg_prompt` of the Wan2.1 code, used by its authors for T2V-1.3B with guidance 6 and shift 8.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -105,8 +105,8 @@ def _wan(name: str, about: str, scales: Sequence[str]) -> Recipe:
 
 
 def _sdxl() -> Recipe:
-    """Released for SDXL are the timesteps, the scales and MMD alone; all else is ours: rank, batch, levels of
-    noise, teacher.
+    """SDXL: the released code states timesteps, scales and MMD alone; rank, batch, timesteps of the loss and
+    teacher settings are ours.
     """
     return _recipe(
         "sdxl", "SDXL, 4 steps; timesteps, scales and MMD alone as released, the rest ours",
