@@ -66,7 +66,7 @@ def test_a_distillation_of_no_recipe_or_into_no_folder_is_refused(tmp_path: Path
     ):
         scalewise.distill(wrong, tmp_path / "out")
     nowhere: Any = None
-    with pytest.raises(RecipeError, match="out must be a path, .*; got None"):
+    with pytest.raises(RecipeError, match=r"out must be a path, .*; got None"):
         scalewise.distill(MINI, nowhere)
 
 
