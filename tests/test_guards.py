@@ -247,15 +247,15 @@ def test_a_schedule_that_cannot_be_read_is_said_so(text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["study", "training-cost", "--seed", "0"], "training-cost times iterations: it takes --rounds"),
-        (["study", "losses", "--rounds", "2"], "--rounds is of training-cost"),
+        (["study", "training-cost", "--seed", "0"], "training-cost only accepts --rounds"),
+        (["study", "losses", "--rounds", "2"], "--rounds only applies to training-cost"),
         (["study", "losses", "--count", "500"], "There are 299 held-out captions, not 500"),
         (
             ["bench", "mini", "--training", "--set", "model.dtype=float16"],
             "model.dtype=float16 is for sampling",
         ),
         (["bench", "mini", "model.dtype=float16", "--training"], "model.dtype=float16 is for sampling"),
-        (["evaluate", "mini", "model.base=x"], "Name what to compare"),
+        (["evaluate", "mini", "model.base=x"], "No sampler given"),
         (["evaluate", "mini", "teacher", "train.iteration=5"], "did you mean 'train.iterations'"),
         (["bench", "mini", "teacher", "loss.gan=5"], "'loss.gan' is a group of keys"),
         (["spectrum", "mini", "--data", "pics #1"], "pics #1"),

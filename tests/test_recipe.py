@@ -244,7 +244,7 @@ def test_words_behind_a_recipe_are_overrides_or_samplers():
     samplers, overrides = split_overrides(words, None)
     assert samplers == ["teacher:4", "mine=student:runs/a", "v1.0=teacher", "name=teacher"]
     assert overrides == ["model.base=a=b", "a.b=c"]
-    with pytest.warns(UserWarning, match="--set is deprecated; write key=value by itself"):
+    with pytest.warns(UserWarning, match="--set is deprecated; write key=value without it"):
         assert split_overrides(["teacher"], ["train.batch=2"]) == (["teacher"], ["train.batch=2"])
 
 

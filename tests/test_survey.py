@@ -178,8 +178,8 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["mini", "--margin", "0.5"], "margin of 0.5 is not safe"),
-    (["mini", "--margin", "nan"], "--margin nan is no finite number"),
-    (["mini", "--margin", "inf"], "--margin inf is no finite number"),
+    (["mini", "--margin", "nan"], "--margin must be a finite number; got nan"),
+    (["mini", "--margin", "inf"], "--margin must be a finite number; got inf"),
     (["mini", "--steps", "3", "--timesteps", "1000 500"], "not both"),
     (["mini", "--timesteps", "1000 5x"], "Cannot read the noise levels"),
     (["mini", "--timesteps", "1200 500"], "1200 lies outside"),

@@ -141,7 +141,7 @@ def test_the_command_writes_tables_and_numbers(
     assert (tmp_path / "b" / "training.md").read_text() in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         main(["bench", "mini", "teacher", "--training"])
-    assert end.value.code and "leave the others out" in capsys.readouterr().err
+    assert end.value.code and "remove the other arguments" in capsys.readouterr().err
 
 
 def test_the_study_writes_its_page(

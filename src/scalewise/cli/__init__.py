@@ -1,4 +1,4 @@
-"""The command line. The commands' own modules import what they need when they run: help comes at once."""
+"""The command line. Commands import heavy packages only when they run, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Scale-wise distillation: turn a text-to-image diffusion model into a few-step model that starts "
-    "small and grows its latent at every step.\n\n"
-    "New here? `scalewise demo` shows all of it on a model that comes along.",
+    help="Scale-wise distillation: turn a text-to-image or text-to-video diffusion model into a few-step "
+    "model that starts at a low latent resolution and increases it from step to step.\n\n"
+    "New here? Run `scalewise demo`: it trains and compares a student of the embedded teacher.",
 )
 COMMANDS = (
     making.demo, measuring.recipes, making.sample, making.generate, making.distill, measuring.evaluate,
@@ -49,21 +49,21 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and exit.")
     ] = False,
 ) -> None:
-    """Read what stands before a command."""
+    """Options before the command."""
 
 
-# The command line's own mistakes: click's, which newer versions of typer carry inside.
+# Usage errors: an exception of click, which newer versions of typer vendor.
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 @contextmanager
 def stopping_politely() -> Iterator[list[str]]:
-    """Let Ctrl-C (unless it is ignored), SIGTERM and SIGHUP end a command; what is done is written first.
+    """Let Ctrl-C (unless ignored), SIGTERM and SIGHUP stop a command after finished work is written.
 
-    Gives a list that takes up the signals' names.
+    Yields a list to which the names of received signals are appended.
     """
     came: list[str] = []
 
@@ -86,7 +86,7 @@ def stopping_politely() -> Iterator[list[str]]:
 
 
 def leave(name: str) -> None:
-    """End the process at once, without an exception; nothing has been begun that would have to be ended."""
+    """Exit the process immediately; only safe before any work has started."""
     with suppress(Exception):  # a signal may come while the stream is written to
         sys.stdout.flush()
     os.write(2, f"{STOPPED}\n".encode())
@@ -94,18 +94,18 @@ def leave(name: str) -> None:
 
 
 def _stopped(came: list[str]) -> int:
-    # Python kills itself by SIGINT at its end if the exception has passed through code that was text, as in
-    # dataclasses, even where it was caught. The next such code resets that: namedtuple makes some.
+    # If KeyboardInterrupt passed through code compiled from a string (as dataclasses do), Python kills itself
+    # by SIGINT at exit, even if it was caught. Compiling such code again, as namedtuple does, resets that.
     namedtuple("Reset", "mark")
     return console.explain(Stopped(came[0] if came else "SIGINT"))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; every error that a user can act on ends as one sentence and a non-zero code."""
+    """Run the command line; errors that a user can fix end in one sentence and a non-zero exit code."""
     with stopping_politely() as came:
         try:
             code = _run(arguments, came)
-        except KeyboardInterrupt:  # a second one, while the first was dealt with
+        except KeyboardInterrupt:  # a second signal while the first was handled
             if console.fail_loudly():
                 raise
             code = exit_code(came[0] if came else "SIGINT")
@@ -113,12 +113,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None, came: list[str]) -> int:
-    """The exit code of a command."""
+    """Run a command and return its exit code."""
     try:
         with without_bitsandbytes():
             code: Any = app(arguments, standalone_mode=False)
-        # Typer makes of Ctrl-C (and of every other signal) this code or, in older versions, an exception. A
-        # signal whose exception a library dropped counts as well.
+        # Typer turns signals into exit code 130 or, in older versions, into an exception. A signal counts
+        # even
+        # if a library swallowed its exception.
         return _stopped(came) if code == 130 or came else code if isinstance(code, int) else 0
     except typer.Abort:
         return _stopped(came)

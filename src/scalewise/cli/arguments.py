@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ if TYPE_CHECKING:
 
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (see `scalewise recipes`) or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides such as train.iterations=200 loss.dmd.weight=0.")
+    list[str] | None,
+    typer.Argument(help="Overrides of recipe keys, such as train.iterations=200 loss.dmd.weight=0."),
 ]
 
 
 OldOverrides = Annotated[
-    list[str] | None, typer.Option("--set", hidden=True, help="Deprecated: write key=value by itself.")
+    list[str] | None, typer.Option("--set", hidden=True, help="Deprecated: write key=value without --set.")
 ]
 
 
 class HomeCommand(typer.core.TyperCommand):
-    """A command that reads "~" in all its paths and names of models, for `--out=~/x` reaches it unexpanded,
-    and refuses numbers that are not finite.
-    """
+    """Command that expands "~" in paths (shells leave it in `--out=~/x`) and rejects non-finite numbers."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. Lists are left: prompts stay as typed, and what holds a path is read elsewhere."""
+        """Run the command. Lists are not changed: prompts stay as typed, paths in them are expanded later."""
         for name, value in ctx.params.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"--{name} {value} is no finite number; give one that is.")
+                raise typer.BadParameter(f"--{name} must be a finite number; got {value}.")
         ctx.params = {
             name: type(value)(expand_home(str(value)))
             if isinstance(value, str | Path) and name != "prompt"
@@ -46,24 +45,24 @@ class HomeCommand(typer.core.TyperCommand):
 
 
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
-    """The recipe that a command was given."""
+    """Return the recipe of a command with its overrides applied."""
     from scalewise.config.presets import find_recipe
 
     return find_recipe(name).override(overrides or [])
 
 
 def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str], list[str]]:
-    """Divide the words behind a recipe into samplers to compare and overrides, those given with --set last.
+    """Split the arguments after a recipe into samplers and overrides; those of --set come last.
 
-    A word is an override if its part before "=" is a key of recipes, or looks like one (it has a dot) and no
-    sampler stands behind the "=": labels of samplers have the same form, as in "first=student:runs/a".
+    An argument is an override if the text before "=" is a recipe key, or contains a dot while the text after
+    "=" is not a sampler: labelled samplers have the same form, as in "first=student:runs/a".
     """
     from scalewise.config.overrides import field_names
     from scalewise.config.recipe import Recipe
     from scalewise.evaluation.samplers import is_contender
 
     if old:
-        warnings.warn("--set is deprecated; write key=value by itself, as for `distill`.", stacklevel=2)
+        warnings.warn("--set is deprecated; write key=value without it, as for `distill`.", stacklevel=2)
     known = {name for name in field_names(Recipe) if "." in name}
     overrides = []
     for word in words:
@@ -74,7 +73,10 @@ def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str],
 
 
 def model_overrides(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Divide prompts and overrides of a recipe's `model`; a prompt with an "=" has no key before it."""
+    """Split arguments into prompts and overrides of `model` keys; a prompt with "=" has no key before it.
+
+    BadParameter for overrides of other keys, or if there is no prompt.
+    """
     from scalewise.config.recipe import Recipe
 
     overrides = []
@@ -85,12 +87,12 @@ def model_overrides(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
             continue
         if group in Recipe.model_fields and group != "model":
             raise typer.BadParameter(
-                f"{word!r}: a student draws as it was trained; `sample` takes overrides of model alone, such "
-                "as model.offload=components."
+                f"{word!r}: `sample` only accepts overrides of model, such as model.offload=components; "
+                "everything else is fixed by the training of the student."
             )
         if group == "model":
             overrides.append(word)
     texts = [word for word in words if word not in overrides]
     if not texts:
-        raise typer.BadParameter("There is no prompt among the words given; write what to draw.")
+        raise typer.BadParameter("No prompt given; add at least one.")
     return texts, tuple(overrides)

@@ -1,4 +1,4 @@
-"""Commands that make something: a demo, a set, a student, pictures, a file for another program."""
+"""Commands that create something: demo, dataset, student, images, exported file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from scalewise.common import console
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo; a stopped one goes on there.")] = Path(
+    out: Annotated[Path, typer.Option(help="Output folder; an interrupted demo resumes there.")] = Path(
         "demo-run"
     ),
-    minutes: Annotated[float, typer.Option(min=1, help="Time to stay within, training included.")] = 14.0,
+    minutes: Annotated[float, typer.Option(min=1, help="Time limit in minutes, including training.")] = 14.0,
 ) -> None:
-    """See it work: distil the embedded teacher before your eyes and compare both in a report.
+    """Distill the embedded teacher and compare student and teacher in an HTML report.
 
-    Needs no GPU and nothing from the network.
+    Needs no GPU and no network.
     """
     console.quiet_libraries()
     from scalewise.cli.demo import run_demo
@@ -34,22 +34,24 @@ def generate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv "
+            help="Prompt file: text with one prompt per line, or .jsonl, .json, .csv, .tsv "
             "(default for the mini: its captions)."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples in all; prompts repeat with new seeds.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the set.")] = 0,
+    count: Annotated[
+        int, typer.Option(min=1, help="Total number of samples; prompts repeat with new seeds.")
+    ] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the dataset.")] = 0,
     scale: Annotated[
         list[str] | None,
-        typer.Option(help="Keep latents at this scale too, for other schedules; repeatable."),
+        typer.Option(help="Also store latents at this scale, for other schedules; repeatable."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the set; a stopped run goes on there.")] = Path(
-        "synthetic"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the dataset; an interrupted run resumes there.")
+    ] = Path("synthetic"),
 ) -> None:
-    """Make a synthetic training set with the teacher, at every scale of the recipe's schedule.
+    """Generate a training dataset with the teacher, at every scale of the recipe's schedule.
 
     Example: `scalewise generate mini --count 500 --out my-set`, then `scalewise distill mini
     data.path=my-set`
@@ -67,18 +69,19 @@ def distill(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run (default: runs/ and the recipe's name).")
+        Path | None, typer.Option(help="Folder of the run (default: runs/NAME-OF-RECIPE).")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint, bit by bit as if never stopped.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint (bit-exact).")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be built, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be trained, and exit.")
+    ] = False,
 ) -> None:
-    """Distil a teacher into a few-step student.
+    """Distill a teacher into a few-step student.
 
     Examples: `scalewise distill mini-mmd`, `scalewise distill mini train.iterations=200
-    data.path=my-pictures`,
-    `scalewise distill mini --out runs/mini --resume`
+    data.path=my-images`, `scalewise distill mini --out runs/mini --resume`
     """
     console.quiet_libraries()
     from scalewise.cli.inputs import run_folder
@@ -96,35 +99,37 @@ def sample(
     prompts: Annotated[
         list[str],
         typer.Argument(
-            help="One or more prompts. Overrides of how the model is loaded, such as "
-            "model.offload=components, may stand among them."
+            help="One or more prompts. Overrides of model keys, such as model.offload=components, may be "
+            "mixed in."
         ),
     ],
     student: Annotated[
         str | None,
-        typer.Option(
-            help="'mini' (also the default), a student.safetensors, the folder of a run or of its checkpoint."
-        ),
+        typer.Option(help="'mini' (default), a student.safetensors, or the folder of a run or checkpoint."),
     ] = None,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Draw with the student's teacher, at its full steps.")
+        bool, typer.Option("--teacher", help="Sample with the teacher of the student, with all its steps.")
     ] = False,
     recipe: Annotated[
         str | None,
-        typer.Option(help="With --teacher: draw with this recipe's teacher; no student is needed."),
+        typer.Option(help="With --teacher: use the teacher of this recipe; needs no student."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Another base than the one the student names.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model to use instead of the one recorded in the student.")
+    ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="For a student without one: a recipe's name, or '1000@64 896@80 737@96 602@128'."),
+        typer.Option(
+            help="Schedule of a student without one: name of a recipe, or '1000@64 896@80 737@96 602@128'."
+        ),
     ] = None,
-    weight: Annotated[float, typer.Option(min=0, help="The part of the student's update to apply.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Sample i takes seed + i.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    weight: Annotated[float, typer.Option(min=0, help="LoRA scale of the student (1 = full).")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample; sample i uses seed + i.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
 ) -> None:
-    """Draw pictures with a student in a few scale-wise steps.
+    """Generate images with a student in a few scale-wise steps.
 
     Example: `scalewise sample "a red apple, fluent style" "a dog face, noto style" --count 4`
     """
@@ -132,10 +137,10 @@ def sample(
     from scalewise.cli.run_making import Drawing, sample_pictures
 
     texts, overrides = model_overrides(prompts)
-    asked = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch, overrides)
-    files, seconds = sample_pictures(texts, asked, out)
+    settings = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch, overrides)
+    files, seconds = sample_pictures(texts, settings, out)
     console.out.print(
-        f"{len(files)} {'picture' if len(files) == 1 else 'pictures'} in {seconds:.1f} s after loading: "
+        f"{len(files)} {'image' if len(files) == 1 else 'images'} in {seconds:.1f} s after loading: "
         f"{', '.join(map(str, files))}",
         soft_wrap=True,
     )
@@ -143,16 +148,15 @@ def sample(
 
 def export(
     student: Annotated[str, typer.Argument(help="'mini', a LoRA file, or the folder of a run.")],
-    out: Annotated[Path, typer.Argument(help="File to write; for peft a folder.")],
-    form: Annotated[str, typer.Option(help="diffusers, peft or kohya.")] = "diffusers",
+    out: Annotated[Path, typer.Argument(help="File to write (for peft: folder).")],
+    form: Annotated[str, typer.Option(help="Format: diffusers, peft or kohya (ComfyUI).")] = "diffusers",
     schedule: Annotated[
-        str | None, typer.Option(help="For a LoRA without one: a recipe's name, or '1000@64 896@80 ...'.")
+        str | None,
+        typer.Option(help="Schedule of a LoRA without one: name of a recipe, or '1000@64 896@80 ...'."),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model that a LoRA is for, if it does not say so itself.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of a LoRA that does not record it.")] = None,
 ) -> None:
-    """Write a student under the names that another program reads; schedule and recipe stay in the metadata.
+    """Export a student in the LoRA format of another program; schedule and recipe stay in the metadata.
 
     Example: `scalewise export runs/mini mini-kohya.safetensors --form kohya`
     """

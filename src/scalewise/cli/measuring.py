@@ -1,4 +1,4 @@
-"""Commands that tell something: recipes, costs, spectra, quality, speed."""
+"""Commands that measure or print something: recipes, cost, spectra, quality, speed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from scalewise.common import console
 
 
 def recipes(
-    name: Annotated[
-        str | None, typer.Argument(help="Print this recipe as YAML, ready to be changed.")
-    ] = None,
-    keys: Annotated[bool, typer.Option("--keys", help="List every key that can be overridden.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Print this recipe as YAML.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List all keys with default and description.")] = False,
 ) -> None:
-    """List the recipes, print one as YAML, or explain their keys.
+    """List the recipes, print one as YAML, or list all recipe keys.
 
-    Example: `scalewise recipes mini > mine.yaml`, edit it (its name too), then `scalewise distill mine.yaml`.
+    Example: `scalewise recipes mini > mine.yaml`, edit it (also its name), then `scalewise distill
+    mine.yaml`.
     """
     from scalewise.config.overrides import explain_fields
     from scalewise.config.presets import RECIPES, find_recipe
@@ -31,7 +30,7 @@ def recipes(
         table = Table(box=None, header_style="bold")
         table.add_column("key", no_wrap=True)
         table.add_column("default", overflow="fold")
-        table.add_column("what it is")
+        table.add_column("description")
         for row in explain_fields(Recipe):
             table.add_row(*map(escape, row))
         console.out.print(table)
@@ -39,30 +38,32 @@ def recipes(
     if name:
         typer.echo(find_recipe(name).to_yaml(), nl=False)
         return
-    for key in RECIPES:  # not in columns, which would cut names on a narrow screen
+    for key in RECIPES:  # not in columns, which would truncate names on narrow terminals
         recipe = find_recipe(key)
         console.out.print(f"[bold]{escape(key)}[/]: {escape(recipe.about)}", soft_wrap=True, highlight=False)
-        told = f"{recipe.schedule.build()}; {recipe.train.iterations} iterations"
-        console.out.print(f"  {escape(recipe.model.base)}: {told}", soft_wrap=True, highlight=False)
+        summary = f"{recipe.schedule.build()}; {recipe.train.iterations} iterations"
+        console.out.print(f"  {escape(recipe.model.base)}: {summary}", soft_wrap=True, highlight=False)
 
 
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs (processes).")] = 1,
     memory: Annotated[
         float | None,
-        typer.Option(min=1, help="GB of each device (default: the card's, or this machine's GPU's, if any)."),
+        typer.Option(
+            min=1, help="Memory of each GPU in GB (default: that of --card, or of the GPU of this machine)."
+        ),
     ] = None,
     card: Annotated[
         str | None,
         typer.Option(
-            help="Card to give hours for: a100, h100, l40s, 4090, 3090 or 5090 (default: this machine's "
-            "measured speed)."
+            help="GPU to estimate hours for: a100, h100, l40s, 4090, 3090 or 5090 (default: the measured "
+            "speed of this machine)."
         ),
     ] = None,
 ) -> None:
-    """Tell what a recipe will cost, without weights: operations, expected speed-up, hours, memory, batch.
+    """Estimate the cost of a recipe without loading weights: FLOPs, speed-up, hours, memory, batch size.
 
     Examples: `scalewise plan sd35-medium --card 4090`, `scalewise plan flux-dev loss.mmd_only=true
     --memory 24`
@@ -79,32 +80,38 @@ def spectrum(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A set, or a folder of pictures, which the model's VAE encodes (default: the recipe's "
-            "data.path)."
+            help="Dataset, or folder of images to encode with the VAE of the model (default: data.path of "
+            "the recipe)."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Latents to measure, at most.")] = 512,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of latents to measure.")] = 512,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Propose so many steps (default: the recipe's timesteps).")
+        int | None,
+        typer.Option(
+            min=1, help="Propose a schedule with this many steps (default: the timesteps of the recipe)."
+        ),
     ] = None,
     timesteps: Annotated[
         str | None, typer.Option(help="Propose scales for these timesteps, such as '1000 900 750 600'.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Part of the full-scale tokens to spend; buys the largest margin.")
+        float | None,
+        typer.Option(
+            help="Maximum cost relative to full scale; proposes the schedule with the largest margin."
+        ),
     ] = None,
     margin: Annotated[
-        float, typer.Option(help="How much stronger noise has to be than what a scale cannot hold.")
+        float, typer.Option(help="Required ratio of noise to the signal that a scale cannot represent.")
     ] = 1.0,
-    smallest: Annotated[float, typer.Option(help="No side below this part of the full one.")] = 0.25,
+    smallest: Annotated[float, typer.Option(help="Smallest side relative to the full one.")] = 0.25,
     at: Annotated[
-        str | None, typer.Option(help="Noise levels of the figure's panels, such as '900 700 500'.")
+        str | None, typer.Option(help="Timesteps of the panels of the figure, such as '900 700 500'.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for figure and numbers.")] = Path("spectrum"),
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("spectrum"),
 ) -> None:
-    """Tell from the data's spectrum which scale is safe at which noise level, and propose a schedule.
+    """Measure the spectrum of the data: which scale is safe at which timestep; propose a schedule.
 
-    Examples: `scalewise spectrum mini`, `scalewise spectrum sd35-medium --data my-pictures --steps 4`,
+    Examples: `scalewise spectrum mini`, `scalewise spectrum sd35-medium --data my-images --steps 4`,
     `scalewise spectrum mini --budget 0.5`
     """
     console.quiet_libraries()
@@ -118,43 +125,43 @@ def spectrum(
 
 def evaluate(
     recipe: RecipeName,
-    contenders: Annotated[
+    samplers: Annotated[
         list[str],
         typer.Argument(
             help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; "
-            "name=... labels one. Overrides such as model.base=my-model may stand among them."
+            "name=... labels one. Overrides such as model.base=my-model may be mixed in."
         ),
     ],
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts: text, one a line, or .jsonl, .json, .csv, .tsv; or geneval for its prompts "
-            "(default for the mini: captions held out)."
+            help="Prompt file: text with one prompt per line, or .jsonl, .json, .csv, .tsv; or 'geneval' for "
+            "its prompts (default for the mini: held-out captions)."
         ),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=4, help="Take the first so many prompts (default: all).")
+        int | None, typer.Option(min=4, help="Use only the first COUNT prompts (default: all).")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
-    speed: Annotated[bool, typer.Option(help="Measure milliseconds per image too.")] = True,
+    speed: Annotated[bool, typer.Option(help="Also measure milliseconds per image.")] = True,
     override: OldOverrides = None,
     scorer: Annotated[
         str | None,
-        typer.Option(help="CLIP model that judges: folder or hub id (default for the mini: its own)."),
+        typer.Option(help="CLIP model for the metrics: folder or hub id (default for the mini: its own)."),
     ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="Further metric, NAME or NAME=WEIGHTS (folder, file or hub id); repeatable. "
-            "`scalewise metrics` lists them."
+            help="Additional metric: NAME or NAME=WEIGHTS (folder, file or hub id); repeatable. "
+            "See `scalewise metrics`."
         ),
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Folder of real pictures, for Fréchet distances.")
+        Path | None, typer.Option(help="Folder of real images, for Fréchet distances.")
     ] = None,
-    each: Annotated[int, typer.Option(min=1, help="Samples of every prompt; 2 or more for diversity.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for pictures and tables.")] = Path("evaluation"),
+    each: Annotated[int, typer.Option(min=1, help="Samples per prompt; 2 or more for diversity.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for images and tables.")] = Path("evaluation"),
 ) -> None:
     """Compare teachers, students and folders on the same prompts and seeds.
 
@@ -164,16 +171,16 @@ def evaluate(
     from scalewise.cli.run_measuring import Evaluation, run_evaluate
     from scalewise.evaluation.scoring import Asked
 
-    contenders, overrides = split_overrides(contenders, override)
-    if not contenders:
-        raise typer.BadParameter("Name what to compare, such as teacher and student:runs/mini.")
-    asked = Asked(scorer, tuple(metric or ()), reference)
+    samplers, overrides = split_overrides(samplers, override)
+    if not samplers:
+        raise typer.BadParameter("No sampler given; add at least one, such as teacher or student:runs/mini.")
+    requested = Asked(scorer, tuple(metric or ()), reference)
     how = Evaluation(count=count, each=each, batch=batch, seed=seed, speed=speed)
-    run_evaluate(recipe_of(recipe, overrides), contenders, prompts, how, asked=asked, out=out)
+    run_evaluate(recipe_of(recipe, overrides), samplers, prompts, how, asked=requested, out=out)
 
 
 def metrics() -> None:
-    """List what `evaluate --metric` can measure, what it needs and what the figures say."""
+    """List the metrics of `evaluate --metric`: what they need and what they mean."""
     console.quiet_libraries()
     from scalewise.cli.run_measuring import list_metrics
 
@@ -182,72 +189,79 @@ def metrics() -> None:
 
 def bench(
     recipe: RecipeName,
-    contenders: Annotated[
+    samplers: Annotated[
         list[str] | None,
         typer.Argument(
-            help="As for evaluate, the first being what others are compared with (default: teacher, as many "
-            "steps at full scale, and scale-wise; a student's operations are those of the undistilled model)."
-            " Overrides such as model.dtype=bfloat16 may stand among them."
+            help="Samplers as for evaluate; speed-ups are relative to the first (default: teacher, and "
+            "few-step at full scale and scale-wise with the undistilled model, which costs the same as a "
+            "student). Overrides such as model.dtype=bfloat16 may be mixed in."
         ),
     ] = None,
     protocol: Annotated[
         str,
         typer.Option(
-            help="honest: batches 1 and 8, the recipe's types, not compiled; paper: batch 8, half precision, "
-            "compiled, 100 rounds (the paper also has a tiny autoencoder: model.vae=FOLDER)."
+            help="honest: batch 1 and 8, dtype of the recipe, not compiled; paper: batch 8, half precision, "
+            "compiled, 100 rounds (the paper also uses a tiny VAE: model.vae=FOLDER)."
         ),
     ] = "honest",
-    batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeatable.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, each contender once.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; each times every sampler once.")] = None,
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the denoiser's blocks.")
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks of the denoiser.")
     ] = None,
     override: OldOverrides = None,
-    prompt: Annotated[str | None, typer.Option(help="What is drawn.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt of all images.")] = None,
     training: Annotated[
         bool,
         typer.Option(
             "--training",
-            help="Instead: seconds and peak memory of training iterations, scale-wise and full-scale, full "
-            "loss and MMD alone.",
+            help="Benchmark training instead: time and peak memory per iteration, scale-wise and full-scale, "
+            "full loss and MMD alone.",
         ),
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("bench"),
 ) -> None:
-    """Time teacher, full-scale and scale-wise sampling in turns, part by part, step by step.
+    """Benchmark sampling of teacher, full-scale and scale-wise models: text encoders, each step, VAE.
 
-    Says how much of the gain that operations promise is reached. Examples: `scalewise bench mini --batch 8`,
-    `scalewise bench mini --training --rounds 3`
+    Also reports the measured speed-up relative to the one expected from FLOPs. Examples:
+    `scalewise bench mini --batch 8`, `scalewise bench mini --training --rounds 3`
     """
     console.quiet_libraries()
     from scalewise.cli.run_measuring import run_bench, run_training_bench
     from scalewise.evaluation.sampling_speed import chosen_protocol
 
-    chosen_contenders, overrides = split_overrides(contenders or [], override)
+    chosen_samplers, overrides = split_overrides(samplers or [], override)
     if training:
-        if chosen_contenders or batch or prompt or compiled is not None or protocol != "honest":
+        if chosen_samplers or batch or prompt or compiled is not None or protocol != "honest":
             raise typer.BadParameter(
-                "--training takes the recipe, overrides, --rounds and --out only; leave the others out."
+                "--training only accepts the recipe, overrides, --rounds and --out; remove the other "
+                "arguments."
             )
         run_training_bench(recipe_of(recipe, overrides), rounds=rounds or 7, out=out)
         return
     chosen = chosen_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
-    run_bench(recipe_of(recipe, overrides), chosen_contenders, chosen, prompt, out)
+    run_bench(recipe_of(recipe, overrides), chosen_samplers, chosen, prompt, out)
 
 
 def study(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Studies to run; without one, they are listed.")
+    names: Annotated[list[str] | None, typer.Argument(help="Studies to run; none lists them.")] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="Training seed; repeatable (default: 0 1 2 3).")
     ] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable (default: 0 1 2 3).")] = None,
-    count: Annotated[int | None, typer.Option(help="Prompts, held out, 50 or more (default: 299).")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Of every student (default: the recipe's).")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Of training-cost (default: 7).")] = None,
-    out: Annotated[Path, typer.Option(help="Folder; a stopped study goes on there.")] = Path("studies"),
+    count: Annotated[
+        int | None, typer.Option(help="Number of held-out prompts, 50 or more (default: 299).")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Training iterations of each student (default: those of the recipe).")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of training-cost (default: 7).")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder; an interrupted study resumes there.")] = Path(
+        "studies"
+    ),
 ) -> None:
-    """Check claims of the paper on the mini: train every arm with every seed, judge, and write a page.
+    """Check claims of the paper on the mini: train each variant with each seed, evaluate, write a page.
 
-    Example: `scalewise study losses --seed 0 --seed 1`; it may take hours, and goes on when called again.
+    Takes hours; resumes when called again. Example: `scalewise study losses --seed 0 --seed 1`
     """
     console.quiet_libraries()
     from scalewise.cli.run_measuring import list_studies, run_studies
@@ -258,8 +272,8 @@ def study(
         list_studies()
         return
     if set(names) == {NAME} and any(v is not None for v in (seeds, count, iterations)):
-        raise typer.BadParameter(f"{NAME} times iterations: it takes --rounds and --out only.")
+        raise typer.BadParameter(f"{NAME} only accepts --rounds and --out; remove the other options.")
     if rounds and NAME not in names:
-        raise typer.BadParameter(f"--rounds is of {NAME}; leave it out.")
+        raise typer.BadParameter(f"--rounds only applies to {NAME}; remove it.")
     effort = Effort(tuple(seeds or Effort.seeds), Effort.count if count is None else count, iterations)
     run_studies(names, effort, rounds=rounds or 7, out=out)
