@@ -140,12 +140,9 @@ def test_files_stay_within_400_lines():
     assert {file: length for file, length in lengths.items() if length > 400} == {}
 
 
-def test_functions_stay_within_60_lines_and_the_training_loop_within_120():
+def test_functions_stay_within_60_lines():
     long = {
-        where: length
-        for where, node in functions()
-        if (length := node.end_lineno - node.lineno + 1)
-        > (120 if where.startswith("training/trainer.py") and node.name == "fit" else 60)
+        where: length for where, node in functions() if (length := node.end_lineno - node.lineno + 1) > 60
     }
     assert long == {}
 
