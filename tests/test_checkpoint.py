@@ -280,7 +280,7 @@ def test_prune_keeps_the_newest_complete_ones(tmp_path):
     checkpoint.prune(tmp_path, 2)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["notes", "step-000003", "step-000004", "step-000010"]
-    with pytest.raises(CheckpointError, match="Cannot keep 0"):
+    with pytest.raises(CheckpointError, match="checkpoints to keep must be at least 1; got 0"):
         checkpoint.prune(tmp_path, 0)
 
 

@@ -15,7 +15,7 @@ from tiny_run import make_tiny
 
 from scalewise.cli.run_making import Drawing, export_student, losses_of, report_run, sample_pictures
 from scalewise.common import checkpoint, console
-from scalewise.common.images import sheet
+from scalewise.common.images import contact_sheet
 from scalewise.config.presets import RECIPES, find_recipe
 from scalewise.config.presets.published import PUBLISHED
 from scalewise.config.recipe import Recipe
@@ -81,8 +81,10 @@ def test_tensorboard_gets_the_previews_and_the_learning_rates(run: Run) -> None:
 
 def test_sheets_have_titles_above_columns_and_captions_above_rows() -> None:
     grey = [np.full((40, 60, 3), 128, np.uint8)] * 4
-    bare = np.asarray(sheet(grey, columns=2))
-    page = np.asarray(sheet(grey, columns=2, titles=["t 1000", "t 500"], captions=["a dog", "a cat " * 99]))
+    bare = np.asarray(contact_sheet(grey, columns=2))
+    page = np.asarray(
+        contact_sheet(grey, columns=2, titles=["t 1000", "t 500"], captions=["a dog", "a cat " * 99])
+    )
     assert page.shape[1] == bare.shape[1] and page.shape[0] > bare.shape[0]
     is_text = (page < 100).all(axis=2).any(axis=1)
     starts = np.flatnonzero(np.diff(is_text.astype(int)) == 1)

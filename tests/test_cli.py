@@ -174,7 +174,7 @@ def test_prompts_that_are_no_text_are_refused(run, recipe_file, tmp_path) -> Non
     code, text = run(
         "generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "set"
     )
-    assert code == 1 and "prompts.txt is no text file but a PNG image" in text
+    assert code == 1 and "prompts.txt is not a text file but a PNG image" in text
 
 
 def test_a_schedule_that_does_not_begin_with_noise_is_warned_of(run, recipe_file, tmp_path) -> None:
@@ -189,7 +189,7 @@ def test_a_full_device_ends_in_one_sentence(run, monkeypatch) -> None:
 
     monkeypatch.setattr("scalewise.cli.run_making.sample_pictures", full)
     code, text = run("sample", "a dog")
-    assert code == 1 and "memory is full" in text and "--batch" in text and "2 GiB" in text
+    assert code == 1 and "out of memory" in text and "--batch" in text and "2 GiB" in text
 
 
 def test_a_set_of_another_model_is_told(run, recipe: Recipe, recipe_file: str, tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     (["--metric", "pickscore", "--reference", "nowhere"], "There is no folder nowhere"),
     (["--metric", "spectrum=weights", "--reference", "."], "spectrum has no weights; write it without"),
     (["--count", "5"], "There are 4 prompts, not 5; take at most as many"),
-    (["--prompts", "."], "The prompt file . cannot be read (Is a directory); name another"),
+    (["--prompts", "."], "The prompt file . cannot be read (Is a directory); give another"),
     (["--metric", "spectrum", "--reference", ".", "///=undistilled"], "names no folder for pictures"),
     (["--out", "pyproject.toml/deeper"], "pyproject.toml is a file; give --out another"),
 ])  # fmt: skip

@@ -32,12 +32,12 @@ def test_what_takes_no_time_says_nothing(capsys, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_full_disk_is_explained_with_its_place(capsys) -> None:
-    assert console.explain(OSError(errno.ENOSPC, "No space left on device", "/data/x")) == 1
+    assert console.print_error(OSError(errno.ENOSPC, "No space left on device", "/data/x")) == 1
     assert "The disk is full (/data/x)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_stopping_by_hand_has_its_own_code() -> None:
-    assert console.explain(KeyboardInterrupt()) == 130
+    assert console.print_error(KeyboardInterrupt()) == 130
 
 
 def test_names_in_square_brackets_are_shown_as_they_are(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,14 +56,14 @@ def test_names_in_square_brackets_are_shown_as_they_are(capsys, monkeypatch: pyt
 
 
 def test_all_processes_but_one_show_errors_only(capsys) -> None:
-    console.speak(False)
+    console.set_verbose(False)
     try:
         with console.progress("drawing", 1) as done:
             done(1)
         console._show_warning("careful", UserWarning)
         console.out.print("a result")
         assert capsys.readouterr() == ("", "")
-        console.explain(ValueError("broken"))
+        console.print_error(ValueError("broken"))
         assert "broken" in capsys.readouterr().err
     finally:
-        console.speak(True)
+        console.set_verbose(True)

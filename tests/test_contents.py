@@ -18,10 +18,10 @@ from tiny_run import PROMPTS, make_tiny
 from scalewise import mini
 from scalewise.cli.run_making import run_generate
 from scalewise.common.contents import (
-    base_contents,
+    component_fingerprints,
     file_fingerprint,
     local_folder,
-    model_contents,
+    model_fingerprints,
     part_fingerprint,
 )
 from scalewise.data import DataError, LatentSet, sets_fingerprint
@@ -35,17 +35,17 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_base_that_was_moved_and_touched_has_the_same_fingerprints(base):
-    before = base_contents(mini.TEACHER)
+    before = component_fingerprints(mini.TEACHER)
     assert {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"} <= before.keys()
     for path in base.rglob("*"):
         os.utime(path, (1, 1))
     (base / "README.md").write_text("a note")
     (base / "transformer" / "old.bin").write_bytes(b"never loaded")
-    assert base_contents(base.rename(base.with_name("moved"))) == before
+    assert component_fingerprints(base.rename(base.with_name("moved"))) == before
 
 
 def test_one_exchanged_tensor_shows_in_its_component_alone(base):
-    before = base_contents(base)
+    before = component_fingerprints(base)
     (weights,) = (base / "vae").glob("*.safetensors")
     tensors = load_file(weights)
     name = min(tensors, key=lambda n: tensors[n].numel())
@@ -53,7 +53,7 @@ def test_one_exchanged_tensor_shows_in_its_component_alone(base):
     stat = weights.stat()
     save_file(tensors, weights, metadata={"format": "pt"})
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    after = base_contents(base)
+    after = component_fingerprints(base)
     assert {key for key in before if before[key] != after[key]} == {"vae"}
     assert part_fingerprint(base, "vae") != part_fingerprint(mini.TEACHER, "vae")
     assert part_fingerprint(base, "text", "tok") == part_fingerprint(mini.TEACHER, "text", "tok") != ""
@@ -65,12 +65,12 @@ def test_a_component_alone_and_a_variant_are_known(tmp_path, base):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         save_file(weights, folder / "model.safetensors")
-    plain = base_contents(tmp_path / "one")
-    assert list(plain) == [""] and plain == base_contents(tmp_path / "two")
+    plain = component_fingerprints(tmp_path / "one")
+    assert list(plain) == [""] and plain == component_fingerprints(tmp_path / "two")
     save_file({"a": torch.zeros(3)}, tmp_path / "two" / "model.fp16.safetensors")
-    assert base_contents(tmp_path / "two") == plain  # plain weights are what is loaded
-    assert base_contents(tmp_path / "two", variant="fp16") != plain
-    assert base_contents("nobody/nothing") == {} and local_folder("no such folder") is None
+    assert component_fingerprints(tmp_path / "two") == plain  # plain weights are what is loaded
+    assert component_fingerprints(tmp_path / "two", variant="fp16") != plain
+    assert component_fingerprints("nobody/nothing") == {} and local_folder("no such folder") is None
 
 
 def test_a_large_file_is_fingerprinted_without_reading_it(tmp_path):
@@ -113,7 +113,7 @@ def test_a_synthetic_set_goes_on_with_a_moved_base_and_not_with_an_exchanged_one
         run_generate(moved, prompts, count=count, batch=2, seed=0, also=(), out=out)
         return LatentSet.open(out)
 
-    assert LatentSet.open(out).settings[CONTENTS] == base_contents(tmp_path / "tiny")
+    assert LatentSet.open(out).settings[CONTENTS] == component_fingerprints(tmp_path / "tiny")
     base = (tmp_path / "tiny").rename(tmp_path / "elsewhere")
     assert len(generate(base, 14)) == 14  # the path does not count
     with warnings.catch_warnings():
@@ -131,8 +131,8 @@ def test_a_synthetic_set_goes_on_with_a_moved_base_and_not_with_an_exchanged_one
 
 def test_the_fingerprints_of_a_teacher_name_the_autoencoder_it_is_given(tmp_path, base):
     shutil.copytree(base / "vae", tmp_path / "alone")
-    assert model_contents(base, tmp_path / "alone") == base_contents(base)
+    assert model_fingerprints(base, tmp_path / "alone") == component_fingerprints(base)
     for path in (tmp_path / "alone").glob("*.safetensors"):
         save_file({name: value * 2 for name, value in load_file(path).items()}, path)
-    other = model_contents(base, tmp_path / "alone")
-    assert {key for key in other if other[key] != base_contents(base)[key]} == {"vae"}
+    other = model_fingerprints(base, tmp_path / "alone")
+    assert {key for key in other if other[key] != component_fingerprints(base)[key]} == {"vae"}

@@ -27,7 +27,7 @@ import scalewise
 from scalewise import mini, models
 from scalewise.cli import main
 from scalewise.common import console
-from scalewise.common.images import read_picture
+from scalewise.common.images import read_image
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.evaluation import compare
@@ -192,7 +192,7 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
         cosine = (scorer.pictures(videos[:, 4]) * scorer.texts(texts)).sum(-1)
         assert result.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
         kept = tmp_path / "out" / "pictures" / contender.name
-        assert np.array_equal(read_picture(kept / "3.png"), videos[3])
+        assert np.array_equal(read_image(kept / "3.png"), videos[3])
         again = parse_contender(f"folder:{kept}", recipe)
         assert np.array_equal(read_folder(again.path, texts), videos)
 

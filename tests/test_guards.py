@@ -18,7 +18,7 @@ from scalewise.cli import main
 from scalewise.cli.inputs import prompts_to_judge
 from scalewise.cli.run_making import free_path
 from scalewise.common import console
-from scalewise.common.images import read_picture, save_picture, to_bytes
+from scalewise.common.images import read_image, save_image, to_bytes
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.data.image_folder import load_pixels, scan_images
@@ -122,7 +122,7 @@ def test_prompts_that_give_no_figure_are_refused_before_anything_is_loaded(
 
 
 def test_one_real_picture_is_refused(tmp_path: Path) -> None:
-    save_picture(pictures(1)[0], tmp_path / "0.png")
+    save_image(pictures(1)[0], tmp_path / "0.png")
     with pytest.raises(RecipeError, match=r"needs at least 2 real pictures, and .* holds 1"):
         judge_of(find_recipe("mini"), Asked(reference=tmp_path))
 
@@ -154,7 +154,7 @@ def drawn(tmp_path: Path) -> Path:
     """Six numbered pictures."""
     (tmp_path / "drawn").mkdir()
     for number, picture in enumerate(pictures(6)):
-        save_picture(picture, tmp_path / "drawn" / f"{number}.png")
+        save_image(picture, tmp_path / "drawn" / f"{number}.png")
     return tmp_path / "drawn"
 
 
@@ -216,7 +216,7 @@ def test_a_contenders_pictures_are_read_as_references_are(mode: str, tmp_path: P
         image.save(tmp_path / "0.png", exif=exif)
     [entry], _ = scan_images(tmp_path, captions=False)
     expected = to_bytes(load_pixels(entry, (entry.height, entry.width))[None])[0]
-    found = read_picture(tmp_path / "0.png")
+    found = read_image(tmp_path / "0.png")
     assert np.array_equal(found, expected) and found.std() > 5
     contender = parse_contender(f"folder:{tmp_path}", find_recipe("mini"))
     assert np.array_equal(read_folder(contender.path, ["a"])[0], expected)

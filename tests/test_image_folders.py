@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from scalewise.common import images as pictures
-from scalewise.common.images import read_picture
+from scalewise.common.images import read_image
 from scalewise.config.presets import find_recipe
 from scalewise.data import DataError, assign_buckets, encode_folder, load_pixels, scan_images
 from scalewise.data.image_folder import ImageEntry, bucket_faults, bucket_line
@@ -217,26 +217,26 @@ def test_caption_files_of_kohya_are_read_and_txt_comes_first(tmp_path):
 def test_a_scan_beyond_pillows_limit_is_read_and_the_limit_is_left_as_it_was(tmp_path, monkeypatch):
     path = paint(tmp_path / "scan.png", "a scan", (100, 80))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # 8,000 pixels are more than twice as many
-    monkeypatch.setattr(pictures, "ALONE", 3000)
+    monkeypatch.setattr(pictures, "MAX_PARALLEL_PIXELS", 3000)
     with pytest.raises(Image.DecompressionBombError):
         Image.open(path)
     paint(tmp_path / "small.png", "small", (10, 10))
     entries, skipped = scan_images(tmp_path)
     assert skipped.reasons == {} and [(e.width, e.height) for e in entries] == [(100, 80), (10, 10)]
     assert load_pixels(entries[0], (16, 16)).shape == (3, 16, 16)
-    assert read_picture(path).shape == (80, 100, 3)
+    assert read_image(path).shape == (80, 100, 3)
     assert Image.MAX_IMAGE_PIXELS == 3000
 
 
 def test_an_image_too_large_for_memory_is_refused_by_name_and_size(tmp_path, monkeypatch):
     path = paint(tmp_path / "poster.png", "a poster", (3000, 2000))
     paint(tmp_path / "a.png", "a")
-    monkeypatch.setattr(pictures, "LARGEST", 5_000_000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 5_000_000)
     _, skipped = scan_images(tmp_path)
     ((reason, files),) = skipped.reasons.items()
     assert files == [path] and "megapixels, which have to be saved smaller" in reason
     with pytest.raises(
-        DataError, match=r"poster.png has 6 megapixels, and no more than 5 are read; save it smaller"
+        DataError, match=r"poster.png has 6 megapixels, more than the maximum of 5; save a smaller copy"
     ):
         load_pixels(ImageEntry(path, "", 3000, 2000), (16, 16))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from scalewise.common.images import read_picture, save_picture
+from scalewise.common.images import read_image, save_image
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.evaluation.samplers import Prompts
@@ -332,8 +332,8 @@ def test_a_judge_shows_pictures_metrics_the_middle_frame_of_a_video(clip_folder:
 
 def test_videos_are_saved_as_animations_and_read_back(tmp_path: Path) -> None:
     video = pictures(3, (16, 24))
-    assert np.array_equal(read_picture(save_picture(video, tmp_path / "0.png")), video)
-    assert np.array_equal(read_picture(save_picture(video[0], tmp_path / "1.png")), video[0])
+    assert np.array_equal(read_image(save_image(video, tmp_path / "0.png")), video)
+    assert np.array_equal(read_image(save_image(video[0], tmp_path / "1.png")), video[0])
 
 
 def test_metrics_of_videos_are_refused_for_pictures_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def test_pixels_that_are_no_numbers_are_not_drawn_black():
     pixels = torch.zeros(3, 3, 2, 2)
     assert (to_bytes(pixels) == 128).all()
     pixels[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"1 of 3 samples drawn hold NaN or infinity, the first .* number 2"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 generated samples have NaN or infinity, the first .* number 2"
+    ):
         to_bytes(pixels)
 
 
@@ -127,5 +129,5 @@ def test_the_pipeline_does_not_return_latents_or_images_of_nan():
     with torch.no_grad():
         next(pipe.transformer.parameters()).view(-1)[0] = float("nan")
     for kind in ("latent", "np"):
-        with pytest.raises(ValueError, match="1 of 1 samples drawn hold NaN or infinity"):
+        with pytest.raises(ValueError, match="1 of 1 generated samples have NaN or infinity"):
             pipe("a dog", seed=0, output_type=kind)

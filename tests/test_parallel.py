@@ -14,7 +14,7 @@ from torch import nn
 
 from scalewise.cli import main
 from scalewise.common import distributed
-from scalewise.common.images import read_picture
+from scalewise.common.images import read_image
 from scalewise.data import LatentSet
 
 WORLD = 2
@@ -190,7 +190,7 @@ def test_an_evaluation_by_two_processes_is_that_of_one(results, tmp_path, capsys
     for name in ("undistilled", "teacher--1-steps"):
         a, b = (folder / "pictures" / name for folder in (tmp_path, there))
         for file in [f"{i}.png" for i in range(10)]:
-            apart = read_picture(a / file).astype(int) - read_picture(b / file)
+            apart = read_image(a / file).astype(int) - read_image(b / file)
             assert abs(apart).max() <= 1  # other neighbours in a batch, other rounding
         assert (a / "prompts.json").read_text() == (b / "prompts.json").read_text()
 

@@ -12,7 +12,7 @@ from tiny_run import PROMPTS, make_tiny
 
 from scalewise.cli import main
 from scalewise.cli.run_planning import Device, run_plan, typed_as
-from scalewise.common.images import save_picture
+from scalewise.common.images import save_image
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.planning.fitting import Change, Need, Typed, line
@@ -57,7 +57,7 @@ def test_every_command_that_plan_prints_runs_to_its_end(here: Path, capsys) -> N
     (here / "photos").mkdir()
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-        save_picture(pixels, here / "photos" / f"{number}.png")
+        save_image(pixels, here / "photos" / f"{number}.png")
     assert call(commands["generate"], "--count", "8") == 0
     # The next command that a finished set names is the one to distil it: what was typed, and the set.
     assert printed(capsys.readouterr().out)["distill"] == [

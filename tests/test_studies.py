@@ -219,5 +219,7 @@ def test_a_stopped_study_says_that_the_same_command_goes_on(tmp_path, monkeypatc
 
     monkeypatch.setattr(running, "distill", stopped)
     arm, recipe = STUDIES["losses"].arms[0], recipe_of(STUDIES["losses"].arms[0], 0, 2)
-    with pytest.raises(TrainingStopped, match=r"SIGTERM after iteration 1; saved\. The same command goes on"):
+    with pytest.raises(
+        TrainingStopped, match=r"SIGTERM after iteration 1; saved\. Run the same command again"
+    ):
         running.contender_of(arm, recipe, tmp_path, console.progress)

@@ -109,7 +109,11 @@ def test_a_recipe_or_prompt_file_in_another_encoding_is_named_with_the_remedy(tm
     text = find_recipe("mini").override(["about=Grün"]).to_yaml()
     for name in ("mine.yaml", "prompts.txt"):
         (tmp_path / name).write_text(text, encoding=encoding)
-    said = r" is UTF-16 text, as PowerShell's `>` writes it" if encoding == "utf-16" else " is not UTF-8 text"
+    said = (
+        r" is UTF-16 text \(the default of PowerShell's `>`\)"
+        if encoding == "utf-16"
+        else " is not UTF-8 text"
+    )
     with pytest.raises(RecipeError, match=r"mine\.yaml" + said):
         Recipe.from_yaml(tmp_path / "mine.yaml")
     with pytest.raises(DataError, match=r"prompts\.txt" + said):
@@ -123,14 +127,14 @@ def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    ("a dog\n".encode("utf-16-le"), "holds NUL characters, as UTF-16 and binary files do; save it as UTF-8"),
-    ("a dog\n".encode("utf-16-be"), "holds NUL characters"),
-    (b"a\x00dog\n", "holds NUL characters"),
+    ("a dog\n".encode("utf-16-le"), "has NUL characters, as UTF-16 and binary files do; save it as UTF-8"),
+    ("a dog\n".encode("utf-16-be"), "has NUL characters"),
+    (b"a\x00dog\n", "has NUL characters"),
     ("a dog\n".encode("utf-32"), "is UTF-32 text; save it as UTF-8"),
-    ("a dog\n".encode("utf-16"), "is UTF-16 text, as PowerShell"),
-    (b"PK\x03\x04 docx", r"is no text file but a ZIP archive, such as \.docx, .*; save its text as UTF-8"),
-    (b"\x1f\x8b gz", "is no text file but compressed with gzip"),
-    (b"\x89PNG\r\n", "is no text file but a PNG image"),
+    ("a dog\n".encode("utf-16"), r"is UTF-16 text \(the default of PowerShell"),
+    (b"PK\x03\x04 docx", r"is not a text file but a ZIP archive, such as \.docx, .*; save its text as UTF-8"),
+    (b"\x1f\x8b gz", "is not a text file but compressed with gzip"),
+    (b"\x89PNG\r\n", "is not a text file but a PNG image"),
 ])  # fmt: skip
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".docx", ""])
 def test_what_is_no_text_in_utf8_is_refused_by_file_and_remedy(tmp_path, content, said, suffix):

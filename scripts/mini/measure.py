@@ -23,7 +23,7 @@ from torch import Tensor
 
 from scalewise import mini
 from scalewise.common import console
-from scalewise.common.images import sheet, to_bytes
+from scalewise.common.images import contact_sheet, to_bytes
 from scalewise.config.presets import find_recipe
 from scalewise.evaluation.compare import real_rows
 from scalewise.evaluation.samplers import Prompts
@@ -83,7 +83,7 @@ def scales(model: ModelAdapter) -> dict[str, dict[str, list[float]]]:
         images = to_bytes(draw(model, prompts, scale))
         values = measure(judge.see(images, prompts))
         found[str(scale)] = {k: v.to_list() for k, v in values.items()}
-        sheet(list(images[:60]), columns=12).save(work_folder() / "sheets" / f"teacher-{scale}.png")
+        contact_sheet(list(images[:60]), columns=12).save(work_folder() / "sheets" / f"teacher-{scale}.png")
     return found
 
 

@@ -154,10 +154,10 @@ def render(
 
 def filmstrip(clips: Tensor, path: Path, *, every: int = 1) -> None:
     """Save clips [N, 3, F, H, W] as one image, a row each, of every so manieth frame."""
-    from scalewise.common.images import sheet, to_bytes
+    from scalewise.common.images import contact_sheet, to_bytes
 
     frames = [frame for clip in clips for frame in to_bytes(clip.transpose(0, 1))[::every]]
-    sheet(frames, columns=len(range(0, clips.shape[2], every)), gap=2).save(path)
+    contact_sheet(frames, columns=len(range(0, clips.shape[2], every)), gap=2).save(path)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import os
 import signal
 from types import FrameType
 
-from scalewise.common.signals import STOPPED, exit_code
+from scalewise.common.signals import STOPPED_MESSAGE, exit_code
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
     """Ctrl-C before the command line has begun, or after it has ended."""
-    os.write(2, f"{STOPPED}\n".encode())
+    os.write(2, f"{STOPPED_MESSAGE}\n".encode())
     os._exit(exit_code("SIGINT"))
 
 

@@ -18,7 +18,7 @@ from scalewise.cli.arguments import HomeCommand
 from scalewise.common import console, signals
 from scalewise.common.errors import TrainingStopped
 from scalewise.common.optional import without_bitsandbytes
-from scalewise.common.signals import STOPPED, STOPPING, Stopped, catching, exit_code
+from scalewise.common.signals import STOP_SIGNALS, STOPPED_MESSAGE, Stopped, exit_code, handle_signals
 
 app = typer.Typer(
     name="scalewise",
@@ -69,27 +69,27 @@ def stopping_politely() -> Iterator[list[str]]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         came.append(signal.Signals(number).name)
-        signals.ask(came[0])
-        if signals.importing(frame, within=_run.__code__):
-            if signals.is_at_work():
+        signals.request_stop(came[0])
+        if signals.is_importing(frame, within=_run.__code__):
+            if signals.is_working():
                 return  # raised at the next progress
             leave(came[0])
         raise Stopped(came[0])
 
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    signals.forget()
+    signals.clear_stop_requests()
     try:
-        with catching(stop, [name for name in STOPPING if not (ignored and name == "SIGINT")]):
+        with handle_signals(stop, [name for name in STOP_SIGNALS if not (ignored and name == "SIGINT")]):
             yield came
     finally:
-        signals.forget()
+        signals.clear_stop_requests()
 
 
 def leave(name: str) -> None:
     """Exit the process immediately; only safe before any work has started."""
     with suppress(Exception):  # a signal may come while the stream is written to
         sys.stdout.flush()
-    os.write(2, f"{STOPPED}\n".encode())
+    os.write(2, f"{STOPPED_MESSAGE}\n".encode())
     os._exit(exit_code(name))
 
 
@@ -97,7 +97,7 @@ def _stopped(came: list[str]) -> int:
     # If KeyboardInterrupt passed through code compiled from a string (as dataclasses do), Python kills itself
     # by SIGINT at exit, even if it was caught. Compiling such code again, as namedtuple does, resets that.
     namedtuple("Reset", "mark")
-    return console.explain(Stopped(came[0] if came else "SIGINT"))
+    return console.print_error(Stopped(came[0] if came else "SIGINT"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             code = _run(arguments, came)
         except KeyboardInterrupt:  # a second signal while the first was handled
-            if console.fail_loudly():
+            if console.tracebacks_requested():
                 raise
             code = exit_code(came[0] if came else "SIGINT")
     sys.exit(code)
@@ -127,14 +127,14 @@ def _run(arguments: list[str] | None, came: list[str]) -> int:
         error.show()
         return int(error.exit_code)
     except KeyboardInterrupt:
-        if console.fail_loudly():
+        if console.tracebacks_requested():
             raise
         return _stopped(came)
     except (ValueError, OSError, TrainingStopped) as error:
-        if console.fail_loudly():
+        if console.tracebacks_requested():
             raise
-        return console.explain(error)
+        return console.print_error(error)
     except RuntimeError as error:
-        if console.fail_loudly() or not console.is_out_of_memory(error):
+        if console.tracebacks_requested() or not console.is_out_of_memory(error):
             raise
-        return console.explain(error)
+        return console.print_error(error)

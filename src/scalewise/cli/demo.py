@@ -15,7 +15,7 @@ import torch
 from scalewise import mini
 from scalewise.cli.run_making import follow
 from scalewise.common import console
-from scalewise.common.errors import going_on_by_itself
+from scalewise.common.errors import resumed_by_same_command
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation import compare
@@ -146,7 +146,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
     if (folder / "student.safetensors").exists():
         return folder
     rows = distill(recipe, folder, console.progress, resume=(folder / "recipe.yaml").exists())
-    with going_on_by_itself():
+    with resumed_by_same_command():
         follow(rows, recipe.train.iterations)
     return folder
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from scalewise import mini
 from scalewise.cli.inputs import check_out, check_set_folder, folder_for, read_prompts
 from scalewise.common import console, distributed
-from scalewise.common.images import save_picture, to_bytes
+from scalewise.common.images import save_image, to_bytes
 from scalewise.config.overrides import replaced
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
@@ -128,7 +128,7 @@ def _recipe_of(student: Student, base: str) -> Recipe:
 
 def save_sample(sample: Tensor, stem: Path) -> Path:
     """Save pixels [3, H, W] as PNG, a video [3, F, H, W] as an animated one."""
-    return save_picture(to_bytes(sample[None])[0], free_path(stem.with_name(stem.name + ".png")))
+    return save_image(to_bytes(sample[None])[0], free_path(stem.with_name(stem.name + ".png")))
 
 
 def free_path(path: Path) -> Path:
@@ -177,7 +177,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
     """Train with a progress bar that shows the losses."""
     check_out(out)
     distributed.init_from_env()
-    console.speak(distributed.is_main())
+    console.set_verbose(distributed.is_main())
     console.err.print(f"{recipe.name}: {recipe.about}; {recipe.train.iterations} iterations")
     follow(distill(recipe, out, console.progress, resume=resume), recipe.train.iterations)
     report_run(recipe, out)
@@ -248,7 +248,7 @@ def run_generate(
     """
     check_set_folder(out)
     distributed.init_from_env()
-    console.speak(distributed.is_main())
+    console.set_verbose(distributed.is_main())
     texts = read_prompts(prompts, recipe.model.base, "train")
     backbone = setup.teacher_backbone(recipe)
     setup.check(recipe, backbone.model)

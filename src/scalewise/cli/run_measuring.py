@@ -44,7 +44,7 @@ def run_evaluate(
     from scalewise.evaluation import compare
 
     distributed.init_from_env()
-    console.speak(distributed.is_main())
+    console.set_verbose(distributed.is_main())
     texts = prompts_to_judge(prompts, recipe.model.base, how.count)
     check_out(out)
     outcome = compare.compare(

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, processes, images."""
+"""Shared by all packages: errors, files, processes, images."""

@@ -1,8 +1,9 @@
 """Checkpoints as plain data: nested state dicts saved atomically as safetensors and JSON, never pickle.
 
-A checkpoint is a folder with three files beside its manifest: `tensors.safetensors`, `state.json` (the
-nesting, with the tensors' names in it) and `meta.json`. `manifest.json`, written last, holds their sizes and
-SHA-256; a folder without it was never finished. Everything is written into a hidden sibling, then renamed.
+A checkpoint is a folder with four files: `tensors.safetensors`; `state.json`, the nested structure that
+refers to tensors by name; `meta.json`; and `manifest.json`, which is written last and holds the size and
+SHA-256 of the other three. A folder without a manifest is an interrupted save. All files are written into a
+hidden temporary folder, which is then renamed.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ from torch import Tensor
 
 FORMAT = 1
 TENSORS, STATE, META, MANIFEST = "tensors.safetensors", "state.json", "meta.json", "manifest.json"
-EARLIER = "Delete it and resume from an earlier one."
+RESUME_EARLIER = "Delete it and resume from an earlier one."
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message names the file and says what to do."""
+    """A checkpoint that cannot be written or read; the message names the file and the remedy."""
 
 
 def save(folder: Path, state: dict[str, object], *, meta: dict[str, Any]) -> None:
-    """Write state and meta as the checkpoint `folder`; one already there is replaced when this is complete.
+    """Write state and meta as the checkpoint `folder`, replacing an existing one only when complete.
 
-    `state` nests dicts (keys of any plain kind), lists, tuples, tensors, numbers, strings, bools and None;
-    `load` gives all of it back exactly, but for devices, requires_grad and memory shared between tensors.
-    `meta` is anything JSON can hold.
+    `state` nests dicts (keys of any plain type), lists, tuples, tensors of any shape, numbers, strings, bools
+    and None. `load` restores all of it exactly, except devices, requires_grad and memory shared between
+    tensors. `meta` is any JSON value.
 
-    Raises CheckpointError for other types, and when the disk is full; earlier checkpoints are then untouched.
+    Raises CheckpointError for other types, and if the files cannot be written; existing checkpoints are then
+    unchanged.
     """
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
@@ -62,20 +64,21 @@ def save(folder: Path, state: dict[str, object], *, meta: dict[str, Any]) -> Non
             free = shutil.disk_usage(folder.parent).free
             raise CheckpointError(
                 f"The disk is full: the checkpoint {folder} needs {needed:,} bytes and {free:,} are free. It "
-                "was not saved, earlier ones are untouched; free space or keep fewer of them, and resume."
+                "was not saved and earlier checkpoints are unchanged; free space or keep fewer checkpoints, "
+                "then resume."
             ) from error
         if isinstance(error, (OSError, SafetensorError)):
             raise CheckpointError(
-                f"The checkpoint {folder} cannot be written ({error}). It was not saved, earlier ones are "
-                "untouched; see to the disk and resume."
+                f"The checkpoint {folder} cannot be written ({error}). It was not saved and earlier "
+                "checkpoints are unchanged; check the disk, then resume."
             ) from error
         raise
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (state, meta) of a checkpoint, tensors on the CPU, after checking every file's size and SHA-256.
+    """Load a checkpoint as (state, meta), tensors on the CPU, after checking every file's size and SHA-256.
 
-    Raises CheckpointError when the folder is missing, was never finished or is damaged.
+    Raises CheckpointError if the folder is missing, incomplete or damaged.
     """
     folder = Path(folder)
     verify(folder)
@@ -85,7 +88,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the meta of a checkpoint, checking that file alone."""
+    """Return the meta of a checkpoint, after checking that its files have their recorded sizes."""
     folder = Path(folder)
     verify(folder, content=False)
     meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -93,21 +96,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, content: bool = True) -> None:
-    """Raise CheckpointError unless every file is there as it was written; content=False skips the SHA-256."""
+    """Raise CheckpointError unless all files are as they were written; content=False skips the SHA-256."""
     folder = Path(folder)
     _restore(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"There is no checkpoint {folder}; give the folder of a finished one, such as step-000100."
+            f"There is no checkpoint {folder}; give the folder of a complete one, such as step-000100."
         )
     for name, expected in _read_manifest(folder).items():
         checksum = expected.get("sha256", "") if content else None
-        if wrong := fault(folder / name, size=expected.get("bytes", -1), checksum=checksum):
-            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} {wrong}. {EARLIER}")
+        if damage := describe_damage(folder / name, size=expected.get("bytes", -1), checksum=checksum):
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} {damage}. {RESUME_EARLIER}")
 
 
 def latest(root: Path, *, prefix: str = "step-") -> Path | None:
-    """Return the complete checkpoint with the highest step in `root`, or None; warns of those it skips."""
+    """Return the undamaged checkpoint with the highest step in `root`, or None; warn about those it skips."""
     for folder in _by_step(Path(root), prefix):
         try:
             verify(folder)
@@ -119,43 +122,46 @@ def latest(root: Path, *, prefix: str = "step-") -> Path | None:
 
 
 def newest(root: Path, *, prefix: str = "step-") -> Path | None:
-    """Return the checkpoint with the highest step in `root` that looks complete, without reading it."""
+    """Return the checkpoint with the highest step in `root` whose files have the right sizes, or None.
+
+    Unlike `latest`, it does not read the files to verify their SHA-256.
+    """
     return next((folder for folder in _by_step(Path(root), prefix) if _looks_complete(folder)), None)
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell a checkpoint's folder, finished or not, from others."""
+    """Return whether a folder is a checkpoint, complete or not."""
     names = (MANIFEST, TENSORS, STATE)
     return folder.is_dir() and any((folder / name).exists() for name in names)
 
 
 def prune(root: Path, keep: int, *, prefix: str = "step-") -> None:
-    """Delete all but the newest `keep` complete checkpoints, and the left-overs of saves that were killed.
+    """Delete all but the newest `keep` complete checkpoints, and the temporary files of killed saves.
 
-    Damaged checkpoints do not count as kept; those newer than the oldest kept one stay to be looked at.
+    Damaged checkpoints do not count as kept. Those newer than the oldest kept one remain for inspection.
     """
     if keep < 1:
-        raise CheckpointError(f"Cannot keep {keep} checkpoints; keep at least 1.")
+        raise CheckpointError(f"The number of checkpoints to keep must be at least 1; got {keep}.")
     kept = 0
     for folder in _by_step(Path(root), prefix):
         if kept < keep:
             kept += _looks_complete(folder)
         else:
-            # Renamed first, so that a deletion cut short leaves nothing that looks like a checkpoint.
+            # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
             shutil.rmtree(_temporary(folder), ignore_errors=True)
             os.replace(folder, _temporary(folder))
     for leftover in Path(root).glob(f".{prefix}*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-# --- Files that are wholly there or not there at all; the data formats use these too ---
+# --- Atomic writes of single files; the data formats use these too ---
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a hidden sibling of `path`, bring it to the disk, then rename it to `path`.
+    """Call `write` with a temporary path in the same folder, flush the file to disk and rename it to `path`.
 
-    The sibling's name is this call's own, so that processes which write the same file do not disturb each
-    other: the last one to finish wins. A killed call leaves it; `drop_leftovers` removes such files.
+    Every call uses a different temporary name, so processes that write the same file do not disturb each
+    other: the last one to finish wins. A killed call leaves its temporary file; see `delete_leftovers`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -168,25 +174,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def drop_leftovers(folder: Path, *, of: str = "*") -> None:
-    """Delete what killed calls of `write_atomically` left in a folder that no other process writes to now.
+def delete_leftovers(folder: Path, *, pattern: str = "*") -> None:
+    """Delete temporary files of killed `write_atomically` calls; no other process may be writing to `folder`.
 
-    `of` is a pattern of the names of the files that were meant.
+    `pattern` is a glob for the names of the final files.
     """
-    for leftover in folder.glob(f".{of}.tmp"):
+    for leftover in folder.glob(f".{pattern}.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fault(path: Path, *, size: int, checksum: str | None) -> str:
-    """Say how a file differs from the size in bytes and SHA-256 it was written with, or nothing.
+def describe_damage(path: Path, *, size: int, checksum: str | None) -> str:
+    """Describe how a file differs from its recorded size in bytes and SHA-256; "" if it does not.
 
-    `checksum`: None leaves it unchecked.
+    With checksum=None only the size is compared.
     """
     if not path.exists():
         return "is missing"
@@ -198,16 +204,16 @@ def fault(path: Path, *, size: int, checksum: str | None) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Tell whether a write failed for want of space (or quota)."""
-    if isinstance(error, SafetensorError):  # written in Rust: the number is only in the text
+    """Return whether a write failed because the disk or the quota is full."""
+    if isinstance(error, SafetensorError):  # written in Rust: the error number is only in the text
         return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _sync(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Flush a file, or a folder's entries, to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders and orders renames itself
+        return  # Windows cannot open folders, and orders renames itself
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -236,39 +242,39 @@ def _write(folder: Path, texts: dict[str, str], tensors: dict[str, Tensor]) -> N
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder to its name; one that has the name steps aside first."""
+    """Rename a finished temporary folder to `folder`; an existing `folder` is renamed first, then deleted."""
     try:
         if folder.exists():
-            os.replace(folder, _aside(folder))
+            os.replace(folder, _replaced(folder))
         os.replace(temporary, folder)
         _sync(folder.parent)
     finally:
         _restore(folder)
 
 
-def _aside(folder: Path) -> Path:
+def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
 def _restore(folder: Path) -> None:
-    """Put back the checkpoint that stepped aside if its successor never came; drop it if it did."""
-    aside = _aside(folder)
-    if not aside.exists():
+    """Finish an interrupted replacement: keep the new checkpoint if it is in place, else the old one."""
+    old = _replaced(folder)
+    if not old.exists():
         return
     if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     else:
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            os.replace(aside, folder)
+        with contextlib.suppress(FileNotFoundError):  # another process restored it first
+            os.replace(old, folder)
 
 
 # --- Finding and checking ---
 
 
 def _by_step(root: Path, prefix: str) -> list[Path]:
-    """The folders named prefix + number, highest number first."""
-    for aside in root.glob(f".{prefix}*.old"):
-        _restore(aside.with_name(aside.name.removeprefix(".").removesuffix(".old")))
+    """Return the folders named prefix + number, highest number first."""
+    for old in root.glob(f".{prefix}*.old"):
+        _restore(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
     pattern = re.compile(re.escape(prefix) + r"(\d+)")
     steps = {p: int(m[1]) for p in root.glob(f"{prefix}*") if (m := pattern.fullmatch(p.name)) and p.is_dir()}
     return sorted(steps, key=lambda p: steps[p], reverse=True)
@@ -285,27 +291,30 @@ def _looks_complete(folder: Path) -> bool:
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     if not path.exists():
-        raise CheckpointError(f"The checkpoint {folder} was never finished: it has no {MANIFEST}. {EARLIER}")
+        raise CheckpointError(
+            f"The checkpoint {folder} is incomplete: it has no {MANIFEST}. {RESUME_EARLIER}"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = {name: dict(manifest["files"][name]) for name in (TENSORS, STATE, META)}
         written_as = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"The checkpoint {folder} is damaged: {MANIFEST} is no manifest. {EARLIER}"
+            f"The checkpoint {folder} is damaged: {MANIFEST} is not a valid manifest. {RESUME_EARLIER}"
         ) from error
     if written_as != FORMAT:
         raise CheckpointError(
-            f"The checkpoint {folder} has format {written_as}, not {FORMAT}; use the version that wrote it."
+            f"The checkpoint {folder} has format {written_as}, but this version reads format {FORMAT}; use "
+            "the version of scalewise that wrote it."
         )
     return files
 
 
-# --- Nested state <-> a JSON skeleton and flat tensors ---
+# --- Nested state <-> JSON structure and flat tensors ---
 
 
 def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Turn nested state into JSON; what JSON lacks becomes a dict with one tag, tensors go into `tensors`."""
+    """Convert nested state to JSON; other types become a dict with one tag, tensors go into `tensors`."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):  # finite floats survive JSON exactly
@@ -322,7 +331,7 @@ def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
         return items if isinstance(value, list) else {"tuple": items}
     raise CheckpointError(
         f"Cannot save {path or 'the state'}: a {type(value).__name__} is neither a tensor nor plain data; "
-        "turn it into tensors, numbers, strings, lists or dicts first."
+        "convert it to tensors, numbers, strings, lists or dicts first."
     )
 
 
@@ -335,18 +344,20 @@ def _join(path: str, key: object) -> str:
 
 
 def _store(value: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
-    """Keep a tensor, contiguous and on the CPU, under a name of its own."""
+    """Add a tensor, contiguous and on the CPU, to `tensors` under a unique name; return the name."""
     if value.is_sparse or value.is_meta or value.is_quantized:
-        raise CheckpointError(f"Cannot save {path}: it is not a dense tensor with values; make it one first.")
+        raise CheckpointError(
+            f"Cannot save {path}: only dense tensors with values can be saved; convert it first."
+        )
     name, copies = path or "tensor", 1
-    while name in tensors:  # "a/b" may be one key or two
+    while name in tensors:  # the path "a/b" may be one key or two nested ones
         name, copies = f"{path}#{copies}", copies + 1
     tensors[name] = value.detach().cpu().contiguous()
     return name
 
 
 def _unshare(tensors: dict[str, Tensor]) -> None:
-    """Copy tensors that lie in another one's memory, which safetensors refuses to write."""
+    """Copy tensors that share memory with another one, which safetensors refuses to write."""
     seen: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What the command line shows: progress with rate and time left, and one clear sentence for an error."""
+"""Console output of the command line: progress bars with speed and time left, notes, warnings, errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from scalewise.common.errors import TrainingInterrupted
-from scalewise.common.signals import STOPPED, Stopped, at_work, exit_code, raise_if_asked
+from scalewise.common.signals import STOPPED_MESSAGE, Stopped, exit_code, raise_if_stop_requested, working
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -34,51 +34,51 @@ err = Console(stderr=True)
 
 
 class RateColumn(ProgressColumn):
-    """Items a second, or seconds an item when that reads better."""
+    """Items per second, or seconds per item if slower than one per second."""
 
     def render(self, task: Task) -> Text:
-        """Return the task's speed."""
+        """Return the speed of a task as text."""
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("-", style="dim")
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
 
 
-def speak(aloud: bool) -> None:
-    """Show progress, warnings and results, or, in all processes of a run but one, only errors."""
-    out.quiet = not aloud
+def set_verbose(verbose: bool) -> None:
+    """Show progress, warnings and results, or only errors (in all processes but the first)."""
+    out.quiet = not verbose
 
 
-class NotedDone(Protocol):
-    """A `Done` that also takes a note to show, such as the loss."""
+class NotedProgressCallback(Protocol):
+    """A `ProgressCallback` that also accepts a note to show, such as the loss."""
 
     def __call__(self, number: int, /, note: str = "") -> None: ...
 
 
-def note(sentence: str) -> None:
-    """Show a line about what is done, beside the progress."""
+def print_note(sentence: str) -> None:
+    """Print a line of information without interrupting the progress bar."""
     if not out.quiet:
         err.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[NotedDone]:
-    """Show a bar named `what`; the value takes the number done so far. An unknown total (0) shows a pulse.
+def progress(what: str, total: int) -> Iterator[NotedProgressCallback]:
+    """Show a progress bar named `what` and yield a callback that takes the number of items done so far.
 
-    Where nobody watches (a log file, say) a line every half minute takes the bar's place. A command that was
-    asked to end does so here at the latest: raises Stopped.
+    A total of 0 means unknown and shows a pulsing bar. If stderr is not a terminal, a line is printed every
+    half minute instead. The callback raises Stopped if a signal requested the command to stop.
     """
-    with at_work(), _shown(what, total) as show:
+    with working(), _shown(what, total) as show:
 
-        def done(number: int, /, note: str = "") -> None:
-            raise_if_asked()
+        def on_progress(number: int, /, note: str = "") -> None:
+            raise_if_stop_requested()
             show(number, note)
 
-        yield done
+        yield on_progress
 
 
 @contextmanager
-def _shown(what: str, total: int) -> Iterator[NotedDone]:
+def _shown(what: str, total: int) -> Iterator[NotedProgressCallback]:
     if out.quiet:
         yield lambda _number, note="": None
         return
@@ -100,33 +100,33 @@ def _shown(what: str, total: int) -> Iterator[NotedDone]:
         yield lambda number, note="": bar.update(task, completed=number, note=note)
 
 
-def _lines(what: str, total: int) -> NotedDone:
-    started = said = time.monotonic()
+def _lines(what: str, total: int) -> NotedProgressCallback:
+    started = printed = time.monotonic()
     first: int | None = None
 
-    def done(number: int, /, note: str = "") -> None:
-        nonlocal said, first
+    def on_progress(number: int, /, note: str = "") -> None:
+        nonlocal printed, first
         now = time.monotonic()
         first = number if first is None else first
         finished = total > 0 and number >= total
-        if now - said < SECONDS_BETWEEN_LINES and not (finished and now - started > 2):
+        if now - printed < SECONDS_BETWEEN_LINES and not (finished and now - started > 2):
             return
-        said = now
+        printed = now
         rate = (number - first) / max(now - started, 1e-9)
         left = f", about {(total - number) / rate:.0f} s left" if total and rate > 0 and not finished else ""
         line = f"{what}: {number}/{total or '?'} after {now - started:.0f} s{left}{note and f'; {note}'}"
         err.print(line, highlight=False, markup=False)
 
-    return done
+    return on_progress
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had no room left (torch's allocators raise RuntimeErrors)."""
+    """Return whether a device ran out of memory (torch's allocators raise RuntimeErrors)."""
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def quiet_libraries() -> None:
-    """Silence the loading bars and advice of the libraries underneath; their errors still show."""
+    """Turn off progress bars and warnings of diffusers, transformers and huggingface_hub, but not errors."""
     import diffusers
     import huggingface_hub
     import transformers
@@ -146,25 +146,25 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         err.print(f"[yellow]Warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
-def explain(error: BaseException) -> int:
-    """Print one sentence about an error that a user can act on, and return the exit code."""
+def print_error(error: BaseException) -> int:
+    """Print one sentence about an error that the user can fix, and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        err.print(STOPPED)
+        err.print(STOPPED_MESSAGE)
         return exit_code(error.signal if isinstance(error, Stopped) else "SIGINT")
     text = str(error)
     if is_out_of_memory(error):
         text = (
-            "The device's memory is full. Draw fewer samples at once (--batch), or train with a smaller "
-            "train.batch and a larger train.accumulate, or with train.gradient_checkpointing=true; "
-            f"`scalewise plan` tells what fits. ({text.splitlines()[0]})"
+            "The device is out of memory. Generate fewer samples per batch (--batch), or train with a "
+            "smaller train.batch and a larger train.accumulate, or with train.gradient_checkpointing=true; "
+            f"`scalewise plan` shows what fits. ({text.splitlines()[0]})"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = error.filename or "while writing"
-        text = f"The disk is full ({where}); free some space. What was complete is kept."
+        text = f"The disk is full ({where}); free some space. Completed files are kept."
     err.print(f"[bold red]Error:[/] {escape(text)}", highlight=False, soft_wrap=True)
     return exit_code(error.signal) if isinstance(error, TrainingInterrupted) else 1
 
 
-def fail_loudly() -> bool:
-    """Tell whether the user asked for tracebacks (python -X dev)."""
+def tracebacks_requested() -> bool:
+    """Return whether errors should show tracebacks (python -X dev)."""
     return sys.flags.dev_mode

@@ -1,6 +1,6 @@
-"""Data parallelism without a wrapper: who am I, the mean of gradients over processes, and who does what.
+"""Data parallelism without a model wrapper: rank, world size, mean of gradients, division of work.
 
-Every function also works in a single process, where nothing is sent.
+Every function also works in a single process, without communication.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if _initialized() else 0
 
 
 def world() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _initialized() else 1
 
 
 def is_main() -> bool:
-    """Tell whether this process writes the files and talks to the user."""
+    """Return whether this is the first process, which writes files and prints."""
     return rank() == 0
 
 
 def init_from_env(device: torch.device | str | None = None) -> torch.device:
-    """Join the processes that torchrun started, if it did, and return this process's device.
+    """Initialize the process group if torchrun started several processes; return this process's device.
 
-    Without a device named, that is the GPU of this process's number on its machine, else the CPU. CUDA
-    communicates through nccl, everything else through gloo.
+    By default that is the GPU with the index LOCAL_RANK, or the CPU if there is no GPU. The backend is nccl
+    for CUDA devices and gloo for others.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -48,38 +48,39 @@ def init_from_env(device: torch.device | str | None = None) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the group of processes at the end of a run."""
+    """Destroy the process group at the end of a run."""
     if _initialized():
-        _patient.cache_clear()
+        _group_without_timeout.cache_clear()
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process gets here, within the backend's timeout."""
     if world() > 1:
         dist.barrier()
 
 
-def meet() -> None:
-    """Wait until every process is here, for as long as the work of one alone may take."""
+def barrier_without_timeout() -> None:
+    """Wait until every process gets here, even if one of them works for hours before."""
     if world() > 1:
-        dist.barrier(group=_patient())
+        dist.barrier(group=_group_without_timeout())
 
 
 def split(count: int) -> range:
-    """The indices below `count` that are this process's: every world()-th, from rank()."""
+    """Return this process's share of the indices below `count`: every world()-th, starting at rank()."""
     return range(rank(), count, world())
 
 
 def gather_rows(parts: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Tensors by name whose rows every process made for its `split`: whole, in the first process; None in
-    the others. It may keep them waiting for as long as it likes.
+    """Gather tensors [n, ...], the rows of each process's `split`, into whole ones [N, ...] on the CPU.
+
+    Returns None in all processes but the first. Waits without a timeout.
     """
     own = {name: rows.cpu() for name, rows in parts.items()}
     if world() == 1:
         return own
     received: list[dict[str, Tensor]] | None = [{}] * world() if is_main() else None
-    dist.gather_object(own, received, group=_patient())
+    dist.gather_object(own, received, group=_group_without_timeout())
     if received is None:
         return None
     return {name: _interleaved([part[name] for part in received]) for name in own}
@@ -93,17 +94,17 @@ def _interleaved(parts: list[Tensor]) -> Tensor:
 
 
 @cache
-def _patient() -> dist.ProcessGroup:
-    """All processes over gloo, which work of one of them (figures, references) may keep waiting for hours."""
+def _group_without_timeout() -> dist.ProcessGroup:
+    """Return a gloo group of all processes for waiting up to a day while one of them works alone."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 @torch.no_grad()
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their mean over processes, in one all-reduce of at least float32.
+    """Replace the gradients of parameters (any shapes) by their mean over processes, reduced in >= float32.
 
-    A gradient missing here counts as zero; one missing everywhere stays missing, as it would in a single
-    process (AdamW would otherwise decay that parameter).
+    A gradient that is None in this process counts as zero. One that is None in every process stays None, as
+    in a single process: a zero gradient would make AdamW apply weight decay to that parameter.
     """
     if world() == 1:
         return
@@ -119,7 +120,7 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def mean_scalars(values: Mapping[str, float]) -> dict[str, float]:
-    """Mean of every number over the processes, which must all give the same names."""
+    """Return the mean of every number over processes; all of them must pass the same names."""
     names = sorted(values)
     if world() == 1 or not names:
         return {name: float(value) for name, value in values.items()}
@@ -131,7 +132,7 @@ def mean_scalars(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def any_of(flag: bool) -> bool:
-    """Tell whether the flag is set in any process."""
+    """Return whether the flag is set in any process."""
     return mean_scalars({"flag": float(flag)})["flag"] > 0
 
 
@@ -143,7 +144,7 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _presence(parameters: list[nn.Parameter]) -> Tensor:
-    """One for every parameter that has a gradient here, as a tail to the same message."""
+    """Return 1 for each parameter with a gradient in this process, else 0; sent in the same all-reduce."""
     return torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
 
 
@@ -151,7 +152,7 @@ def _local_gpu() -> int:
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         raise ValueError(
-            f"Process {number} of this machine has no GPU of its own: there are {count}. "
+            f"Process {number} on this machine has no GPU: there are {count}. "
             f"Start torchrun with --nproc-per-node {count}."
         )
     return number

@@ -1,4 +1,4 @@
-"""The error that is no ValueError: a run that had to end, with everything saved that can go on."""
+"""Errors that are not a user's mistake: training that stopped or was interrupted."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from contextlib import contextmanager
 
 
 class TrainingStopped(RuntimeError):
-    """Training could not go on; the message names what has been saved."""
+    """Training cannot continue; the message names what was saved."""
 
 
 class TrainingInterrupted(TrainingStopped):
-    """A signal ended the run after an iteration, which has been saved."""
+    """A signal stopped training after an iteration, which was saved."""
 
-    def __init__(self, signal: str, iteration: int, *, remedy: str = "Go on with --resume.") -> None:
+    def __init__(self, signal: str, iteration: int, *, remedy: str = "Resume with --resume.") -> None:
         super().__init__(f"Stopped by {signal} after iteration {iteration}; saved. {remedy}")
         self.signal, self.iteration = signal, iteration
 
 
 @contextmanager
-def going_on_by_itself() -> Iterator[None]:
-    """For commands that resume what they began: a run stopped within says that the same command goes on."""
+def resumed_by_same_command() -> Iterator[None]:
+    """For commands that always resume: TrainingInterrupted says to run the same command, not --resume."""
     try:
         yield
     except TrainingInterrupted as error:
-        remedy = "The same command goes on from there."
+        remedy = "Run the same command again to resume."
         raise TrainingInterrupted(error.signal, error.iteration, remedy=remedy) from error
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, on one line; its class's name if it says nothing."""
+    """Return the first line of another library's error message, or the error's class name if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Which tensors hold NaN or infinity: such weights draw black images, and training never gets rid of them."""
+"""Detection of NaN and infinity in weights, which make images black and persist through training."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def non_finite(value: object) -> list[str]:
-    """Names of the tensors with NaN or infinity in nested mappings and sequences, as in "student/a.weight".
+    """Return the names, such as "student/a.weight", of tensors with NaN or infinity.
 
-    One pass over each tensor, without a copy: on one core 2 GB a second, twenty times as many as `isfinite`.
+    `value` nests mappings and sequences of tensors of any shape. Each tensor is read once, without a copy:
+    2 GB/s on one core, 20 times faster than `torch.isfinite`.
     """
     return [name for name, tensor in _tensors(value, "") if not _is_finite(tensor)]
 
@@ -20,7 +21,7 @@ def non_finite(value: object) -> list[str]:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    if tensor.element_size() == 1:  # float8, whose extremes torch does not take
+    if tensor.element_size() == 1:  # float8, for which torch has no aminmax
         tensor = tensor.float()
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
 

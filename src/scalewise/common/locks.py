@@ -1,4 +1,4 @@
-"""One command at a time in a folder."""
+"""Locks that let only one command at a time write to a folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ LOCK_FILE = ".lock"
 
 
 class FolderInUse(ValueError):
-    """A folder that another command is writing to."""
+    """Another command is writing to the folder."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if it is missing) for this command, all of its processes, until the block ends.
+    """Lock `folder` (created if missing) for all processes of this command within the block.
 
-    The operating system releases the lock of a killed process. Raises FolderInUse if another command holds
-    the folder, in every process of this one.
+    The operating system releases the lock of a killed process. If another command holds the lock, raises
+    FolderInUse in every process.
     """
     lock, busy = FileLock(folder / LOCK_FILE), False
     if distributed.is_main():
@@ -33,8 +33,8 @@ def locked(folder: Path) -> Iterator[None]:
             busy = True
     if distributed.any_of(busy):
         raise FolderInUse(
-            f"{folder} is in use by another command that is still running; wait until it ends or stop it, or "
-            "give another --out."
+            f"{folder} is in use by another command that is still running; wait for it, stop it, or give "
+            "another --out."
         )
     try:
         yield

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """Write a table without a line break at its end; columns after the first `left` are aligned right."""
+    """Format a table without a trailing newline; columns after the first `left` are right-aligned."""
     rules = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join(map(_line, (head, rules, *rows)))
 

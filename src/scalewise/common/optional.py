@@ -1,4 +1,4 @@
-"""Optional packages that other libraries import by themselves: kept out until they are asked for."""
+"""Optional packages that other libraries import whenever they are installed: hidden until needed."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-BITS = "bitsandbytes"
-# What it says on import (about a CPU kernel that is not used here), and at every forward in 8 bits.
-TALKATIVE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+BITSANDBYTES = "bitsandbytes"
+# They warn on import (about a CPU kernel that is not used here) and at every 8-bit forward.
+NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 
 
-_hidden = False  # whether `without_bitsandbytes` is at work, and not a user who took the package out
+_hidden = False  # whether the package is hidden by `without_bitsandbytes`, and not by the user
 
 
 @contextmanager
 def without_bitsandbytes() -> Iterator[None]:
-    """Within it diffusers and peft do not find bitsandbytes, unless it was imported before.
+    """Hide bitsandbytes from diffusers and peft within the block, unless it is already imported.
 
-    Both import it wherever it is installed, which costs time and puts its complaints above a command's own
-    first line. `import_bitsandbytes` works within it.
+    Both import it whenever it is installed, which takes time and prints warnings before a command's first
+    line. `import_bitsandbytes` works within the block.
     """
     global _hidden
-    if BITS in sys.modules:
+    if BITSANDBYTES in sys.modules:
         yield
         return
-    sys.modules[BITS] = None  # type: ignore[assignment]
+    sys.modules[BITSANDBYTES] = None  # type: ignore[assignment]
     _hidden = True
     try:
         yield
     finally:
-        _let_in()
+        _unhide()
 
 
 def import_bitsandbytes() -> ModuleType:
-    """Import bitsandbytes without its complaints; raises ImportError where it is not installed."""
-    for name in TALKATIVE:
+    """Import bitsandbytes without its warnings; raises ImportError if it is not installed."""
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    _let_in()
-    return importlib.import_module(BITS)
+    _unhide()
+    return importlib.import_module(BITSANDBYTES)
 
 
-def _let_in() -> None:
-    """Make bitsandbytes importable, and let peft look again: it remembers whether it was there."""
+def _unhide() -> None:
+    """Make bitsandbytes importable, and clear peft's cached answer to whether it is installed."""
     global _hidden
     if not _hidden:
         return
     _hidden = False
-    sys.modules.pop(BITS, None)
+    sys.modules.pop(BITSANDBYTES, None)
     peft = sys.modules.get("peft.import_utils")
     if peft is not None:
         for name in ("is_bnb_available", "is_bnb_4bit_available"):

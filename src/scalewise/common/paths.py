@@ -1,4 +1,4 @@
-"""Names as the user writes them: "~" is the home folder, and one name has one form."""
+"""Paths and names given by the user: "~" and Unicode normalization."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import unicodedata
 
 
 def expand_home(name: str) -> str:
-    """Replace a leading "~" or "~user" by the home folder, as a shell does; other names, hub ids too, stay.
+    """Replace a leading "~" or "~user" by the home folder, as a shell does; other names are unchanged.
 
-    Shells leave it in `data.path=~/images` and `student:~/run`. A folder of that very name is `./~`.
+    Shells do not expand it in `data.path=~/images` and `student:~/run`. A folder named "~" is `./~`.
     """
     return os.path.expanduser(name) if name.startswith("~") else name
 
 
-def one_form(text: str) -> str:
-    """Write text in the Unicode form (NFC) that names are compared in.
+def normalize_unicode(text: str) -> str:
+    """Normalize text to NFC, the Unicode form in which names are compared.
 
-    macOS writes the "é" of a file's name as two characters, others as one.
+    macOS stores the "é" of a file name as two characters, other systems as one.
     """
     return unicodedata.normalize("NFC", text)

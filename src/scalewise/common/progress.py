@@ -1,4 +1,4 @@
-"""How long work tells how far it is, whoever shows it."""
+"""Types for reporting the progress of long work, independent of how it is shown."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-Done = Callable[[int], None]
-"""Called with the number done so far."""
+ProgressCallback = Callable[[int], None]
+"""Called with the number of items done so far."""
 
 
 class Progress(Protocol):
-    """Announces work, such as `scalewise.common.console.progress`."""
+    """Starts a progress display, such as `scalewise.common.console.progress`."""
 
-    def __call__(self, what: str, total: int, /) -> AbstractContextManager[Done]:
-        """Enter a piece of work; `total` is the number to do, 0 where it is not known."""
-
-
-def ignore(_number: int, /) -> None:
-    """Report nothing: the default of a parameter `done`."""
+    def __call__(self, what: str, total: int, /) -> AbstractContextManager[ProgressCallback]:
+        """Show work named `what` with `total` items (0: unknown); yields the callback to report to."""
 
 
-def silent(_what: str, _total: int, /) -> AbstractContextManager[Done]:
-    """Show nothing: the default of a parameter `progress`."""
-    return nullcontext(ignore)
+def no_progress(_number: int, /) -> None:
+    """Ignore progress: the default callback."""
+
+
+def silent(_what: str, _total: int, /) -> AbstractContextManager[ProgressCallback]:
+    """Show no progress: the default of parameters named `progress`."""
+    return nullcontext(no_progress)

@@ -1,4 +1,4 @@
-"""The signals that ask a command to end: Ctrl-C, a polite kill, and a terminal that was closed."""
+"""Signals that stop a command: SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType
 
-STOPPING = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Their names; Windows has no SIGHUP."""
+STOP_SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Names of the signals that stop a command; Windows has no SIGHUP."""
 
-STOPPED = "Stopped. What was written so far is kept."
+STOPPED_MESSAGE = "Stopped. What was written so far is kept."
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the command to end, which is done as for Ctrl-C: what is made is kept."""
+    """A signal requested the command to stop; handled like Ctrl-C, finished results are kept."""
 
     def __init__(self, signal: str) -> None:
         super().__init__(signal)
@@ -22,51 +22,52 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(name: str) -> int:
-    """The exit code of a command that a signal ended, as shells give it: 130 for SIGINT (Ctrl-C)."""
+    """Return the exit code of a command stopped by a signal, as shells do: 130 for SIGINT (Ctrl-C)."""
     return 128 + signal.Signals[name].value
 
 
-_asked: list[str] = []  # names of the signals that asked this process's command to end
-_at_work = 0
+_requested: list[str] = []  # names of the signals that requested this command to stop
+_working = 0  # number of nested `working` blocks
 
 
-def ask(name: str) -> None:
-    """Note that a signal asked the command to end, for `raise_if_asked`."""
-    _asked.append(name)
+def request_stop(name: str) -> None:
+    """Record that a signal requested the command to stop, for `raise_if_stop_requested`."""
+    _requested.append(name)
 
 
-def forget() -> None:
-    """Begin anew: nothing was asked."""
-    _asked.clear()
+def clear_stop_requests() -> None:
+    """Forget all recorded requests."""
+    _requested.clear()
 
 
-def raise_if_asked() -> None:
-    """Raise Stopped if a signal came whose exception did not arrive: a library may have dropped it."""
-    if _asked:
-        raise Stopped(_asked[0])
+def raise_if_stop_requested() -> None:
+    """Raise Stopped if a stop was requested: a library may have swallowed the handler's exception."""
+    if _requested:
+        raise Stopped(_requested[0])
 
 
 @contextmanager
-def at_work() -> Iterator[None]:
-    """The time in which a command may hold what is not written yet; it asks `raise_if_asked` by itself."""
-    global _at_work
-    raise_if_asked()
-    _at_work += 1
+def working() -> Iterator[None]:
+    """Mark a block that may hold unsaved results; raises Stopped on entry if a stop was requested."""
+    global _working
+    raise_if_stop_requested()
+    _working += 1
     try:
         yield
     finally:
-        _at_work -= 1
+        _working -= 1
 
 
-def is_at_work() -> bool:
-    """Whether something is under way that may hold what is not written yet."""
-    return _at_work > 0
+def is_working() -> bool:
+    """Return whether a `working` block, which may hold unsaved results, is active."""
+    return _working > 0
 
 
-def importing(frame: FrameType | None, *, within: CodeType) -> bool:
-    """Whether a frame runs inside an import that the function of code `within` began, directly or not.
+def is_importing(frame: FrameType | None, *, within: CodeType) -> bool:
+    """Return whether a frame runs inside an import, below the function whose code is `within`.
 
-    An exception there may pass through C++ that cannot take it: it aborts the process (torch's import does).
+    Raising an exception there may abort the process: it can pass through C++ code without a handler, as in
+    the import of torch.
     """
     while frame is not None and frame.f_code is not within:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -76,12 +77,12 @@ def importing(frame: FrameType | None, *, within: CodeType) -> bool:
 
 
 @contextmanager
-def catching(
-    handler: Callable[[int, FrameType | None], None], names: Sequence[str] = STOPPING
+def handle_signals(
+    handler: Callable[[int, FrameType | None], None], names: Sequence[str] = STOP_SIGNALS
 ) -> Iterator[None]:
-    """Call `handler` for signals within the block; SIGHUP stays ignored where it is (under nohup).
+    """Install `handler` for signals within the block, except for SIGHUP if it is ignored (under nohup).
 
-    Outside of the main thread nothing is caught: signals stay with their owner.
+    Does nothing outside the main thread, where Python does not allow handlers.
     """
     before = {}
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scalewise.common.paths import expand_home, one_form
+from scalewise.common.paths import expand_home, normalize_unicode
 from scalewise.data.files import SIDECARS, Found, name_key
 from scalewise.data.shards import DataError
 
@@ -47,7 +47,7 @@ class CaptionSource:
                 words = file.read_text(encoding="utf-8-sig").strip()
         words = words or next((self.listed[key][1] for key in _keys(image) if key in self.listed), "")
         if not words and self.from_name:
-            words = one_form(image.stem.replace("-", " ").replace("_", " "))
+            words = normalize_unicode(image.stem.replace("-", " ").replace("_", " "))
         return " ".join(words.split())
 
     def unmatched(self) -> dict[str, list[Path]]:

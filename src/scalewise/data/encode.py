@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scalewise.common.checkpoint import drop_leftovers, write_atomically
-from scalewise.common.progress import Done, ignore
+from scalewise.common.checkpoint import delete_leftovers, write_atomically
+from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.data.header import CONTENTS, INDEX_FILE, SetHeader
 from scalewise.data.image_folder import (
     BucketMode,
@@ -64,7 +64,7 @@ def encode_folder(
     batch: int = 8,
     least: int = 1,
     caption_from_name: bool = False,
-    done: Done = ignore,
+    done: ProgressCallback = no_progress,
     say: Callable[[str], None] = lambda _sentence: None,
 ) -> list[LatentSet]:
     """Encode an image folder into one set per bucket, `out/<full size>/`, with latents at every scale.
@@ -137,7 +137,7 @@ def _encode_buckets(
     scales_for: Callable[[Scale], Iterable[Scale]],
     settings: Mapping[str, Any],
     batch: int,
-    done: Done,
+    done: ProgressCallback,
 ) -> None:
     """Write the set of every bucket, or what it lacks."""
     before = 0
@@ -245,7 +245,7 @@ class PromptCache:
         *,
         fingerprint: str,
         batch: int = 16,
-        done: Done = ignore,
+        done: ProgressCallback = no_progress,
     ) -> PromptCache:
         """Encode the captions, and "", that the cache at `path` lacks, and open it.
 
@@ -262,7 +262,7 @@ class PromptCache:
             todo = cls(folder, shards).missing(captions)
             if not shards:
                 _clear(folder)
-            drop_leftovers(folder)
+            delete_leftovers(folder)
             model = load() if todo else None
             if model:
                 held.enter_context(model.warned_once(todo))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import features
 
-from scalewise.common.paths import one_form
+from scalewise.common.paths import normalize_unicode
 
 METADATA = ("metadata.jsonl", "captions.json", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")
@@ -76,7 +76,7 @@ def find_files(root: Path) -> Found:
 
 def name_key(path: Path | str) -> str:
     """What file names are compared by: absolute, without ".." and in one Unicode form."""
-    return one_form(os.path.abspath(path))
+    return normalize_unicode(os.path.abspath(path))
 
 
 def name_some(paths: list[Path], limit: int = 3) -> str:

@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from scalewise.common.images import LARGEST, ImageTooLarge, opened, to_rgb
+from scalewise.common.images import MAX_PIXELS, ImageTooLarge, open_image, to_rgb
 from scalewise.data.captions import CaptionSource
 from scalewise.data.files import Found, find_files, name_some
 from scalewise.data.shards import DataError
@@ -206,7 +206,7 @@ def load_pixels(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
     """Read an image as [3, H, W] in [-1, 1]: upright, over white, covering (H, W), cropped to its centre."""
     height, width = size
     try:
-        with opened(entry.path) as file:
+        with open_image(entry.path) as file:
             image = to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's plugins raise many kinds
         raise DataError(
@@ -225,7 +225,7 @@ def _inspect(path: Path, source: CaptionSource | None) -> ImageEntry | str:
     try:
         width, height = _decoded_size(path)
     except ImageTooLarge:
-        return f"of more than {LARGEST / 1e6:,.0f} megapixels, which have to be saved smaller"
+        return f"of more than {MAX_PIXELS / 1e6:,.0f} megapixels, which have to be saved smaller"
     except Exception:  # Pillow's plugins raise many kinds for a broken file; the summary names the files
         return "unreadable"
     if source is None:
@@ -239,7 +239,7 @@ def _inspect(path: Path, source: CaptionSource | None) -> ImageEntry | str:
 
 def _decoded_size(path: Path) -> tuple[int, int]:
     """Width and height as seen; decodes everything, because only that shows a truncated file."""
-    with opened(path) as image:
+    with open_image(path) as image:
         _refuse_float(image)
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)

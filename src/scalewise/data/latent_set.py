@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from scalewise.common.checkpoint import drop_leftovers, write_atomically
+from scalewise.common.checkpoint import delete_leftovers, write_atomically
 from scalewise.data.header import INDEX_FILE, Kind, SetHeader, difference
 from scalewise.data.shards import DataError, Shard, disk_full_explained
 from scalewise.method.scales import Scale
@@ -274,7 +274,7 @@ class LatentSetWriter:
                 f"Another process is writing the set {self.folder} too. Stop all but one of them; run again, "
                 "the command goes on from the finished shards."
             )
-        drop_leftovers(self.folder)
+        delete_leftovers(self.folder)
 
     def _commit(self, header: SetHeader) -> None:
         """Make a header true on the disk, then here."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from scalewise.common.checkpoint import fault, is_disk_full, sha256, write_atomically
+from scalewise.common.checkpoint import describe_damage, is_disk_full, sha256, write_atomically
 
 
 class DataError(ValueError):
@@ -36,7 +36,7 @@ class Shard:
 
     def fault(self, folder: Path, *, content: bool = True) -> str:
         """Say what is wrong with the file, or nothing; content=False skips the checksum."""
-        return fault(folder / self.file, size=self.bytes, checksum=self.sha256 if content else None)
+        return describe_damage(folder / self.file, size=self.bytes, checksum=self.sha256 if content else None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a dict."""

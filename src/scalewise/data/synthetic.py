@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scalewise import mini
 from scalewise.common import distributed
-from scalewise.common.contents import model_contents
+from scalewise.common.contents import model_fingerprints
 from scalewise.config.recipe import Recipe
 from scalewise.data import DataError, LatentSetWriter
 from scalewise.data.header import CONTENTS
@@ -39,7 +39,7 @@ def weights_key(network: nn.Module) -> int:
 def contents_of(recipe: Recipe) -> dict[str, str]:
     """Fingerprints of the files of a recipe's teacher, the autoencoder it asks for included, by component."""
     base = mini.resolve(recipe.model.base, mini.TEACHER)
-    return model_contents(base, recipe.model.vae, variant=recipe.model.variant)
+    return model_fingerprints(base, recipe.model.vae, variant=recipe.model.variant)
 
 
 def latents_of_all_scales(

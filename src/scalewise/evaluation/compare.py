@@ -178,7 +178,7 @@ def _copy_pictures(
     place = Drawings(folder, prompts, f"copied from {contender.path.resolve()}")
     place.begin()
     place.write(numbers, images)
-    distributed.meet()
+    distributed.barrier_without_timeout()
 
 
 def file_name(name: str) -> str:

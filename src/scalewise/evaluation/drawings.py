@@ -14,8 +14,8 @@ import numpy as np
 
 from scalewise import mini
 from scalewise.common import checkpoint, distributed
-from scalewise.common.contents import base_contents, file_fingerprint
-from scalewise.common.images import read_picture, save_picture
+from scalewise.common.contents import component_fingerprints, file_fingerprint
+from scalewise.common.images import read_image, save_image
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation.samplers import Contender, Prompts
 from scalewise.evaluation.stored_images import DRAWN_FOR, number_of
@@ -47,12 +47,12 @@ class Drawings:
             checkpoint.write_atomically(
                 self.folder / DRAWN_FOR, lambda path: path.write_text(text, encoding="utf-8")
             )
-        distributed.meet()
+        distributed.barrier_without_timeout()
 
     def read(self, numbers: Sequence[int]) -> np.ndarray | None:
         """Some of the images, bytes [N, H, W, 3] or [N, F, H, W, 3]; None unless all of them are there."""
         try:
-            return np.stack([read_picture(self._path(number)) for number in numbers])
+            return np.stack([read_image(self._path(number)) for number in numbers])
         except (OSError, SyntaxError, ValueError):  # missing or damaged: drawn again
             return None
 
@@ -60,7 +60,7 @@ class Drawings:
         """Save some images, each wholly or not at all."""
         for number, image in zip(numbers, images, strict=True):
             path = self._path(number)
-            os.replace(save_picture(image, path.with_name(f".{path.name}")), path)
+            os.replace(save_image(image, path.with_name(f".{path.name}")), path)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number}.png"
@@ -87,7 +87,7 @@ def drawn_by(recipe: Recipe, contender: Contender) -> str:
     """
     model = recipe.model.model_dump(mode="json")
     del model["family"]
-    base = base_contents(mini.resolve(model.pop("base"), mini.TEACHER), variant=model.pop("variant"))
+    base = component_fingerprints(mini.resolve(model.pop("base"), mini.TEACHER), variant=model.pop("variant"))
     parts: list[Any] = [
         contender.kind, contender.steps, contender.guidance, str(contender.schedule),
         contender.negative_prompt, _student_fingerprint(contender.path), base or recipe.model.base, model,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from scalewise.common import distributed, markdown
-from scalewise.common.progress import Done, Progress, silent
+from scalewise.common.progress import Progress, ProgressCallback, silent
 from scalewise.evaluation.drawings import Drawings
 from scalewise.evaluation.samplers import (
     Contender,
@@ -142,7 +142,7 @@ def evaluate(
             yield result
 
 
-def _report(done: Done, total: int, count: int) -> None:
+def _report(done: ProgressCallback, total: int, count: int) -> None:
     """Tell what all processes have done: they draw alike."""
     done(min(total, count * distributed.world()))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from scalewise import mini
 from scalewise.common.images import to_bytes
 from scalewise.common.paths import expand_home
-from scalewise.common.progress import Done, ignore
+from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation.stored_images import ContenderError, read_folder
 from scalewise.method.adapter import Condition, ModelAdapter
@@ -227,7 +227,7 @@ def draw(
     batch: int = 16,
     precision: Precision = "float32",
     numbers: Sequence[int] | None = None,
-    done: Done = ignore,
+    done: ProgressCallback = no_progress,
     known: Callable[[Sequence[int]], np.ndarray | None] = lambda _numbers: None,
     keep: Callable[[Sequence[int], np.ndarray], None] = lambda _numbers, _images: None,
 ) -> np.ndarray:  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from scalewise import mini
 from scalewise.common import distributed
 from scalewise.common.checkpoint import write_atomically
-from scalewise.common.images import stills, to_bytes
+from scalewise.common.images import middle_frames, to_bytes
 from scalewise.common.progress import Progress, silent
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.image_folder import ImageEntry, load_pixels, scan_images
@@ -87,9 +87,9 @@ class Judge:
         """
         looks: dict[str, Tensor] = {}
         for extra, examiner in self.examiners:
-            looks |= examiner.look(images if extra.videos else stills(images), captions)
+            looks |= examiner.look(images if extra.videos else middle_frames(images), captions)
         if self.scorer:
-            looks[SCORER] = self.scorer.pictures(stills(images))
+            looks[SCORER] = self.scorer.pictures(middle_frames(images))
         return looks
 
     def seen(self, looks: Mapping[str, Tensor], prompts: Prompts) -> Seen:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from scalewise.common.errors import first_line
-from scalewise.common.images import read_picture
-from scalewise.common.paths import one_form
+from scalewise.common.images import read_image
+from scalewise.common.paths import normalize_unicode
 from scalewise.data.files import READABLE
 from scalewise.data.image_folder import scan_images
 
@@ -44,7 +44,7 @@ def _pictures(folder: Path, paths: Sequence[Path]) -> Iterator[np.ndarray]:
     first: np.ndarray | None = None
     for path in paths:
         try:
-            picture = read_picture(path)
+            picture = read_image(path)
         except Exception as error:  # Pillow's plugins raise many kinds
             raise ContenderError(f"Cannot read {path} ({first_line(error)}); replace it.") from error
         first = picture if first is None else first
@@ -106,15 +106,15 @@ def _by_caption(folder: Path, captions: Sequence[str]) -> list[Path]:
     found = _geneval_layout(folder)
     if not found:
         for image in scan_images(folder, caption_from_name=True)[0]:
-            found.setdefault(one_form(image.caption), []).append(image.path)
+            found.setdefault(normalize_unicode(image.caption), []).append(image.path)
     there, paths = sum(map(len, found.values())), []
     for caption in captions:
-        if not found.get(one_form(caption)):
+        if not found.get(normalize_unicode(caption)):
             raise ContenderError(
                 f"{folder} has too few pictures with the caption {caption!r}; name them 0.png to "
                 f"{len(captions) - 1}.png in the order of the prompts, or give them captions."
             )
-        paths.append(found[one_form(caption)].pop(0))
+        paths.append(found[normalize_unicode(caption)].pop(0))
     _warn_of_more(folder, there, len(paths))
     return paths
 
@@ -133,5 +133,5 @@ def _geneval_layout(folder: Path) -> dict[str, list[Path]]:
                 f'{told} does not hold GenEval\'s {{"prompt": ...}} ({first_line(error)}); write it again.'
             ) from error
         images = (p for p in samples.iterdir() if p.suffix.lower() in READABLE and number_of(p) >= 0)
-        found.setdefault(one_form(prompt), []).extend(sorted(images, key=number_of))
+        found.setdefault(normalize_unicode(prompt), []).extend(sorted(images, key=number_of))
     return found

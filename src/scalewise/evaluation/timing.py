@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from scalewise.common import markdown
-from scalewise.common.progress import Done, ignore
+from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.metrics.intervals import FEWEST_ROUNDS, Interval, median_interval
 
 Clock = Callable[[], float]
@@ -77,7 +77,7 @@ def device_clock(device: str = "cpu") -> Clock:
 
 def bench(
     subjects: Sequence[Subject], *, batches: Sequence[int] = (1, 8), rounds: int = 7,
-    clock: Clock = time.perf_counter, done: Done = ignore,
+    clock: Clock = time.perf_counter, done: ProgressCallback = no_progress,
 ) -> list[Timing]:  # fmt: skip
     """Time all subjects at every batch size; the first subject is what the others are compared with."""
     found = laps_of(subjects, batches, rounds=rounds, clock=clock, done=done)
@@ -86,7 +86,7 @@ def bench(
 
 def laps_of(
     subjects: Sequence[Subject], batches: Sequence[int], *, rounds: int, clock: Clock = time.perf_counter,
-    done: Done = ignore,
+    done: ProgressCallback = no_progress,
 ) -> dict[int, Laps]:  # fmt: skip
     """Run every subject once a round at every batch size, in turns; the first round of each is warm-up.
 

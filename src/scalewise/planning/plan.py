@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scalewise import mini
-from scalewise.common.progress import Done, ignore
+from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.method.features import tap
@@ -183,7 +183,7 @@ def scales_to_count(recipe: Recipe) -> list[Scale]:
     return sorted(set(recipe.schedule.build().scales))
 
 
-def make_plan(recipe: Recipe, done: Done = ignore) -> Plan:
+def make_plan(recipe: Recipe, done: ProgressCallback = no_progress) -> Plan:
     """Count everything for a recipe; `done` is told how many of the scales are counted."""
     base, dtype = mini.resolve(recipe.model.base, mini.TEACHER), getattr(torch, recipe.model.dtype)
     model = skeleton(

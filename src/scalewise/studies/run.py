@@ -18,9 +18,9 @@ from torch import Tensor
 
 from scalewise import mini
 from scalewise.common.checkpoint import write_atomically
-from scalewise.common.errors import first_line, going_on_by_itself
-from scalewise.common.images import sheet, to_bytes
-from scalewise.common.progress import Done, Progress
+from scalewise.common.errors import first_line, resumed_by_same_command
+from scalewise.common.images import contact_sheet, to_bytes
+from scalewise.common.progress import Progress, ProgressCallback
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
@@ -156,7 +156,7 @@ def chosen(stored: LatentSet, count: int) -> tuple[list[int], list[int]]:
 @torch.no_grad()
 def go_on(
     model: ModelAdapter, recipe: Recipe, start: Start, prompts: Prompts, *, latents: Mapping[Scale, Tensor],
-    done: Done,
+    done: ProgressCallback,
 ) -> np.ndarray:  # fmt: skip
     """Let the teacher finish noised latents of known pictures: bytes [N, H, W, 3]."""
     small, full = latents
@@ -310,7 +310,7 @@ def looks_of(
             images = go_on(model, recipe, arm.start, prompts, latents=material.latents, done=done)
     looks = material.judge.look(images, prompts.captions)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
+    contact_sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
     metadata = {"arm": arm.name, "seed": str(seed)}
     write_atomically(path, lambda temporary: save_file(looks, temporary, metadata=metadata))
     return looks
@@ -333,7 +333,7 @@ def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> Con
     folder = out / "students" / key_of(recipe)
     if not (folder / "student.safetensors").exists():
         name = f"{arm.name}, seed {recipe.train.seed}: training"
-        with going_on_by_itself(), progress(name, recipe.train.iterations) as done:
+        with resumed_by_same_command(), progress(name, recipe.train.iterations) as done:
             for row in distill(recipe, folder, progress, resume=(folder / "recipe.yaml").exists()):
                 done(int(row["iteration"]))
     try:

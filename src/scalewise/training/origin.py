@@ -12,7 +12,7 @@ from typing import Any
 from scalewise import mini
 from scalewise.common import distributed
 from scalewise.common.checkpoint import CheckpointError
-from scalewise.common.contents import base_contents
+from scalewise.common.contents import component_fingerprints
 from scalewise.config.recipe import Recipe
 from scalewise.data import LatentSet, sets_fingerprint
 
@@ -52,7 +52,7 @@ class Origin:
     def of(cls, recipe: Recipe, sets: Sequence[LatentSet]) -> Origin:
         """Take the fingerprints of what this run, of `parallel.world()` processes, reads."""
         folder = mini.resolve(recipe.model.base, mini.TEACHER)
-        base = base_contents(folder, variant=recipe.model.variant)
+        base = component_fingerprints(folder, variant=recipe.model.variant)
         return cls(distributed.world(), sets_fingerprint(sets), sets[0].header.kind, base)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scalewise.common import checkpoint, distributed
-from scalewise.common.images import middle_frame, read_picture, sheet, to_bytes
+from scalewise.common.images import contact_sheet, middle_frame, read_image, to_bytes
 from scalewise.common.locks import locked
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
@@ -99,7 +99,7 @@ class Log:
     def preview(self, path: Path | None, iteration: int) -> None:
         """Show a sheet of samples in TensorBoard too."""
         if path is not None:
-            self._board.add_image("samples", read_picture(path), iteration, dataformats="HWC")
+            self._board.add_image("samples", read_image(path), iteration, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close both."""
@@ -219,7 +219,7 @@ def draw_samples(trainer: Trainer, data: setup.Data) -> Path | None:
     pictures = [step[i] for i in range(len(prompts)) for step in steps]
     path = trainer.folder / "samples" / f"iteration-{trainer.iteration:06d}.png"
     titles = [f"t {step.t:.0f}, {step.scale}" for step in schedule]
-    sheet(pictures, columns=len(steps), titles=titles, captions=prompts).save(path)
+    contact_sheet(pictures, columns=len(steps), titles=titles, captions=prompts).save(path)
     return path
 
 

@@ -188,7 +188,7 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
             least=least,
             caption_from_name=recipe.data.caption_from_name,
             done=done,
-            say=console.note,
+            say=console.print_note,
         )
 
 

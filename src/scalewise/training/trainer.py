@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scalewise.common import checkpoint, distributed
 from scalewise.common.errors import TrainingInterrupted, TrainingStopped
 from scalewise.common.finite import non_finite
-from scalewise.common.signals import STOPPING, catching
+from scalewise.common.signals import STOP_SIGNALS, handle_signals
 from scalewise.config.recipe import OptimizerRecipe, Recipe
 from scalewise.data.batches import Batches
 from scalewise.method.backbone import Backbone
@@ -231,7 +231,7 @@ class Trainer:
         if broken := non_finite(state):
             raise checkpoint.CheckpointError(
                 f"The checkpoint {path} cannot be resumed: its {checkpoint.TENSORS} has NaN or infinity in "
-                f"{len(broken)} tensors, for example {broken[0]}. {checkpoint.EARLIER}"
+                f"{len(broken)} tensors, for example {broken[0]}. {checkpoint.RESUME_EARLIER}"
             )
         self.backbone.roles.load("student", state["student"])
         self.student.optimizer.load_state_dict(state["student_optimizer"])
@@ -258,12 +258,12 @@ class Trainer:
                 raise KeyboardInterrupt
             self._stop = signal.Signals(number).name
 
-        with catching(ask):
+        with handle_signals(ask):
             yield
 
     def _asked_to_stop(self) -> str:
         """The signal that reached any of the processes, or "": all stop after the same iteration."""
-        votes = distributed.mean_scalars({name: float(self._stop == name) for name in STOPPING})
+        votes = distributed.mean_scalars({name: float(self._stop == name) for name in STOP_SIGNALS})
         return next((name for name, vote in votes.items() if vote), "")
 
     def _explain(self, error: LossError) -> str:
