@@ -402,8 +402,8 @@ def test_a_student_is_exported_for_others_and_sampled_from_their_file(run, recip
 def test_a_plan_says_what_fits_and_what_to_switch_on(run, recipe_file):
     code, text = run("plan", recipe_file, "--memory", "1", "--gpus", "2")
     assert code == 0
-    expected = ("tokens", "TFLOPs", "faster than the teacher", "MMD alone", "frozen base (float32)",
-                "a batch of 4 on each of 2 processes: 8 samples", "All four commands fit")  # fmt: skip
+    expected = ("tokens", "TFLOPs", "x over the teacher", "MMD alone", "frozen base (float32)",
+                "batch 4 x 2 processes: 8 samples per update", "All four commands fit")  # fmt: skip
     for words in expected:
         assert words in text, (words, text)
 

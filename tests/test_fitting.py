@@ -12,7 +12,15 @@ from torch import nn
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.method.scales import Scale
-from scalewise.planning.fitting import Change, Need, Typed, drawing_change, line, needs_of, training_changes
+from scalewise.planning.fitting import (
+    Change,
+    Need,
+    TypedRecipe,
+    drawing_change,
+    line,
+    needs_of,
+    training_changes,
+)
 from scalewise.planning.flops import measure
 from scalewise.planning.footprint import BATCHES, RUNS, Drawing, Network
 from scalewise.planning.plan import GB, KEPT_FREE, Forward, Memory, Passes, Plan, make_plan
@@ -126,12 +134,12 @@ def test_nothing_is_proposed_where_nothing_helps() -> None:
 def test_the_command_that_fits_keeps_what_was_typed_and_replaces_what_it_changes() -> None:
     need = Need("distill", 3, 1.0, False, Change(("train.batch=1", "train.accumulate=3")))
     flux = find_recipe("flux-dev")
-    found = line(need, Typed("my recipe.yaml", ["train.batch=3", "data.path=my set"], flux))
+    found = line(need, TypedRecipe("my recipe.yaml", ["train.batch=3", "data.path=my set"], flux))
     assert shlex.split(found) == [
         "scalewise", "distill", "my recipe.yaml", "data.path=my set", "train.batch=1", "train.accumulate=3",
     ]  # fmt: skip
     drawn = Need("evaluate", 16, 1.0, False, Change(("model.offload=blocks",), 4))
-    assert line(drawn, Typed("flux-dev", [], flux)) == (
+    assert line(drawn, TypedRecipe("flux-dev", [], flux)) == (
         "scalewise evaluate flux-dev teacher student:runs/flux-dev model.offload=blocks --batch 4 "
         "--prompts prompts.txt --metric spectrum --reference photos"
     )
@@ -146,7 +154,7 @@ def test_hours_follow_from_operations_and_a_cards_peak() -> None:
     # Dense bfloat16 with sums in float32; the vendors' figures with sparsity are twice as high.
     peaks = {name: card.peak / 1e12 for name, card in CARDS.items()}
     assert peaks == {"a100": 312, "h100": 989, "l40s": 362, "4090": 165.2, "3090": 71, "5090": 209.5}
-    with pytest.raises(RecipeError, match="no card 'v100' here; choose one of a100, 3090, h100"):
+    with pytest.raises(RecipeError, match="Unknown card 'v100'; choose one of a100, 3090, h100"):
         card_named("v100")
 
 
@@ -160,7 +168,7 @@ def test_this_machines_speed_is_measured_on_a_block(monkeypatch: pytest.MonkeyPa
     whole = make_plan(recipe.override(["schedule.timesteps=[1000]", "schedule.scales=['16']"])).full.flops
     blocks = len(setup.load(recipe, ["denoiser"]).denoiser.transformer_blocks)
     assert 0.7 * whole < blocks * found.reached < 1.1 * whole
-    assert "measured on one block" in found.told
+    assert "measured on one block" in found.source
 
 
 def test_the_real_peak_of_drawing_grows_as_counted() -> None:

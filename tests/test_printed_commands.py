@@ -15,7 +15,7 @@ from scalewise.cli.run_planning import Device, run_plan, typed_as
 from scalewise.common.images import save_image
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
-from scalewise.planning.fitting import Change, Need, Typed, line
+from scalewise.planning.fitting import Change, Need, TypedRecipe, line
 from scalewise.planning.footprint import RUNS
 
 
@@ -52,7 +52,7 @@ def test_every_command_that_plan_prints_runs_to_its_end(here: Path, capsys) -> N
     text = capsys.readouterr().out
     commands = printed(text)
     assert list(commands) == ["generate", "distill", "sample", "evaluate"]
-    assert "prompts.txt: your prompts, one a line; photos: a folder of real images" in text
+    assert "prompts.txt: your prompts, one per line; photos: a folder of real images" in text
     (here / "prompts.txt").write_text("\n".join([*PROMPTS, "a bird"]))
     (here / "photos").mkdir()
     for number in range(4):
@@ -75,7 +75,7 @@ def test_every_command_that_plan_prints_runs_to_its_end(here: Path, capsys) -> N
 
 def test_sample_and_evaluate_are_printed_without_overrides_that_they_refuse() -> None:
     typed = ["train.batch=2", "name=foo", "about=mine", "model.dtype=bfloat16", "data.path=sets/a"]
-    of = Typed("mini", typed, find_recipe("mini").override(typed), set_folder="sets/a")
+    of = TypedRecipe("mini", typed, find_recipe("mini").override(typed), set_folder="sets/a")
     words = {c: shlex.split(line(Need(c, 1, 1.0, False, Change()), of))[2:] for c in (*RUNS, "distill")}
     assert words["sample"] == ["a cat", "model.dtype=bfloat16", "--student", "runs/foo"]
     assert words["evaluate"] == [

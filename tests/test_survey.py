@@ -20,7 +20,13 @@ from scalewise.method.scales import Scale
 from scalewise.method.spectrum import Spectrum, radial_spectrum
 from scalewise.models import SDXL, Wan
 from scalewise.models.meta import skeleton
-from scalewise.planning.schedule_search import Wish, chosen_timesteps, gather, parse_levels, survey
+from scalewise.planning.schedule_search import (
+    SearchOptions,
+    load_latents,
+    measure_spectrum,
+    parse_timesteps,
+    proposal_timesteps,
+)
 
 
 def run(*arguments: str) -> int:
@@ -72,8 +78,10 @@ def test_a_full_scale_recipes_proposal_is_not_trained_at_full_scale(tmp_path, ca
 
 
 def test_few_latents_are_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="1 latents are too few for a spectrum of the data; measure 64"):
-        survey(find_recipe("mini"), Wish(), count=1, progress=console.progress)
+    with pytest.warns(
+        UserWarning, match="1 latents are too few for a reliable spectrum; measure at least 64"
+    ):
+        measure_spectrum(find_recipe("mini"), SearchOptions(), count=1, progress=console.progress)
 
 
 def test_noise_hides_from_where_it_exceeds_the_signal_on():
@@ -99,10 +107,10 @@ def test_a_budget_is_kept_by_the_command(tmp_path, capsys):
 
 def test_timesteps_are_the_recipes_or_those_asked_for():
     model, own = skeleton(mini.TEACHER), find_recipe("mini").schedule.build()
-    assert chosen_timesteps(model, own, Wish()) == list(own.timesteps)
-    six = chosen_timesteps(model, own, Wish(steps=6))
+    assert proposal_timesteps(model, own, SearchOptions()) == list(own.timesteps)
+    six = proposal_timesteps(model, own, SearchOptions(steps=6))
     assert len(six) == 6 and six[0] == 1000 and six[-1] == pytest.approx(own.timesteps[-1], abs=8)
-    assert chosen_timesteps(model, own, Wish(timesteps=(1000.0, 500.0))) == [1000.0, 500.0]
+    assert proposal_timesteps(model, own, SearchOptions(timesteps=(1000.0, 500.0))) == [1000.0, 500.0]
 
 
 def test_pictures_are_encoded_and_small_ones_left_out(tmp_path):
@@ -111,13 +119,13 @@ def test_pictures_are_encoded_and_small_ones_left_out(tmp_path):
         pixels = torch.randint(0, 255, (side, side, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
     recipe = find_recipe("mini").override([f"data.path={tmp_path}"])
-    with pytest.warns(UserWarning, match="1 of 4 pictures are smaller than 128x128 pixels"):
-        latents = gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+    with pytest.warns(UserWarning, match="1 of 4 images are smaller than 128x128 pixels"):
+        latents = load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
     assert latents.shape == (3, 16, 16, 16)
     for path in tmp_path.glob("[012].png"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"None of the 1 pictures has the full size of 128x128"):
-        gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+    with pytest.raises(ValueError, match=r"None of the 1 images has at least 128x128"):
+        load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
 
 
 def test_pictures_need_no_captions_and_what_is_skipped_is_named(tmp_path):
@@ -126,18 +134,20 @@ def test_pictures_need_no_captions_and_what_is_skipped_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     recipe = find_recipe("mini").override([f"data.path={tmp_path}"])
     with pytest.warns(UserWarning, match=r"1 image used, 1 skipped: 1 unreadable \(broken.png\)"):
-        latents = gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+        latents = load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
     assert len(latents) == 1
     (tmp_path / "good.png").unlink()
     with pytest.raises(ValueError, match="No usable image") as error:
-        gather(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+        load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
     assert "Each needs a caption" not in str(error.value)
 
 
 def test_the_margin_decides_what_is_called_safe(tmp_path):
     recipe, found = find_recipe("mini"), []
     for margin in (1.0, 9.0):
-        found.append(survey(recipe, Wish(margin=margin), count=32, progress=console.progress))
+        found.append(
+            measure_spectrum(recipe, SearchOptions(margin=margin), count=32, progress=console.progress)
+        )
     q = [one.safe_from(Scale(1, 8, 8)) / (1000 - one.safe_from(Scale(1, 8, 8))) for one in found]
     assert q[1] == pytest.approx(3 * q[0], rel=1e-3)  # sigma / alpha grows with the margin's root
     assert found[1].to_dict()["wish"]["margin"] == 9.0 and found[1].to_dict()["recipe"] == "mini"
@@ -145,7 +155,7 @@ def test_the_margin_decides_what_is_called_safe(tmp_path):
 
 def test_a_set_is_read_at_full_size():
     recipe = find_recipe("mini")
-    latents = gather(recipe, skeleton(mini.TEACHER), count=10, progress=console.progress)
+    latents = load_latents(recipe, skeleton(mini.TEACHER), count=10, progress=console.progress)
     everything = LatentSet.open(mini.DATA).latents(range(1024), Scale(1, 16, 16))
     assert latents.shape == (10, 16, 16, 16)
     assert all((everything == row).flatten(1).all(1).any() for row in latents)
@@ -168,7 +178,7 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
             setup.teacher_backbone(recipe), recipe, ["a cat"], tmp_path / "set", count=4, batch=4, seed=0
         )
     )
-    found = survey(recipe, Wish(), count=8, progress=console.progress)
+    found = measure_spectrum(recipe, SearchOptions(), count=8, progress=console.progress)
     assert isinstance(found.noise, FlowMatching) is (family is Wan)
     assert list(found.axes) == (["space", "time"] if family is Wan else ["space"])
     latents = LatentSet.open(tmp_path / "set").latents(range(4), Scale.parse(scales[-1]))
@@ -177,16 +187,16 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["mini", "--margin", "0.5"], "margin of 0.5 is not safe"),
+    (["mini", "--margin", "0.5"], "finite number of at least 1; got 0.5"),
     (["mini", "--margin", "nan"], "--margin must be a finite number; got nan"),
     (["mini", "--margin", "inf"], "--margin must be a finite number; got inf"),
     (["mini", "--steps", "3", "--timesteps", "1000 500"], "not both"),
-    (["mini", "--timesteps", "1000 5x"], "Cannot read the noise levels"),
-    (["mini", "--timesteps", "1200 500"], "1200 lies outside"),
+    (["mini", "--timesteps", "1000 5x"], "Cannot parse the timesteps"),
+    (["mini", "--timesteps", "1200 500"], "1200 is outside"),
     (["mini", "--timesteps", "500 1000"], "timesteps must decrease"),
-    (["mini", "--budget", "1.5"], "part of the full-scale cost"),
-    (["mini", "--smallest", "2"], "part of the full side"),
-    (["mini", "--data", "nowhere"], "no latents or pictures in nowhere"),
+    (["mini", "--budget", "1.5"], "fraction of the full-scale cost"),
+    (["mini", "--smallest", "2"], "fraction of the full side"),
+    (["mini", "--data", "nowhere"], "No latents or images in nowhere"),
     (["minni"], "mini"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_sentence(arguments, message, tmp_path, capsys):
@@ -196,5 +206,5 @@ def test_what_cannot_be_is_refused_in_one_sentence(arguments, message, tmp_path,
 
 
 def test_levels_are_read_with_commas_or_blanks():
-    assert parse_levels("1000, 896 737") == (1000.0, 896.0, 737.0)
-    assert parse_levels(None) == ()
+    assert parse_timesteps("1000, 896 737") == (1000.0, 896.0, 737.0)
+    assert parse_timesteps(None) == ()

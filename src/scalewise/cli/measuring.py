@@ -116,11 +116,11 @@ def spectrum(
     """
     console.quiet_libraries()
     from scalewise.cli.run_measuring import run_spectrum
-    from scalewise.planning.schedule_search import Wish, parse_levels
+    from scalewise.planning.schedule_search import SearchOptions, parse_timesteps
 
     chosen = recipe_of(recipe, overrides).with_values({"data.path": str(data)} if data else {})
-    wish = Wish(steps, parse_levels(timesteps), budget, margin, smallest)
-    run_spectrum(chosen, wish, levels=parse_levels(at), count=count, out=out)
+    search = SearchOptions(steps, parse_timesteps(timesteps), budget, margin, smallest)
+    run_spectrum(chosen, search, panels=parse_timesteps(at), count=count, out=out)
 
 
 def evaluate(

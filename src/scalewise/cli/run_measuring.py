@@ -18,7 +18,7 @@ from scalewise.evaluation.scoring import Asked
 from scalewise.evaluation.timing import TOTAL, format_ms, format_ratio
 from scalewise.method.scales import Scale, ScaleSchedule
 from scalewise.metrics import EXTRAS, OWN
-from scalewise.planning.schedule_search import Wish, survey
+from scalewise.planning.schedule_search import SearchOptions, measure_spectrum
 from scalewise.studies import Effort
 
 FEWEST_PROMPTS = 50  # of a study
@@ -87,38 +87,42 @@ def size_along(axis: str, scale: Scale) -> str:
 
 
 def short(schedule: ScaleSchedule) -> str:
-    """A schedule for the eye: timesteps without decimals."""
+    """Format a schedule with rounded timesteps."""
     return " ".join(f"{step.t:.0f}@{step.scale}" for step in schedule)
 
 
-def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count: int, out: Path) -> None:
-    """Survey the latents of a recipe's data; print tables, write figure and numbers."""
-    from scalewise.planning.figure import draw_survey
+def run_spectrum(
+    recipe: Recipe, search: SearchOptions, *, panels: tuple[float, ...], count: int, out: Path
+) -> None:
+    """Measure the spectrum of the data of a recipe; print tables, write figure and numbers."""
+    from scalewise.planning.figure import plot_spectrum
 
     check_out(out)
-    found = survey(recipe, wish, count=count, progress=console.progress)
+    found = measure_spectrum(recipe, search, count=count, progress=console.progress)
     say = partial(console.out.print, soft_wrap=True)
     falls = ", ".join(f"f^{-s.exponent():.2f} in {axis}" for axis, s in found.axes.items())
-    say(f"{found.latents} latents of {found.spectra.full}; their power falls about as {falls}")
-    for axis, scales in found.options.items():
+    say(f"{found.latents} latents of {found.spectra.full}; power decreases approximately as {falls}")
+    for axis, scales in found.axis_scales.items():
         named = partial(size_along, axis)
         safe = ((named(s), found.safe_from(s)) for s in scales if s != found.spectra.full)
         parts = (f"{s} from t = {t:.0f}" if t is not None else f"{s} never" for s, t in safe)
-        say(f"Safe in {axis}, margin {wish.margin:g}: {', '.join(parts)}")
+        say(f"Safe in {axis}, margin {search.margin:g}: {', '.join(parts)}")
     table = Table("", "schedule", "tokens", "TFLOPs", "margins", box=None, header_style="bold")
-    for judged in found.schedules:
-        hidden = " ".join(f"{m:.3g}" for m in judged.margins) or "-"
-        tokens, flops = f"{judged.tokens:,}", f"{judged.flops / 1e12:,.3g}"
+    for rated in found.schedules:
+        hidden = " ".join(f"{m:.3g}" for m in rated.margins) or "-"
+        tokens, flops = f"{rated.tokens:,}", f"{rated.flops / 1e12:,.3g}"
         table.add_row(
-            judged.name, short(judged.schedule), f"{tokens} ({judged.token_part:.0%})",
-            f"{flops} ({judged.flop_part:.0%})", hidden,
+            rated.name, short(rated.schedule), f"{tokens} ({rated.token_part:.0%})",
+            f"{flops} ({rated.flop_part:.0%})", hidden,
         )  # fmt: skip
     console.out.print(table)
-    say("In brackets: of as many steps at full scale. A margin is how much stronger noise is, at a step's t, "
-        "than the strongest detail that the latent enlarged for it lacks; below 1 is not safe.")  # fmt: skip
-    for judged in found.schedules:
-        for sentence in judged.advice:
-            say(f"[yellow]{judged.name}:[/] {sentence}")
+    say(
+        "In brackets: relative to the same number of steps at full scale. Margin: ratio of the noise at the "
+        "timestep of a step to the strongest signal missing in its upscaled input; below 1 is unsafe."
+    )
+    for rated in found.schedules:
+        for sentence in rated.advice:
+            say(f"[yellow]{rated.name}:[/] {sentence}")
     proposed = found.schedules[-1].schedule
     listed = [", ".join(map(str, v)) for v in (proposed.timesteps, proposed.scales)]
     change = f"'schedule.timesteps=[{listed[0]}]' 'schedule.scales=[{listed[1]}]'"
@@ -126,12 +130,14 @@ def run_spectrum(recipe: Recipe, wish: Wish, *, levels: tuple[float, ...], count
         change += " schedule.full_scale=false"
     say(f"To train with the proposal: {change}")
     if proposed.scales != found.schedules[0].schedule.scales:
-        say("A synthetic set has the scales that it was made with: first make one with the same overrides "
-            "(`scalewise generate`).")  # fmt: skip
+        say("A synthetic dataset only contains the scales of its recipe: first run `scalewise generate` with "
+            "the same overrides.")  # fmt: skip
     folder_for(out)
     (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
-    figure = draw_survey(found, levels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png")
-    say(f"The figure is {escape(str(figure))}; the numbers lie beside it.")
+    figure = plot_spectrum(
+        found, panels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png"
+    )
+    say(f"Figure: {escape(str(figure))}; numbers in the same folder.")
 
 
 def run_bench(

@@ -1,4 +1,4 @@
-"""What `scalewise plan` prints: steps, operations, hours, memory of every command, and commands that fit."""
+"""Output of `scalewise plan`: steps, FLOPs, hours, memory of every command, and commands that fit."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from scalewise.cli.inputs import check_set_folder
 from scalewise.common import console
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
-from scalewise.planning.fitting import PHOTOS, PROMPTS, Need, Typed, line, needs_of
+from scalewise.planning.fitting import PHOTOS, PROMPTS, Need, TypedRecipe, line, needs_of
 from scalewise.planning.plan import GB, KEPT_FREE, Plan, make_plan, scales_to_count
 from scalewise.planning.throughput import Card, Throughput, card_named, measured, throughput_of
 from scalewise.training import setup
 
-READING = ("generate", "evaluate")  # commands that take prompts from a file
-GENERATED = 1000  # samples that time and disk are told for
+PROMPT_COMMANDS = ("generate", "evaluate")  # commands that read a prompt file
+GENERATED = 1000  # samples for which time and disk space are printed
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan is for: a named card, or this machine."""
+    """Target of a plan: a named GPU, or this machine."""
 
     card: Card | None = None
     gigabytes: float | None = None
-    """None: unknown, so that nothing can be said to fit."""
+    """Memory; None = unknown."""
 
     @classmethod
     def of(cls, card: str | None, gigabytes: float | None) -> Device:
-        """From what was typed; this machine's GPU where nothing was."""
+        """Build from command line options; defaults to the GPU of this machine."""
         named = card_named(card) if card else None
         if gigabytes is None and named:
             gigabytes = named.gigabytes
@@ -42,16 +42,16 @@ class Device:
         return cls(named, gigabytes)
 
     def throughput(self, plan: Plan) -> Throughput:
-        """Operations per second of it."""
+        """Return FLOP/s of the device."""
         if self.card:
             return throughput_of(self.card)
         return measured(plan.recipe, setup.device())
 
 
 def run_plan(name: str, overrides: Sequence[str], device: Device, *, gpus: int) -> None:
-    """Count what a recipe costs and print it."""
+    """Compute and print the cost of a recipe."""
     recipe = find_recipe(name).override(list(overrides))
-    with console.progress("counting operations", len(scales_to_count(recipe))) as done:
+    with console.progress("counting FLOPs", len(scales_to_count(recipe))) as done:
         plan = make_plan(recipe, done)
     _print_steps(plan)
     _print_operations(plan)
@@ -66,43 +66,43 @@ def _print_steps(plan: Plan) -> None:
         tokens, flops = f"{forward.tokens:,}", f"{forward.flops / 1e12:,.3g}"
         table.add_row(str(i + 1), f"{step.t:g}", str(step.scale), tokens, flops)
     table.add_section()
-    table.add_row("all", "", "", f"{plan.tokens:,}", f"{plan.scale_wise / 1e12:,.3g}")
-    table.add_row("at full scale", "", "", f"{plan.full_tokens:,}", f"{plan.full_scale / 1e12:,.3g}")
+    table.add_row("total", "", "", f"{plan.tokens:,}", f"{plan.scale_wise / 1e12:,.3g}")
+    table.add_row("full scale", "", "", f"{plan.full_tokens:,}", f"{plan.full_scale / 1e12:,.3g}")
     console.out.print(table)
 
 
 def _print_operations(plan: Plan) -> None:
     say = partial(console.out.print, soft_wrap=True)
-    say(f"\nA sample, denoiser alone: student {plan.scale_wise / 1e12:,.3g} TFLOPs, as many steps at full "
-        f"scale {plan.full_scale / 1e12:,.3g}, the teacher's {plan.teacher_forwards} forwards "
+    say(f"\nTFLOPs per sample (denoiser): student {plan.scale_wise / 1e12:,.3g}, same steps at full scale "
+        f"{plan.full_scale / 1e12:,.3g}, teacher with {plan.teacher_forwards} forward passes "
         f"{plan.teacher / 1e12:,.3g}")  # fmt: skip
-    paper = [f" (the paper measured {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
-    say(f"Expected: {plan.teacher / plan.scale_wise:.1f}x faster than the teacher{paper[0]}, "
-        f"{plan.full_scale / plan.scale_wise:.2f}x than full scale{paper[1]}")  # fmt: skip
-    less = f", MMD alone {plan.iteration / plan.iteration_mmd:.1f} times less"
+    paper = [f" (measured in the paper: {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
+    say(f"Expected speed-up: {plan.teacher / plan.scale_wise:.1f}x over the teacher{paper[0]}, "
+        f"{plan.full_scale / plan.scale_wise:.2f}x over full scale{paper[1]}")  # fmt: skip
+    less = f", MMD alone {plan.iteration_mmd / plan.iteration:.2f}x"
     alone = less if plan.recipe.loss.needs_fake else ""
-    say(f"An iteration and sample: {plan.iteration / 1e12:,.3g} TFLOPs; full scale "
-        f"{plan.iteration_full / plan.iteration:.2f}x as much{alone}")  # fmt: skip
-    say(f"LoRA: {plan.lora_parameters:,} parameters a role; denoiser {plan.parameters['denoiser']:,}, "
+    say(f"TFLOPs per training iteration and sample: {plan.iteration / 1e12:,.3g}; full scale "
+        f"{plan.iteration_full / plan.iteration:.2f}x{alone}")  # fmt: skip
+    say(f"LoRA: {plan.lora_parameters:,} parameters per role; denoiser {plan.parameters['denoiser']:,}, "
         f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
-    say(f"On disk for {GENERATED:,} samples of as many prompts: latents "
-        f"{GENERATED * plan.sample_bytes / GB:,.3g} GB, embeddings of the prompts "
+    say(f"Disk space for {GENERATED:,} samples with different prompts: latents "
+        f"{GENERATED * plan.sample_bytes / GB:,.3g} GB, prompt embeddings "
         f"{GENERATED * plan.prompt_bytes / GB:,.3g} GB (in the cache)")  # fmt: skip
 
 
 def _print_hours(plan: Plan, device: Device, *, gpus: int) -> None:
-    """Time of training and of a set; processes of one update run at once, and share a set out."""
+    """Print the time of training and of generating a dataset, which several processes share."""
     speed, train = device.throughput(plan), plan.recipe.train
     training, drawing = (speed.seconds(flops) for flops in (plan.training_flops, plan.generated_flops))
     console.out.print(
         f"Time: distill {duration(training)} for {train.iterations:,} iterations; generate "
-        f"{duration(GENERATED * drawing / gpus)} for {GENERATED:,} samples ({speed.told})",
+        f"{duration(GENERATED * drawing / gpus)} for {GENERATED:,} samples ({speed.source})",
         soft_wrap=True,
     )
 
 
 def duration(seconds: float) -> str:
-    """Two digits, for more are not known: 42 s, 7.5 min, 3.2 h, 12 days."""
+    """Format with two significant digits: 42 s, 7.5 min, 3.2 h, 12 days."""
     for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= (2 * length if unit == "days" else length):
             return f"{float(f'{seconds / length:.2g}'):,g} {unit}"
@@ -111,26 +111,26 @@ def duration(seconds: float) -> str:
 
 def _print_memory(plan: Plan, *, gpus: int) -> None:
     memory, train, model = plan.memory, plan.recipe.train, plan.recipe.model
-    base = model.dtype if model.quantize == "none" else f"{model.quantize}, the rest {model.dtype}"
+    base = model.dtype if model.quantize == "none" else f"{model.quantize}, other layers {model.dtype}"
     rows = {
         f"frozen base ({base})": memory.base,
         "adapters": memory.adapters,
         "gradients and optimizer": memory.optimizer,
-        "activations of a sample": memory.activations,
-        "the same, checkpointed": memory.checkpointed,
+        "activations per sample": memory.activations,
+        "the same with gradient checkpointing": memory.checkpointed,
     }
-    table = Table("held on each device in training", "GB", box=None, header_style="bold")
+    table = Table("memory per device in training", "GB", box=None, header_style="bold")
     for name, size in rows.items():
         table.add_row(name, f"{size / GB:,.3g}")
     for part, size in memory.not_held.items():
-        table.add_row(f"{part}: while data is prepared only", f"({size / GB:,.3g})")
+        table.add_row(f"{part}: only while data is prepared", f"({size / GB:,.3g})")
     console.out.print(table)
     batch = train.batch * train.accumulate * gpus
-    console.out.print(f"a batch of {train.batch} on each of {gpus} processes: {batch} samples an update")
+    console.out.print(f"batch {train.batch} x {gpus} processes: {batch} samples per update")
 
 
-def _print_needs(plan: Plan, device: Device, typed: Typed) -> None:
-    """Peak memory of every command, what fits, and for what does not a command that does."""
+def _print_needs(plan: Plan, device: Device, typed: TypedRecipe) -> None:
+    """Print the peak memory of every command, whether it fits, and otherwise a command that does."""
     room = None if device.gigabytes is None else device.gigabytes * GB
     needs = needs_of(plan, room)
     fits = f"fits in {device.gigabytes:g} GB" if device.gigabytes else ""
@@ -141,41 +141,44 @@ def _print_needs(plan: Plan, device: Device, typed: Typed) -> None:
     console.out.print(table)
     say = partial(console.out.print, soft_wrap=True)
     if room is None:
-        say("Give --memory GB or --card NAME to learn what fits into a device.")
+        say("Use --memory GB or --card NAME to see what fits.")
         return
     for checkpointing in (False, True):
         batch = plan.memory.batch_that_fits(room, checkpointing=checkpointing)
         how = "with" if checkpointing else "without"
-        say(f"{how} gradient checkpointing, {device.gigabytes:g} GB hold a training batch of {batch}")
+        say(f"largest training batch in {device.gigabytes:g} GB {how} gradient checkpointing: {batch}")
     missing = [need for need in needs if not need.fits]
     if not missing:
         say(
-            f"All four commands fit, {KEPT_FREE:.0%} of the device kept free (a scorer's model comes on top)."
+            f"All four commands fit, with {KEPT_FREE:.0%} of the memory kept free (models of metrics not "
+            "included)."
         )
     for need in missing:
         _print_line(need, typed)
-    if plan.recipe.model.base != "mini" and any(need.change for need in missing if need.command in READING):
+    if plan.recipe.model.base != "mini" and any(
+        need.change for need in missing if need.command in PROMPT_COMMANDS
+    ):
         photos = "" if typed.photos != PHOTOS else f"; {PHOTOS}: a folder of real images"
-        say(f"{PROMPTS}: your prompts, one a line{photos}. Other judges than the spectrum: "
-            "`scalewise metrics`, or --scorer.", highlight=False)  # fmt: skip
+        say(f"{PROMPTS}: your prompts, one per line{photos}. For other metrics see "
+            "`scalewise metrics` and --scorer.", highlight=False)  # fmt: skip
 
 
-def typed_as(name: str, overrides: Sequence[str], *, recipe: Recipe) -> Typed:
-    """What was typed, with the folders of the recipe's data: where a set goes, or real images lie."""
+def typed_as(name: str, overrides: Sequence[str], *, recipe: Recipe) -> TypedRecipe:
+    """Return the recipe as given, with the folder for its dataset or of its real images."""
     folder = recipe.data.path
     if folder == "mini":
-        return Typed(name, overrides, recipe)
+        return TypedRecipe(name, overrides, recipe)
     try:
         check_set_folder(Path(folder))
-    except RecipeError:  # images of the user's, which no set is made over
-        return Typed(name, overrides, recipe, photos=folder)
-    return Typed(name, overrides, recipe, set_folder=folder)
+    except RecipeError:  # images of the user, which must not be overwritten
+        return TypedRecipe(name, overrides, recipe, photos=folder)
+    return TypedRecipe(name, overrides, recipe, set_folder=folder)
 
 
-def _print_line(need: Need, typed: Typed) -> None:
+def _print_line(need: Need, typed: TypedRecipe) -> None:
     say = partial(console.out.print, soft_wrap=True, highlight=False, markup=False)
     if need.change is None:
-        say(f"{need.command} does not fit, with no setting here: it takes a device with more memory.")
+        say(f"{need.command} does not fit with any setting; it needs a device with more memory.")
         return
-    say(f"{need.command} does not fit as it stands; this does:")
+    say(f"{need.command} does not fit; this command does:")
     say(f"  {line(need, typed)}")

@@ -1,4 +1,4 @@
-"""Commands that fit into a device: what to change, gentlest first, when a recipe as it stands does not."""
+"""Commands that fit into the memory of a device: changes to a recipe, least invasive first."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from scalewise.planning.plan import KEPT_FREE, Memory, Plan, make_plan, training
 
 Planner = Callable[[Recipe], Plan]
 PROMPTS, PHOTOS = "prompts.txt", "photos"
-"""What a printed command names where the user has to bring something."""
+"""Placeholders in printed commands for files of the user."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides of a recipe, and the batch of a command that draws."""
+    """Overrides of a recipe, and the batch size of a sampling command."""
 
     overrides: tuple[str, ...] = ()
     batch: int | None = None
-    """None where training's own batch is among the overrides, or stays."""
+    """None if unchanged, or for training, whose batch is an override."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """A command with its standard settings, and what makes it fit."""
+    """Memory of a command with default settings, and the change that makes it fit."""
 
     command: str
     batch: int
@@ -36,11 +36,11 @@ class Need:
     """Bytes."""
     fits: bool
     change: Change | None
-    """Nothing to change where it fits; None where no setting here makes it fit."""
+    """Empty if it fits; None if no change makes it fit."""
 
 
 def needs_of(plan: Plan, device_bytes: float | None, *, planner: Planner = make_plan) -> list[Need]:
-    """What the workflow's commands hold, in its order; without a device all are taken to fit."""
+    """Return the memory needs of all commands in order of use; without a device everything fits."""
     room = float("inf") if device_bytes is None else device_bytes * (1 - KEPT_FREE)
     train = plan.recipe.train
     found = [_drawing(plan, command, room) for command in RUNS]
@@ -61,10 +61,10 @@ def _drawing(plan: Plan, command: Command, room: float) -> Need:
 
 
 def drawing_change(plan: Plan, command: Command, room: float) -> Change | None:
-    """Settings with which a drawing command stays within `room` bytes, with the largest batch that does.
+    """Return settings with which a sampling command fits `room` bytes, with the largest possible batch.
 
-    A smaller batch costs least, then whole components in main memory, then single blocks; fewer bits change
-    what is drawn and come last.
+    In order of cost: a smaller batch, offloading of components, offloading of blocks, and quantization, which
+    changes the images.
     """
     model = plan.recipe.model
     steps: list[dict[str, Any]] = [{}]
@@ -84,9 +84,9 @@ def drawing_change(plan: Plan, command: Command, room: float) -> Change | None:
 
 
 def training_changes(plan: Plan, room: float, *, planner: Planner = make_plan) -> list[str] | None:
-    """Overrides with which training stays within `room` bytes; None where nothing here is enough.
+    """Return overrides with which training fits `room` bytes; None if there are none.
 
-    Samples per update stay as they are: a smaller batch is made up for by accumulation.
+    Samples per update stay the same: accumulation compensates for a smaller batch.
     """
     for changes, memory in _ladder(plan, planner):
         recipe = plan.recipe.override(changes)
@@ -99,7 +99,7 @@ def training_changes(plan: Plan, room: float, *, planner: Planner = make_plan) -
 
 
 def _ladder(plan: Plan, planner: Planner) -> Iterator[tuple[list[str], Memory]]:
-    """Overrides, each step with those before it, and the memory that they leave."""
+    """Yield increasing sets of overrides with the memory needed."""
     recipe, changes = plan.recipe, list[str]()
 
     def step(*overrides: str) -> tuple[list[str], Memory]:
@@ -114,7 +114,7 @@ def _ladder(plan: Plan, planner: Planner) -> Iterator[tuple[list[str], Memory]]:
     else:
         yield step()
     if recipe.model.dtype == "float32":
-        # Every activation is another one then: counted again.
+        # Activations change, so they are counted again.
         plan = planner(recipe.override(["model.dtype=bfloat16"]))
         yield step("model.dtype=bfloat16")
     if recipe.model.quantize == "none":
@@ -129,31 +129,31 @@ def _ladder(plan: Plan, planner: Planner) -> Iterator[tuple[list[str], Memory]]:
 
 
 def _divisors(number: int) -> list[int]:
-    """Largest first."""
+    """Return the divisors in decreasing order."""
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
 @dataclass(frozen=True)
-class Typed:
-    """A recipe as it was typed, and what it comes to."""
+class TypedRecipe:
+    """A recipe as given on the command line."""
 
     name: str
-    """Of a recipe or of its file."""
+    """Name or file of the recipe."""
     overrides: Sequence[str]
     recipe: Recipe
-    """With the overrides."""
+    """The recipe with its overrides."""
     set_folder: str | None = None
-    """Where `generate` writes the set that the recipe reads; None for the embedded one."""
+    """Output folder of `generate`; None for the embedded dataset."""
     photos: str = PHOTOS
-    """A folder of real images, for metrics."""
+    """Folder of real images for metrics."""
 
 
-def line(need: Need, typed: Typed) -> str:
-    """The command that fits, ready to be pasted, with the overrides typed, which its own replace.
+def line(need: Need, typed: TypedRecipe) -> str:
+    """Return a command that fits, ready to paste, with the given overrides and those of the change.
 
-    Each command gets those that it takes: `sample` a model's alone, `evaluate` none of the recipe's name. A
-    base other than the mini brings neither captions nor a judge along: a file of prompts is named
-    (`PROMPTS`), and a metric without weights, which needs real images.
+    Each command gets the overrides that it accepts: `sample` those of `model`, `evaluate` all but the name of
+    the recipe. Bases other than the mini have neither captions nor a scorer, so the command contains a prompt
+    file (`PROMPTS`) and a metric without weights, which needs real images.
     """
     assert need.change is not None
     recipe = typed.recipe
@@ -161,7 +161,7 @@ def line(need: Need, typed: Typed) -> str:
     batch = ["--batch", str(need.change.batch)] if need.change.batch else []
     foreign = recipe.model.base != "mini"
     prompts = ["--prompts", PROMPTS] if foreign else []
-    judge = ["--metric", "spectrum", "--reference", typed.photos] if foreign else []
+    scorer = ["--metric", "spectrum", "--reference", typed.photos] if foreign else []
     out = ["--out", typed.set_folder] if typed.set_folder else []
     run = f"runs/{recipe.name}"
     of_model = [text for text in overrides if key_of(text).startswith("model.")]
@@ -171,7 +171,7 @@ def line(need: Need, typed: Typed) -> str:
         "distill": ["distill", typed.name, *overrides],
         "sample": ["sample", "a cat", *of_model, "--student", run, *batch],
         "evaluate": [
-            "evaluate", typed.name, "teacher", f"student:{run}", *grouped, *batch, *prompts, *judge
+            "evaluate", typed.name, "teacher", f"student:{run}", *grouped, *batch, *prompts, *scorer
         ],
     }  # fmt: skip
     return shlex.join(["scalewise", *words[need.command]])

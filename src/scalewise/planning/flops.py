@@ -1,8 +1,8 @@
-"""Operations and saved bytes of a network on the meta device, where tensors have shapes and no numbers.
+"""FLOPs and saved bytes of a network on the meta device, where tensors have shapes but no values.
 
-Real operators are counted (torch's FlopCounterMode), attention included. A network's blocks are alike, and
-a run on the meta device costs milliseconds an operator, so every different block is run once, by itself,
-forward and backward; its likes are stood in for by its outputs and its count.
+Counts the real operators (FlopCounterMode of torch), including attention. Most blocks of a network are equal
+and an operator on the meta device takes milliseconds, so each distinct block runs once, separately, forward
+and backward; equal blocks reuse its outputs and its counts.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Count:
-    """What a run took."""
+    """FLOPs and memory of a run."""
 
     flops: float = 0.0
     saved: dict[int, int] = field(default_factory=dict)
-    """Bytes that autograd keeps, by storage."""
+    """Bytes saved for the backward pass, by storage."""
     inside: int = 0
-    """Further bytes that it keeps inside blocks, but for their inputs."""
+    """Bytes saved inside blocks, without their inputs."""
     largest: int = 0
-    """The most that one block keeps inside."""
+    """Maximum bytes saved inside one block."""
     inputs: dict[int, int] = field(default_factory=dict)
-    """Bytes of the blocks' inputs, by storage: what checkpointing keeps."""
+    """Bytes of the inputs of blocks, by storage: what checkpointing saves."""
     outside: dict[int, int] = field(default_factory=dict)
-    """Bytes that autograd keeps outside blocks, by storage."""
+    """Bytes saved outside blocks, by storage."""
 
     @property
     def activations(self) -> int:
-        """Bytes kept without checkpointing."""
+        """Bytes saved without checkpointing."""
         return sum(self.saved.values()) + self.inside
 
     @property
     def checkpointed(self) -> int:
-        """Bytes kept with every block checkpointed: their inputs, and one block that is recomputed."""
+        """Bytes saved with every block checkpointed: inputs of blocks, and one recomputed block."""
         return sum((self.outside | self.inputs).values()) + self.largest
 
 
@@ -84,15 +84,15 @@ class _StandIn(torch.autograd.Function):
 
 
 class _Flash(torch.autograd.Function):
-    """Attention as flash kernels compute it: the scores are never kept, the backward pass makes them anew.
+    """Attention as in flash kernels: scores are not saved but recomputed in the backward pass.
 
-    On the meta device torch would take the plain kernel, which keeps every head's L x L scores.
+    On the meta device torch would use the math kernel, which saves the L x L scores of every head.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = (query @ key.transpose(-1, -2)) @ value
-        # With the logarithms of the softmax's sums, one float32 for each query.
+        # Plus the log-sum-exp of the softmax, one float32 per query.
         sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, output, sums)
         return output
@@ -118,7 +118,7 @@ class _FlashMode(TorchFunctionMode):
 
 
 class _FusedMode(TorchFunctionMode):
-    """Replaces torch's attention by the flash kernel's operator, which holds no L x L scores."""
+    """Replaces torch's attention by the operator of the flash kernel, which stores no L x L scores."""
 
     def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
         args = given[0] if given else ()
@@ -131,7 +131,7 @@ class _FusedMode(TorchFunctionMode):
 
 
 class _Alive(TorchDispatchMode):
-    """Adds up the bytes of tensors from the operation that makes them to their last reference."""
+    """Tracks the bytes of live tensors, from creation to their last reference."""
 
     def __init__(self, *, without: set[int]) -> None:
         super().__init__()
@@ -156,10 +156,10 @@ class _Alive(TorchDispatchMode):
 
 
 def measure(run: Callable[[], object], networks: Sequence[nn.Module]) -> tuple[int, float]:
-    """Most bytes alive at once, and operations, of a run without gradients on the meta device.
+    """Return peak bytes and FLOPs of a run without gradients on the meta device.
 
-    Weights and buffers of `networks` are not counted, nor is what was there before the run; workspaces of
-    kernels and the allocator's slack cannot be seen here.
+    Excludes weights and buffers of `networks`, tensors created before the run, kernel workspaces and memory
+    fragmentation.
     """
     known = {_storage(t) for network in networks for t in (*network.parameters(), *network.buffers())}
     alive = _Alive(without=known)
@@ -169,7 +169,7 @@ def measure(run: Callable[[], object], networks: Sequence[nn.Module]) -> tuple[i
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, such as SD3's table of positions."""
+    """Return the bytes of the parameters and buffers of a module."""
     held = {_storage(t): _bytes(t) for t in (*module.parameters(), *module.buffers())}
     return sum(held.values())
 
@@ -177,7 +177,10 @@ def bytes_of(module: nn.Module) -> int:
 def count(
     run: Callable[[], Tensor], network: nn.Module, *, blocks: Sequence[nn.Module], backward: bool
 ) -> Count:
-    """Count a run of a network, and its backward pass if asked for; many of `blocks` are alike."""
+    """Count a run of a network, with its backward pass if `backward`; equal `blocks` are run once.
+
+    `run` returns the output tensor of any shape.
+    """
     found, held = Count(), list[Any]()
     weights = {_storage(p) for p in network.parameters()}
     known: dict[Any, _Block] = {}
@@ -185,7 +188,7 @@ def count(
     def keep(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in weights:
             found.saved[_storage(tensor)] = found.outside[_storage(tensor)] = _bytes(tensor)
-            held.append(tensor)  # so that no storage's number is given twice
+            held.append(tensor)  # keeps storage ids unique
         return tensor
 
     def around(block: nn.Module, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -221,7 +224,7 @@ _TENSOR = object()
 def _alone(
     original: Callable[..., Any], leaves: list[Any], layout: Any, weights: set[int], *, backward: bool
 ) -> _Block:
-    """Run a block by itself, forward and backward, outside the count around it."""
+    """Run a block separately, forward and backward, outside the enclosing count."""
     copies = [
         leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
         for leaf in leaves
@@ -257,7 +260,7 @@ def _alone(
 
 @contextmanager
 def _patched(blocks: Sequence[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
-    """Replace the blocks' forward, so that hooks on them still run."""
+    """Replace the forward method of blocks, so that their hooks still run."""
     for block in blocks:
         block.forward = partial(around, block, block.forward)
     try:

@@ -1,4 +1,4 @@
-"""The spectral survey of a recipe: spectra of its latents, safe scales, its schedule and a proposal."""
+"""Spectrum of the latents of a recipe, safe scales, margins of its schedule, and a proposed schedule."""
 
 from __future__ import annotations
 
@@ -38,68 +38,72 @@ from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.planning.plan import forward_flops
 from scalewise.training import setup
 
-DENSE = 100  # steps of the model's own schedule that timesteps are chosen among
-BATCH = 8  # pictures encoded at once
+DENSE = 100  # steps of the model's schedule from which timesteps are chosen
+BATCH = 8  # images encoded at a time
 FEW = 64
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a proposal has to keep to."""
+class SearchOptions:
+    """Constraints on the proposed schedule."""
 
     steps: int | None = None
-    """Number of steps; None = as many as the recipe, at its timesteps."""
+    """Number of steps; None = the timesteps of the recipe."""
     timesteps: tuple[float, ...] = ()
-    """The timesteps themselves, instead of `steps`."""
+    """Timesteps, instead of `steps`."""
     budget: float | None = None
-    """Part of the tokens of as many steps at full scale."""
+    """Maximum tokens relative to the same number of steps at full scale."""
     margin: float = 1.0
-    """By how much noise has to exceed the signal that a scale cannot hold."""
+    """Required ratio of noise to the signal that a scale cannot represent."""
     smallest: float = 0.25
-    """No side, and no number of frames, below this part of the full one."""
+    """Smallest side and number of frames relative to the full ones."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.timesteps:
             raise RecipeError("Give --steps or --timesteps, not both.")
         if not 1 <= self.margin < math.inf:
-            raise RecipeError(f"A margin of {self.margin:g} is not safe; it is a number of at least 1.")
+            raise RecipeError(f"--margin must be a finite number of at least 1; got {self.margin:g}.")
         if not 0 < self.smallest <= 1:
-            raise RecipeError(f"--smallest {self.smallest:g} must be a part of the full side, in (0, 1].")
+            raise RecipeError(
+                f"--smallest must be a fraction of the full side in (0, 1]; got {self.smallest:g}."
+            )
         if self.budget is not None and not 0 < self.budget <= 1:
-            raise RecipeError(f"--budget {self.budget:g} must be a part of the full-scale cost, in (0, 1].")
+            raise RecipeError(
+                f"--budget must be a fraction of the full-scale cost in (0, 1]; got {self.budget:g}."
+            )
 
 
-def parse_levels(text: str | None) -> tuple[float, ...]:
-    """Read noise levels such as "1000 896 737" or "1000,896,737"."""
+def parse_timesteps(text: str | None) -> tuple[float, ...]:
+    """Parse timesteps such as "1000 896 737" or "1000,896,737"; RecipeError if invalid."""
     try:
-        levels = tuple(float(word) for word in (text or "").replace(",", " ").split())
+        timesteps = tuple(float(word) for word in (text or "").replace(",", " ").split())
     except ValueError:
         raise RecipeError(
-            f"Cannot read the noise levels {text!r}; write numbers, as in '1000 896 737'."
+            f"Cannot parse the timesteps {text!r}; write numbers, as in '1000 896 737'."
         ) from None
-    for t in levels:
+    for t in timesteps:
         if not 0 < t <= 1000:
-            raise RecipeError(f"The noise level {t:g} lies outside (0, 1000]; levels are 1000 x sigma.")
-    return levels
+            raise RecipeError(f"Timestep {t:g} is outside (0, 1000]; timesteps are 1000 x sigma.")
+    return timesteps
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A schedule and what there is to say of it."""
+class RatedSchedule:
+    """A schedule with its cost, margins and advice."""
 
     name: str
     schedule: ScaleSchedule
     tokens: int
     token_part: float
-    """Of as many steps at full scale."""
+    """Tokens relative to the same number of steps at full scale."""
     flops: float
     flop_part: float
     margins: tuple[float, ...]
-    """Of every step after the first: what noise hides of what upscaling misses."""
+    """For every step after the first: ratio of noise to the signal that is missing after upscaling."""
     advice: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON knows it; a margin without bound is null."""
+        """Return JSON data; an infinite margin is null."""
         return {
             "name": self.name, "timesteps": list(self.schedule.timesteps),
             "scales": [str(s) for s in self.schedule.scales], "tokens": self.tokens,
@@ -109,69 +113,69 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """Spectra of a number of latents and the schedules judged by them."""
+class SpectrumReport:
+    """Spectra of latents, and the rated schedules."""
 
     recipe: Recipe
-    wish: Wish
+    search: SearchOptions
     latents: int
     noise: NoiseProcess
     spectra: Spectra
     sizes: tuple[Scale, ...]
-    """Sizes of one frame that a schedule may use, small to large."""
-    schedules: tuple[Judged, ...]
+    """Single-frame scales that a schedule may use, in increasing order."""
+    schedules: tuple[RatedSchedule, ...]
 
     @property
     def axes(self) -> dict[str, Spectrum]:
-        """The spectra by axis: space, and time for video."""
+        """Spectra by axis: space and, for video, time."""
         time = self.spectra.time
         return {"space": self.spectra.space} | ({"time": time} if time else {})
 
     @property
-    def options(self) -> dict[str, list[Scale]]:
-        """By axis, the scales that differ from full size along it alone, small to large."""
+    def axis_scales(self) -> dict[str, list[Scale]]:
+        """By axis, the scales that differ from full size only along this axis, in increasing order."""
         full = self.spectra.full
         sizes = [Scale(full.frames, *s.size) for s in self.sizes]
         frames = [Scale(n, *full.size) for n in range(1, full.frames + 1)]
         return {"space": sizes} | ({"time": frames} if self.spectra.time else {})
 
     def smallest_safe(self, axis: str, t: float) -> Scale:
-        """Return the smallest option along an axis whose loss the noise at t hides by the wished margin."""
+        """Return the smallest scale along an axis that is safe at t with the required margin."""
         return next(
-            s for s in self.options[axis] if self.spectra.margin(s, t, self.noise) >= self.wish.margin
+            s for s in self.axis_scales[axis] if self.spectra.margin(s, t, self.noise) >= self.search.margin
         )
 
     def safe_from(self, scale: Scale) -> float | None:
-        """Return the lowest t at which a scale has the wished margin."""
-        return self.spectra.safe_from(scale, self.noise, margin=self.wish.margin)
+        """Return the lowest t at which a scale has the required margin; None if there is none."""
+        return self.spectra.safe_from(scale, self.noise, margin=self.search.margin)
 
-    def hidden_from(self, axis: str, t: float) -> float:
-        """Return the frequency, in cycles a cell, from which on noise at t exceeds the signal by the wished
-        margin.
+    def noise_cutoff(self, axis: str, t: float) -> float:
+        """Return the frequency, in cycles per cell, above which the noise at t exceeds the signal by the
+        required margin.
         """
         alpha, sigma = weights(self.noise, t)
-        return self.axes[axis].at_most(sigma**2 / (self.wish.margin * alpha**2) if alpha else math.inf)
+        return self.axes[axis].at_most(sigma**2 / (self.search.margin * alpha**2) if alpha else math.inf)
 
     def noisy(self, axis: str, t: float) -> Tensor:
-        """Return the expected power [K] along an axis of latents noised to t."""
+        """Return the expected power [K] of latents noised to t, along an axis."""
         alpha, sigma = weights(self.noise, t)
         return alpha**2 * self.axes[axis].power + sigma**2
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON knows it."""
-        levels = sorted({t for judged in self.schedules for t in judged.schedule.timesteps}, reverse=True)
+        """Return JSON data."""
+        timesteps = sorted({t for s in self.schedules for t in s.schedule.timesteps}, reverse=True)
         return {
             "recipe": self.recipe.name,
             "base": self.recipe.model.base,
             "data": self.recipe.data.path,
-            "wish": asdict(self.wish),
+            "wish": asdict(self.search),
             "latents": self.latents,
             "full": str(self.spectra.full),
-            "schedules": [judged.to_dict() for judged in self.schedules],
-            "axes": {axis: self._axis(axis, levels) for axis in self.axes},
+            "schedules": [schedule.to_dict() for schedule in self.schedules],
+            "axes": {axis: self._axis(axis, timesteps) for axis in self.axes},
         }
 
-    def _axis(self, axis: str, levels: Sequence[float]) -> dict[str, Any]:
+    def _axis(self, axis: str, timesteps: Sequence[float]) -> dict[str, Any]:
         spectrum, number = self.axes[axis], list(self.axes).index(axis)
         return {
             "cycles_per_cell": spectrum.frequency.tolist(),
@@ -183,7 +187,7 @@ class Survey:
                     "holds_cycles_per_cell": self.spectra.limits(scale)[number],
                     "safe_from": self.safe_from(scale),
                 }
-                for scale in self.options[axis]
+                for scale in self.axis_scales[axis]
             ],
             "levels": [
                 {
@@ -193,13 +197,15 @@ class Survey:
                     "smallest_safe": str(self.smallest_safe(axis, t)),
                     "noisy": self.noisy(axis, t).tolist(),
                 }
-                for t in levels
+                for t in timesteps
             ],
         }
 
 
-def survey(recipe: Recipe, wish: Wish, *, count: int, progress: Progress) -> Survey:
-    """Measure latents of the recipe's data, judge its schedule and propose another; loads no denoiser."""
+def measure_spectrum(
+    recipe: Recipe, options: SearchOptions, *, count: int, progress: Progress
+) -> SpectrumReport:
+    """Measure latents of the recipe's data, rate its schedule and propose another; loads no denoiser."""
     base = mini.resolve(recipe.model.base, mini.TEACHER)
     model = skeleton(
         base, max_sequence_length=recipe.model.max_sequence_length, variant=recipe.model.variant,
@@ -207,61 +213,61 @@ def survey(recipe: Recipe, wish: Wish, *, count: int, progress: Progress) -> Sur
     )  # fmt: skip
     own = recipe.schedule.build()
     model.check_schedule(own)
-    timesteps = chosen_timesteps(model, own, wish)
-    latents = gather(recipe, model, count=count, progress=progress)
+    timesteps = proposal_timesteps(model, own, options)
+    latents = load_latents(recipe, model, count=count, progress=progress)
     if len(latents) < FEW:
         warnings.warn(
-            f"{len(latents)} latents are too few for a spectrum of the data; measure {FEW} or more (--count, "
+            f"{len(latents)} latents are too few for a reliable spectrum; measure at least {FEW} (--count, "
             "--data).",
             stacklevel=2,
         )
     spectra = Spectra.of(latents)
-    proposed = proposal(spectra, model, timesteps, wish)
+    proposed = proposal(spectra, model, timesteps, options)
     flops = dict[Scale, float]()
     needed = sorted({*own.scales, *proposed.scales})
-    with progress("counting operations", len(needed)) as done:
+    with progress("counting FLOPs", len(needed)) as done:
         for scale in needed:
             flops[scale] = forward_flops(model, scale)
             done(len(flops))
     sizes = {Scale(1, *s.size) for s in needed} | set(
-        candidates(own.full, model.patch, smallest=wish.smallest)
+        candidates(own.full, model.patch, smallest=options.smallest)
     )
     named = {"recipe": own, "proposal": proposed}
-    return Survey(
-        recipe, wish, len(latents), model.noise, spectra, tuple(sorted(sizes)),
-        tuple(judge(name, schedule, model, spectra, flops) for name, schedule in named.items()),
+    return SpectrumReport(
+        recipe, options, len(latents), model.noise, spectra, tuple(sorted(sizes)),
+        tuple(rate(name, schedule, model, spectra, flops) for name, schedule in named.items()),
     )  # fmt: skip
 
 
-def chosen_timesteps(model: PipelineAdapter, own: ScaleSchedule, wish: Wish) -> list[float]:
-    """Return the timesteps of the proposal: those given, or so many from 1000 to the recipe's last."""
-    if wish.timesteps:
-        return list(wish.timesteps)
-    if wish.steps in (None, len(own)):
+def proposal_timesteps(model: PipelineAdapter, own: ScaleSchedule, options: SearchOptions) -> list[float]:
+    """Return the timesteps of the proposal: those given, or `steps` from 1000 to the last of the recipe."""
+    if options.timesteps:
+        return list(options.timesteps)
+    if options.steps in (None, len(own)):
         return list(own.timesteps)
-    levels = model.teacher_scheduler(DENSE, own.full).timesteps.tolist()
-    return spaced(levels, wish.steps or 0, own.timesteps[-1])
+    dense = model.teacher_scheduler(DENSE, own.full).timesteps.tolist()
+    return spaced(dense, options.steps or 0, own.timesteps[-1])
 
 
 def proposal(
-    spectra: Spectra, model: PipelineAdapter, timesteps: Sequence[float], wish: Wish
+    spectra: Spectra, model: PipelineAdapter, timesteps: Sequence[float], options: SearchOptions
 ) -> ScaleSchedule:
-    """Return the cheapest schedule of the wished margin, or the most careful one of the wished budget."""
+    """Return the cheapest schedule with the margin, or the one with the largest margin within the budget."""
 
     def schedule_at(margin: float) -> ScaleSchedule:
         return propose(
-            spectra, model.noise, timesteps, patch=model.patch, margin=margin, smallest=wish.smallest
+            spectra, model.noise, timesteps, patch=model.patch, margin=margin, smallest=options.smallest
         )
 
-    if wish.budget is None:
-        return schedule_at(wish.margin)
-    return within_budget(schedule_at, model.token_count, budget=wish.budget, least=wish.margin)
+    if options.budget is None:
+        return schedule_at(options.margin)
+    return within_budget(schedule_at, model.token_count, budget=options.budget, least=options.margin)
 
 
-def judge(
+def rate(
     name: str, schedule: ScaleSchedule, model: PipelineAdapter, spectra: Spectra, flops: Mapping[Scale, float]
-) -> Judged:
-    """Weigh a schedule: cost, margins, and where it leaves the paper's advice or is not safe."""
+) -> RatedSchedule:
+    """Rate a schedule: cost, margins, deviations from the paper's advice, and unsafe scales."""
     steps, full = len(schedule), schedule.full
     tokens = sum(model.token_count(s) for s in schedule.scales)
     operations = sum(flops[s] for s in schedule.scales)
@@ -271,17 +277,17 @@ def judge(
     for step, margin in zip(schedule.steps[1:], hidden, strict=True):
         if margin < 1:
             found.append(
-                f"What is enlarged to {step.scale} lacks detail {1 / margin:.2g} times as strong as the "
-                f"noise at t = {step.t:g}."
+                f"The signal missing after upscaling to {step.scale} is {1 / margin:.2g} times as strong as "
+                f"the noise at t = {step.t:g}."
             )
-    return Judged(
+    return RatedSchedule(
         name, schedule, tokens, tokens / (steps * model.token_count(full)), operations,
         operations / (steps * flops[full]), tuple(hidden), tuple(found),
     )  # fmt: skip
 
 
-def gather(recipe: Recipe, model: PipelineAdapter, *, count: int, progress: Progress) -> Tensor:
-    """Return up to `count` clean latents [N, C, ...] at full size: of a set, or of pictures, encoded."""
+def load_latents(recipe: Recipe, model: PipelineAdapter, *, count: int, progress: Progress) -> Tensor:
+    """Return up to `count` clean latents [N, C, ...] at full size, from a dataset or from encoded images."""
     path, full = Path(mini.resolve(recipe.data.path, mini.DATA)), recipe.schedule.build().full
     if (path / "set.json").exists():
         stored = LatentSet.open(path)
@@ -289,12 +295,13 @@ def gather(recipe: Recipe, model: PipelineAdapter, *, count: int, progress: Prog
         return stored.latents(rows, full)
     if not path.is_dir():
         raise DataError(
-            f"There are no latents or pictures in {path}; give --data with a set (`scalewise generate`) or "
-            "a folder of images."
+            f"No latents or images in {path}; set --data to a dataset (`scalewise generate`) or a folder "
+            "of images."
         )
     if model.video:
         raise RecipeError(
-            f"{path} holds no set, and {recipe.model.base} makes videos; `scalewise generate` one."
+            f"{path} contains no dataset, which {recipe.model.base} needs as a video model; create one with "
+            "`scalewise generate`."
         )
     entries, skipped = scan_images(path, captions=False)
     skipped.warn(path)
@@ -305,19 +312,18 @@ def gather(recipe: Recipe, model: PipelineAdapter, *, count: int, progress: Prog
 def encode(
     model: ModelAdapter, entries: Sequence[ImageEntry], full: Scale, *, count: int, progress: Progress
 ) -> Tensor:
-    """Return latents [N, C, H, W] of pictures, those large enough."""
+    """Encode images that are large enough to latents [N, C, H, W]."""
     height, width = model.pixel_size(full)
-    # An enlarged picture has no high frequencies, and would speak for smaller scales than are safe.
+    # Enlarged images have no high frequencies, so smaller scales than are safe would look safe.
     large = [e for e in entries if e.width >= width and e.height >= height]
     if not large:
         raise DataError(
-            f"None of the {len(entries)} pictures has the full size of {height}x{width} pixels; give larger "
-            "ones."
+            f"None of the {len(entries)} images has at least {height}x{width} pixels; use larger images."
         )
     if len(large) < len(entries):
         warnings.warn(
-            f"{len(entries) - len(large)} of {len(entries)} pictures are smaller than {height}x{width} "
-            "pixels and left out.",
+            f"{len(entries) - len(large)} of {len(entries)} images are smaller than {height}x{width} "
+            "pixels and skipped.",
             stacklevel=2,
         )
     chosen = [large[i] for i in permutation(len(large), "spectrum")[:count].tolist()]

@@ -1,4 +1,4 @@
-"""Operations per second: of named cards by their data sheets, of this machine by a block that is timed."""
+"""FLOP/s: of GPUs from their data sheets, of this machine by timing one block."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from scalewise.planning.flops import measure
 
 TERA = 1e12
 UTILIZATION = 0.4
-"""Part of a card's peak that is assumed to be reached. The paper's compiled samples reach 0.48 to 0.68 of an
-A100's peak by this count (docs/decisions.md); training here is not compiled."""
+"""Assumed fraction of the peak. The compiled samplers of the paper reach 0.48 to 0.68 of the peak of an A100
+(docs/decisions.md); training here is not compiled."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card by its vendor's data sheet."""
+    """A GPU, from the data sheet of its vendor."""
 
     title: str
     peak: float
-    """Dense products of bfloat16 with sums in float32, in operations per second, without sparsity."""
+    """Dense bfloat16 FLOP/s with float32 accumulation, without sparsity."""
     gigabytes: float
 
 
@@ -51,34 +51,36 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Throughput:
-    """Operations per second to reckon with."""
+    """FLOP/s used for estimates."""
 
     reached: float
-    told: str
-    """Where the figure comes from."""
+    source: str
+    """Where the number comes from."""
 
     def seconds(self, flops: float) -> float:
-        """Time for so many operations."""
+        """Return the seconds for a number of FLOPs."""
         return flops / self.reached
 
 
 def card_named(name: str) -> Card:
-    """A card by its short name, in any case."""
+    """Return a GPU by its short name, ignoring case; RecipeError if unknown."""
     if name.lower() not in CARDS:
-        raise RecipeError(f"There is no card {name!r} here; choose one of {', '.join(CARDS)}.")
+        raise RecipeError(f"Unknown card {name!r}; choose one of {', '.join(CARDS)}.")
     return CARDS[name.lower()]
 
 
 def throughput_of(card: Card) -> Throughput:
-    """A card's, at the utilization that is assumed."""
-    told = f"{card.title}: {card.peak / TERA:,.4g} TFLOPS of bfloat16, {UTILIZATION:.0%} of them assumed"
-    return Throughput(card.peak * UTILIZATION, told)
+    """Return the throughput of a GPU at the assumed utilization."""
+    source = (
+        f"{card.title}: {card.peak / TERA:,.4g} TFLOPS in bfloat16, assuming {UTILIZATION:.0%} utilization"
+    )
+    return Throughput(card.peak * UTILIZATION, source)
 
 
 def measured(recipe: Recipe, device: torch.device, *, seconds: float = 0.5) -> Throughput:
-    """This machine's: the forward of one block of the network with random weights, timed for `seconds`.
+    """Measure this machine: time the forward pass of one block with constant weights for `seconds`.
 
-    On a GPU it works at the recipe's full scale, on a CPU with 256 image tokens at most, to take seconds.
+    Runs at the full scale of the recipe on a GPU, with at most 256 image tokens on a CPU.
     """
     dtype = getattr(torch, recipe.model.dtype)
     model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), dtype=dtype)
@@ -92,23 +94,23 @@ def measured(recipe: Recipe, device: torch.device, *, seconds: float = 0.5) -> T
     for tensor in (*block.parameters(), *block.buffers()):
         _fill(tensor)
     args, options = tree_map(partial(_real, device=device), (args, options))
-    laps = list[float]()
+    times = list[float]()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        # In the first lap kernels are chosen and loaded; where it takes long anyway, it is enough.
-        while len(laps) < 4 and sum(laps) < seconds:
+        # The first run includes loading of kernels; if it takes long anyway, it is enough.
+        while len(times) < 4 and sum(times) < seconds:
             _wait(device)
             started = time.perf_counter()
             block(*args, **options)
             _wait(device)
-            laps.append(time.perf_counter() - started)
-    speed = flops / min(laps)
+            times.append(time.perf_counter() - started)
+    speed = flops / min(times)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     kind = "bfloat16" if bf16 else recipe.model.dtype
-    return Throughput(speed, f"{name}: {speed / TERA:,.3g} TFLOPS of {kind}, measured on one block")
+    return Throughput(speed, f"{name}: {speed / TERA:,.3g} TFLOPS in {kind}, measured on one block")
 
 
 def first_block(model: PipelineAdapter, scale: Scale) -> tuple[nn.Module, Any, Any]:
-    """A skeleton's first block, and the arguments that it gets for one sample at a scale."""
+    """Return the first block of a model without weights, and its arguments for one sample at a scale."""
     found: list[tuple[Any, Any]] = []
     block = model.repeated_blocks()[0]
 
@@ -125,13 +127,13 @@ def first_block(model: PipelineAdapter, scale: Scale) -> tuple[nn.Module, Any, A
 
 def _fill(tensor: Tensor) -> None:
     if tensor.is_floating_point():
-        tensor.data.fill_(0.01)  # a product takes as long with any numbers
+        tensor.data.fill_(0.01)  # the values do not affect the time
     else:
         tensor.data.zero_()
 
 
 def _real(value: Any, *, device: torch.device) -> Any:
-    """A tensor with numbers in place of one without."""
+    """Return a tensor with values in place of a meta tensor."""
     if not isinstance(value, Tensor):
         return value
     made = torch.zeros(value.shape, dtype=value.dtype, device=device)
