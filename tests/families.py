@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from scalewise.method.scales import Scale
-from scalewise.models import ModelAdapter
+from scalewise.models import PipelineAdapter
 from scalewise.models.flux import pack, unpack
 
 
 def ask_diffusers(
-    model: ModelAdapter, prompts: list[str], noise: torch.Tensor, **options: Any
+    model: PipelineAdapter, prompts: list[str], noise: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """Latents in our layout, or pictures with `output_type`, that the pipeline draws from `noise`."""
     height, width = (model.vae_factor * size for size in noise.shape[-2:])

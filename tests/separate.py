@@ -13,7 +13,7 @@ from scalewise.method.discriminator import DiscriminatorHead
 from scalewise.method.distill import Batch, DistillStep, draw_timesteps
 from scalewise.method.loss_config import LossRecipe
 from scalewise.method.rng import SampleNoise
-from scalewise.models import SDXL, Flux, ModelAdapter
+from scalewise.models import SDXL, Flux, PipelineAdapter
 
 BLOCK = 2
 OFF = {"weight": 0.0}
@@ -51,7 +51,7 @@ def gradients(step: DistillStep, role: str) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in step.backbone.parameters(role).items()}
 
 
-def separate_model(step: DistillStep, role: str | None) -> ModelAdapter:
+def separate_model(step: DistillStep, role: str | None) -> PipelineAdapter:
     """A model of its own for one role: another denoiser with that role's LoRA, always switched on."""
     copy = type(step.backbone.model).tiny()
     if role is None:
@@ -67,11 +67,11 @@ def separate_model(step: DistillStep, role: str | None) -> ModelAdapter:
     return copy
 
 
-def own_gradients(model: ModelAdapter) -> dict[str, torch.Tensor]:
+def own_gradients(model: PipelineAdapter) -> dict[str, torch.Tensor]:
     return {n.replace(".own.", "."): p.grad for n, p in model.denoiser.named_parameters() if ".own." in n}
 
 
-def alpha_and_sigma(model: ModelAdapter, t, like) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha_and_sigma(model: PipelineAdapter, t, like) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of x0 and noise at t, written out for both kinds of process."""
     if isinstance(model, SDXL):
         table = model.pipeline.scheduler.alphas_cumprod.double().numpy()
@@ -82,13 +82,13 @@ def alpha_and_sigma(model: ModelAdapter, t, like) -> tuple[torch.Tensor, torch.T
     return tuple(v.view(-1, *[1] * (like.ndim - 1)) for v in (alpha, sigma))
 
 
-def x0_of(model: ModelAdapter, x_t, t, cond) -> torch.Tensor:
+def x0_of(model: PipelineAdapter, x_t, t, cond) -> torch.Tensor:
     alpha, sigma = alpha_and_sigma(model, t, x_t)
     predicted = model.predict(x_t, t, cond)
     return (x_t - sigma * predicted) / alpha if isinstance(model, SDXL) else x_t - sigma * predicted
 
 
-def features_of(model: ModelAdapter, x_t, t, cond) -> torch.Tensor:
+def features_of(model: PipelineAdapter, x_t, t, cond) -> torch.Tensor:
     kept = []
     block = 0 if isinstance(model, SDXL) else BLOCK
     with model.block(block).register_forward_hook(lambda _m, _i, out: kept.append(model.image_tokens(out))):
@@ -96,7 +96,7 @@ def features_of(model: ModelAdapter, x_t, t, cond) -> torch.Tensor:
     return kept[0]
 
 
-def noised(model: ModelAdapter, x0, eps, t) -> torch.Tensor:
+def noised(model: PipelineAdapter, x0, eps, t) -> torch.Tensor:
     alpha, sigma = alpha_and_sigma(model, t, x0)
     return alpha * x0 + sigma * eps
 
@@ -136,7 +136,7 @@ def joint_student_loss(loss: LossRecipe, batch: Batch, rng, student, fake, teach
         total = total + loss.gan.weight * F.softplus(-head(features_of(fake, x_t, level, cond))).mean()
     if loss.dmd.weight:
         if isinstance(teacher, Flux):  # guidance is an input
-            real = x0_of(teacher, x_t, level, teacher.with_guidance(cond, loss.dmd.guidance))
+            real = x0_of(teacher, x_t, level, cond.with_guidance(loss.dmd.guidance))
         else:
             told = x0_of(teacher, x_t, level, cond)
             untold = x0_of(teacher, x_t, level, batch.uncond.expand(n))

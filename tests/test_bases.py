@@ -96,7 +96,7 @@ def test_sd3_without_t5_embeds_the_zeros_of_the_stock_pipeline(tmp_path, kept):
 def test_sd3_without_t5_makes_a_set_trains_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
     recipe = small(without_t5(tmp_path / "base"))
-    for _ in generate(setup.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=4, batch=4):
+    for _ in generate(setup.teacher(recipe), recipe, ["a dog"], tmp_path / "set", count=4, batch=4):
         pass
     (tmp_path / "own.yaml").write_text(recipe.to_yaml())
     with pytest.raises(SystemExit) as stop:
@@ -351,11 +351,10 @@ def test_a_recipe_of_another_family_than_the_bases_is_refused_by_loading_and_pla
         recipe = find_recipe(name).override([f"model.base={saved}", "train.batch=1"])
         if recipe.model.family == saved.name:
             continue
-        words = (
-            rf"for models of the family '{recipe.model.family}' .* is a {own.pipeline_classes[0]}, of the "
-        )
+        pipeline = own.pipeline_class.__name__
+        words = rf"for models of the family '{recipe.model.family}' .* is a {pipeline}, of the "
         words += rf"family '{saved.name}'.*recipe for '{saved.name}'"
-        for judge in (make_plan, setup.dry_run, setup.teacher_backbone, setup.fingerprint):
+        for judge in (make_plan, setup.dry_run, setup.teacher, setup.fingerprint):
             with pytest.raises(ModelError, match=words):
                 judge(recipe)
         anything = recipe.override(["model.family=null"])

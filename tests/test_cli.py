@@ -141,8 +141,8 @@ def test_what_was_drawn_is_kept_when_generating_is_stopped(run, recipe, recipe_f
     (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
     arguments = ["generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--count", 6, "--batch", 2]
     assert run(*arguments, "--out", tmp_path / "whole")[0] == 0
-    backbone = setup.teacher_backbone(recipe)
-    drawing = generate(backbone, recipe, ["a dog", "a cat"], tmp_path / "set", count=6, batch=2)
+    model = setup.teacher(recipe)
+    drawing = generate(model, recipe, ["a dog", "a cat"], tmp_path / "set", count=6, batch=2)
     assert [next(drawing) for _ in range(3)] == [0, 2, 4]
     drawing.close()  # as when the caller's loop is interrupted
     assert len(LatentSet.open(tmp_path / "set")) == 4
@@ -153,7 +153,7 @@ def test_what_was_drawn_is_kept_when_generating_is_stopped(run, recipe, recipe_f
 
 def test_a_set_is_written_every_few_minutes(recipe, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(synthetic, "SAFE_SECONDS", 0.0)
-    drawing = generate(setup.teacher_backbone(recipe), recipe, ["a dog"], tmp_path / "set", count=6, batch=2)
+    drawing = generate(setup.teacher(recipe), recipe, ["a dog"], tmp_path / "set", count=6, batch=2)
     assert [next(drawing) for _ in range(3)] == [0, 2, 4]
     assert len(list((tmp_path / "set").glob("*.arrow"))) == 2  # nothing was stopped yet
 

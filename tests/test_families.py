@@ -40,17 +40,17 @@ from scalewise.method.distill import Batch, DistillStep
 from scalewise.method.loss_config import LossRecipe
 from scalewise.method.scales import ScaleSchedule
 from scalewise.metrics import ClipScorer
-from scalewise.models import SD3, SDXL, ModelAdapter, ModelError, Wan
+from scalewise.models import SD3, SDXL, ModelError, PipelineAdapter, Wan
 from scalewise.models.lora import Student, write_student
 from scalewise.training import setup
 
 
 @pytest.fixture(params=models.FAMILIES)
-def family(request) -> type[ModelAdapter]:
+def family(request) -> type[PipelineAdapter]:
     return models.FAMILIES[request.param]
 
 
-def make_step(family: type[ModelAdapter], name: str, *, checkpointing: bool = False) -> DistillStep:
+def make_step(family: type[PipelineAdapter], name: str, *, checkpointing: bool = False) -> DistillStep:
     """A step whose adapters and head are the same in every call."""
     block = 0 if family is SDXL else BLOCK
     loss = LossRecipe.model_validate(LOSSES[name].model_dump() | {"feature_block": block})
@@ -63,7 +63,7 @@ def make_step(family: type[ModelAdapter], name: str, *, checkpointing: bool = Fa
     return DistillStep(backbone, loss, head=make_head(backbone, loss))
 
 
-def make_batch(model: ModelAdapter) -> Batch:
+def make_batch(model: PipelineAdapter) -> Batch:
     """Two pairs of latents, 8 x 4 and of five frames for videos."""
     shape = (2, 4, 5, 8, 4) if model.video else (2, 4, 8, 4)
     cond, uncond = model.encode_prompts(["a red apple", "a dog"]), model.encode_prompts([""])
@@ -97,7 +97,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_any_family(family, comput
     assert largest_error(gradients(saving, role), gradients(plain, role)) < 1e-6
 
 
-def load_quietly(family: type[ModelAdapter], folder: Path, **options: Any) -> Any:
+def load_quietly(family: type[PipelineAdapter], folder: Path, **options: Any) -> Any:
     """A pipeline of the family's miniature with a random student."""
     family.tiny().save(folder)
     roles = Backbone(family.tiny(), ["student"], rank=4).roles.state("student")

@@ -17,14 +17,14 @@ from scalewise.evaluation.compare import real_rows
 from scalewise.evaluation.evaluate import judge_result
 from scalewise.evaluation.samplers import Prompts, draw, parse_contender
 from scalewise.evaluation.scoring import Judge, judge_of
-from scalewise.models import SD3, ModelAdapter, load_model
+from scalewise.models import SD3, PipelineAdapter, load_model
 from scalewise.models.lora import fused, load_student
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def model() -> ModelAdapter:
+def model() -> PipelineAdapter:
     return load_model(mini.TEACHER)
 
 
@@ -71,7 +71,7 @@ def test_the_weights_are_half_precision_and_within_the_budget() -> None:
         assert kinds <= {"F16", "I64"}, file
 
 
-def test_the_shipped_set_is_whole_and_fits_every_recipe(model: ModelAdapter) -> None:
+def test_the_shipped_set_is_whole_and_fits_every_recipe(model: PipelineAdapter) -> None:
     data = LatentSet.open(mini.DATA)
     assert len(data) >= 1024 and data.settings["guidance"] == find_recipe("mini").teacher.guidance
     for name in (n for n in RECIPES if find_recipe(n).model.base == "mini"):
@@ -92,7 +92,7 @@ def test_real_pictures_match_their_captions_by_the_scorer(judge: Judge) -> None:
 
 
 def test_the_student_is_nearer_to_real_images_than_the_undistilled_and_fits_its_captions_better(
-    model: ModelAdapter, judge: Judge
+    model: PipelineAdapter, judge: Judge
 ) -> None:
     recipe, prompts = find_recipe("mini"), Prompts.of(mini.captions("test")[::6])
     found = {}
@@ -104,7 +104,7 @@ def test_the_student_is_nearer_to_real_images_than_the_undistilled_and_fits_its_
     assert found["student"]["clip_score"].value > found["undistilled"]["clip_score"].value
 
 
-def test_the_shipped_student_was_made_for_this_teacher(model: ModelAdapter) -> None:
+def test_the_shipped_student_was_made_for_this_teacher(model: PipelineAdapter) -> None:
     student = load_student(mini.STUDENT)
     assert student.base == "mini" and student.schedule == find_recipe("mini").schedule.build()
     with fused(model.denoiser, student):

@@ -16,7 +16,7 @@ from scalewise.method.backbone import Backbone
 from scalewise.method.roles import Roles
 from scalewise.method.sampling import sample_student
 from scalewise.method.scales import Scale, ScaleSchedule
-from scalewise.models import SD3, SDXL, Flux, ModelAdapter, Wan
+from scalewise.models import SD3, SDXL, Flux, PipelineAdapter, Wan
 from scalewise.models.attached import attached, check_student
 from scalewise.models.lora import Student, StudentError, fused, save_student
 from scalewise.models.offloading import attach
@@ -26,7 +26,7 @@ from scalewise.training import setup
 CPU = torch.device("cpu")
 
 
-def drawn(model: ModelAdapter) -> Tensor:
+def drawn(model: PipelineAdapter) -> Tensor:
     """Pixels of two prompts, and the latents that `generate` keeps of them, in one row."""
     small, full = (Scale(1, 4, 4), Scale(1, 8, 8)) if not model.video else (Scale(2, 4, 4), Scale(2, 8, 8))
     schedule = ScaleSchedule.build((1000, 600), (str(small), str(full)))
@@ -99,7 +99,7 @@ def test_training_is_not_offloaded_and_drawing_is_what_plan_proposes(
 ) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def watch(_model: ModelAdapter, how: str, _device: object, *, denoiser_stays: bool) -> bool:
+    def watch(_model: PipelineAdapter, how: str, _device: object, *, denoiser_stays: bool) -> bool:
         asked.append((how, denoiser_stays))
         return False
 
@@ -107,11 +107,11 @@ def test_training_is_not_offloaded_and_drawing_is_what_plan_proposes(
     recipe = tiny.override(["model.offload=components"])
     setup.load(recipe, ["denoiser"], training=True)
     assert asked == []
-    setup.teacher_backbone(recipe)
+    setup.teacher(recipe)
     assert asked == [("components", False)]
 
 
-def student_of(model: ModelAdapter) -> Student:
+def student_of(model: PipelineAdapter) -> Student:
     """A student of rank 2 that moves every layer."""
     other = type(model).tiny()
     roles = Roles(other.denoiser, ["student"], rank=2, targets=other.lora_targets, seed=5)

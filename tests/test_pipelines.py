@@ -24,7 +24,7 @@ from scalewise.method.backbone import Backbone
 from scalewise.method.rng import SampleNoise
 from scalewise.method.sampling import sample_student
 from scalewise.method.scales import ScaleSchedule
-from scalewise.models import ModelAdapter, ModelError
+from scalewise.models import ModelError, PipelineAdapter
 from scalewise.models.lora import StudentError, fused, load_student, save_student
 from scalewise.pipelines import ADAPTER, read_schedule
 
@@ -33,7 +33,7 @@ IMAGE, VIDEO = "1000@4x4 800@4x8 600@8x8", "1000@2x4x4 800@3x4x8 600@5x8x8"
 
 
 @pytest.fixture(scope="module", params=models.FAMILIES)
-def family(request) -> type[ModelAdapter]:
+def family(request) -> type[PipelineAdapter]:
     return models.FAMILIES[request.param]
 
 

@@ -15,7 +15,7 @@ from scalewise.common import console
 from scalewise.config.recipe import Recipe
 from scalewise.method.backbone import Backbone
 from scalewise.method.noise import FlowMatching
-from scalewise.models import SD3, SDXL, Flux, ModelAdapter, ModelError, Wan
+from scalewise.models import SD3, SDXL, Flux, ModelError, PipelineAdapter, Wan
 from scalewise.models.attached import check_student
 from scalewise.models.lora import StudentError, fused, load_student
 from scalewise.models.quantization import layers, quantize
@@ -32,7 +32,7 @@ def tiny(tmp_path: Path) -> Recipe:
     return make_tiny(tmp_path)
 
 
-def x0(model: ModelAdapter) -> torch.Tensor:
+def x0(model: PipelineAdapter) -> torch.Tensor:
     """What the teacher answers to fixed noise."""
     shape = (2, model.channels, 3, 8, 8) if model.video else (2, model.channels, 8, 8)
     x_t = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -193,7 +193,7 @@ def test_a_remade_set_under_the_same_path_is_refused(recipe: Recipe, tmp_path: P
     own = recipe.with_values({"data.path": str(tmp_path / "set"), "train.iterations": 2})
     train(own, tmp_path / "run")
     shutil.rmtree(tmp_path / "set")
-    for _ in generate(setup.teacher_backbone(own), own, PROMPTS, tmp_path / "set", count=12, batch=6, seed=5):
+    for _ in generate(setup.teacher(own), own, PROMPTS, tmp_path / "set", count=12, batch=6, seed=5):
         pass
     with pytest.raises(CheckpointError, match=r"The dataset .*set is not the one .* its contents differ"):
         train(own.override(["train.iterations=3"]), tmp_path / "run", resume=True)

@@ -164,13 +164,20 @@ def test_the_teacher_cannot_be_an_adapter(model):
         Roles(model.denoiser, ["teacher"], rank=4, targets=TARGETS)
 
 
-@pytest.mark.parametrize("names", [[], ["student"]])
-def test_the_base_is_frozen_and_set_to_evaluation_whatever_it_was_before(model, names):
-    base = list(model.denoiser.parameters())
+@pytest.mark.parametrize("change", [lambda m: m.requires_grad_(True), lambda m: m.train()])
+def test_adapters_need_a_base_that_is_frozen_already(model, change):
+    change(model.denoiser)
+    with pytest.raises(
+        ValueError, match=r"trainable or in training mode; call requires_grad_\(False\) and eval"
+    ):
+        Roles(model.denoiser, ["student"], rank=4, targets=TARGETS)
+
+
+def test_without_adapters_a_module_is_left_as_it_is(model):
     model.denoiser.requires_grad_(True).train()
-    roles = Roles(model.denoiser, names, rank=4, targets=TARGETS)
-    assert not any(parameter.requires_grad for parameter in base)
-    assert not roles.module.training
+    backbone = Backbone(model)
+    assert all(p.requires_grad for p in backbone.model.denoiser.parameters())
+    assert model.denoiser.training
 
 
 def test_targets_that_match_nothing_are_refused_by_name(model):

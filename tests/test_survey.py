@@ -173,11 +173,7 @@ def test_other_noise_processes_and_video_are_surveyed(family, scales, tmp_path):
     recipe = find_recipe("mini-mmd").override(changes)
     from scalewise.training import setup
 
-    list(
-        generate(
-            setup.teacher_backbone(recipe), recipe, ["a cat"], tmp_path / "set", count=4, batch=4, seed=0
-        )
-    )
+    list(generate(setup.teacher(recipe), recipe, ["a cat"], tmp_path / "set", count=4, batch=4, seed=0))
     found = measure_spectrum(recipe, SearchOptions(), count=8, progress=console.progress)
     assert isinstance(found.noise, FlowMatching) is (family is Wan)
     assert list(found.axes) == (["space", "time"] if family is Wan else ["space"])

@@ -15,6 +15,7 @@ from scalewise.config.recipe import Recipe
 from scalewise.data import DataError, LatentSet
 from scalewise.data.synthetic import generate
 from scalewise.evaluation.samplers import encode, enter, parse_contender
+from scalewise.method.backbone import Backbone
 from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale
 from scalewise.models import SD3, SDXL, Flux, ModelError, Wan
@@ -85,7 +86,7 @@ def test_a_contender_draws_with_the_recipes_shift_and_negative_prompt(recipe):
     assert cond.tensors["tokens"].shape[1] == model.clip_length + 5
     with enter(model, contender) as sampler:
         found = sampler(cond, uncond, [3])
-    backbone = setup.teacher_backbone(chosen)
+    backbone = Backbone(setup.teacher(chosen), precision=chosen.train.precision)
     expected = [sample_teacher(backbone, contender.schedule.full, cond, [3], steps=2, guidance=4.5,
                                    uncond=uncond, shift=shift) for shift in (8.0, None)]  # fmt: skip
     torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-4)
@@ -93,21 +94,21 @@ def test_a_contender_draws_with_the_recipes_shift_and_negative_prompt(recipe):
 
 
 def test_a_set_begun_with_another_shift_is_not_gone_on_with(recipe, tmp_path: Path):
-    backbone = setup.teacher_backbone(recipe)
+    model = setup.teacher(recipe)
     out = tmp_path / "set"
-    list(generate(backbone, recipe, PROMPTS, out, count=2, batch=2))
+    list(generate(model, recipe, PROMPTS, out, count=2, batch=2))
     with pytest.raises(DataError, match=r"settings\.shift is None there and 8\.0 here"):
-        list(generate(backbone, recipe.override(["teacher.shift=8"]), PROMPTS, out, count=3, batch=2))
+        list(generate(model, recipe.override(["teacher.shift=8"]), PROMPTS, out, count=3, batch=2))
 
 
 def test_real_samples_of_the_full_scale_are_encoded_again_if_the_recipe_says_so(recipe, tmp_path):
-    backbone, full = setup.teacher_backbone(recipe), recipe.schedule.build().full
+    model, full = setup.teacher(recipe), recipe.schedule.build().full
     found = {}
     for again in (False, True):
         chosen, out = recipe.override([f"data.reencode={str(again).lower()}"]), tmp_path / str(again)
-        list(generate(backbone, chosen, PROMPTS, out, count=2, batch=2))
+        list(generate(model, chosen, PROMPTS, out, count=2, batch=2))
         found[again] = LatentSet.open(out).latents([0, 1], full)
-    expected = backbone.model.encode(backbone.model.decode(found[False]))
+    expected = model.encode(model.decode(found[False]))
     torch.testing.assert_close(found[True], expected, rtol=1e-2, atol=1e-2)
     assert (found[True] - found[False]).abs().mean() > 0.05
 

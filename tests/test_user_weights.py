@@ -8,13 +8,13 @@ import torch
 from scalewise import models
 from scalewise.method.backbone import Backbone
 from scalewise.method.scales import ScaleSchedule
-from scalewise.models import ModelAdapter
+from scalewise.models import PipelineAdapter
 from scalewise.pipelines import PIPELINES
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_a_call_leaves_trainable_parameters_and_training_mode_as_they_are(name):
-    family: type[ModelAdapter] = models.FAMILIES[name]
+    family: type[PipelineAdapter] = models.FAMILIES[name]
     model = family.tiny()
     trained = Backbone(model, ["student"], rank=2)
     parameters = list(trained.parameters("student").values())
@@ -34,7 +34,7 @@ def test_a_call_leaves_trainable_parameters_and_training_mode_as_they_are(name):
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_a_loaded_model_is_frozen_and_not_in_training_mode(name, tmp_path):
-    family: type[ModelAdapter] = models.FAMILIES[name]
+    family: type[PipelineAdapter] = models.FAMILIES[name]
     family.tiny().save(tmp_path)
     for model in (family.tiny(), family.load(tmp_path)):
         modules = [c for c in model.pipeline.components.values() if isinstance(c, torch.nn.Module)]

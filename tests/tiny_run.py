@@ -35,7 +35,7 @@ def make_tiny(folder: Path) -> Recipe:
             "train.sample_prompts=['a dog']",
         ]
     )
-    backbone = setup.teacher_backbone(recipe)
-    for _ in generate(backbone, recipe, PROMPTS, folder / "set", count=12, batch=6):
+    model = setup.teacher(recipe)
+    for _ in generate(model, recipe, PROMPTS, folder / "set", count=12, batch=6):
         pass
     return recipe

@@ -33,14 +33,14 @@ from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, downscale_area
 from scalewise.metrics import measure
 from scalewise.metrics.clip import prompt_match
-from scalewise.models import ModelAdapter, load_model
+from scalewise.models import PipelineAdapter, load_model
 
 CARD = mini.FOLDER / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).parent / "card.md"
 
 
 @torch.no_grad()
-def reconstruction(model: ModelAdapter) -> dict[str, float]:
+def reconstruction(model: PipelineAdapter) -> dict[str, float]:
     """PSNR in dB of encoding and decoding held-out pictures, at every size of the schedule."""
     pixels, found = to_float(load_pictures(split="test").pixels), {}
     for side in (128, 96, 80, 64):
@@ -51,7 +51,7 @@ def reconstruction(model: ModelAdapter) -> dict[str, float]:
 
 
 @torch.no_grad()
-def draw(model: ModelAdapter, prompts: Prompts, scale: Scale) -> Tensor:
+def draw(model: PipelineAdapter, prompts: Prompts, scale: Scale) -> Tensor:
     """Pixels of all prompts by the teacher at a scale."""
     recipe, backbone = find_recipe("mini"), Backbone(model, precision="auto")
     uncond, parts = model.encode_prompts([""]), []
@@ -68,13 +68,13 @@ def draw(model: ModelAdapter, prompts: Prompts, scale: Scale) -> Tensor:
     return torch.cat(parts)
 
 
-def real(model: ModelAdapter) -> dict[str, dict[str, list[float]]]:
+def real(model: PipelineAdapter) -> dict[str, dict[str, list[float]]]:
     """What real pictures reach by the same judge."""
     rows = real_rows(judge_of(find_recipe("mini")))
     return {row.name: {k: v.to_list() for k, v in row.values.items()} for row in rows}
 
 
-def scales(model: ModelAdapter) -> dict[str, dict[str, list[float]]]:
+def scales(model: PipelineAdapter) -> dict[str, dict[str, list[float]]]:
     """The teacher's figures at every scale of the schedule, on all held-out captions; its contact sheets."""
     recipe, prompts, found = find_recipe("mini"), Prompts.of(mini.captions("test")), {}
     judge = judge_of(recipe)
@@ -88,7 +88,7 @@ def scales(model: ModelAdapter) -> dict[str, dict[str, list[float]]]:
 
 
 @torch.no_grad()
-def text(model: ModelAdapter) -> dict[str, float]:
+def text(model: PipelineAdapter) -> dict[str, float]:
     """How well each text encoder tells pictures apart: rank 1 of 50 through a ridge regression from its
     pooled embedding to the scorer's image features, fitted on the captions that the denoiser learned.
 

@@ -31,7 +31,7 @@ from scalewise.evaluation.scoring import Judge
 from scalewise.evaluation.timing import timings_table
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.shares import wilson
-from scalewise.models import ALL_PARTS, ModelAdapter
+from scalewise.models import ALL_PARTS, PipelineAdapter
 from scalewise.training.setup import load
 
 INK = 0.12  # darker than white by this much is part of an object
@@ -76,7 +76,7 @@ def number(clip: Clip) -> int:
 
 
 @torch.no_grad()
-def draw(model: ModelAdapter, contender: Contender, captions: list[str], *, batch: int = 8) -> Tensor:
+def draw(model: PipelineAdapter, contender: Contender, captions: list[str], *, batch: int = 8) -> Tensor:
     """Videos [N, 3, F, H, W] of all captions, sample i from seed i."""
     uncond, parts = model.encode_prompts([contender.negative_prompt]), []
     with (

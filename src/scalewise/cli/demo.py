@@ -22,7 +22,7 @@ from scalewise.evaluation import compare
 from scalewise.evaluation.report import Column, Journey, ReportContent, Stage, write_report
 from scalewise.evaluation.samplers import Contender, Prompts, draw, draw_steps, parse_contender
 from scalewise.metrics import METRICS
-from scalewise.models import ModelAdapter
+from scalewise.models import PipelineAdapter
 from scalewise.models.lora import versions
 from scalewise.training import setup
 from scalewise.training.run import distill
@@ -195,7 +195,7 @@ def collect(
 
 
 def journeys(
-    model: ModelAdapter, student: Contender, *, prompts: Prompts, labels: list[str], recipe: Recipe
+    model: PipelineAdapter, student: Contender, *, prompts: Prompts, labels: list[str], recipe: Recipe
 ) -> list[Journey]:
     """x0 of every step of the student, for the first prompts."""
     some = prompts[:JOURNEYS]

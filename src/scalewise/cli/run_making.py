@@ -250,10 +250,10 @@ def run_generate(
     distributed.init_from_env()
     console.set_verbose(distributed.is_main())
     texts = read_prompts(prompts, recipe.model.base, "train")
-    backbone = setup.teacher_backbone(recipe)
-    setup.check(recipe, backbone.model)
+    teacher = setup.teacher(recipe)
+    setup.check(recipe, teacher)
     with console.progress("generating", count) as done:
-        drawing = generate(backbone, recipe, texts, out, count=count, batch=batch, seed=seed, also=also)
+        drawing = generate(teacher, recipe, texts, out, count=count, batch=batch, seed=seed, also=also)
         for number in drawing:
             done(number)
     if distributed.is_main():

@@ -1,9 +1,13 @@
-"""Errors that are not a user's mistake: training that stopped or was interrupted."""
+"""Errors that several packages raise, and the text of other libraries' errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used as asked."""
 
 
 class TrainingStopped(RuntimeError):

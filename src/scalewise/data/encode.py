@@ -42,8 +42,9 @@ from scalewise.data.shards import (
     read_json,
     write_json,
 )
-from scalewise.method.adapter import Condition, ModelAdapter
+from scalewise.method.adapter import Condition
 from scalewise.method.scales import Scale, downscale_area
+from scalewise.models import PipelineAdapter
 
 FOLDER_FILE = "folder.json"
 PROMPTS_FILE = "prompts.json"
@@ -53,7 +54,7 @@ SHARD_BYTES = 256 * 2**20
 
 
 def encode_folder(
-    adapter: ModelAdapter,
+    adapter: PipelineAdapter,
     folder: Path | str,
     out: Path | str,
     *,
@@ -130,7 +131,7 @@ def fingerprint_folder(root: Path, plan: Any) -> str:
 
 
 def _encode_buckets(
-    adapter: ModelAdapter,
+    adapter: PipelineAdapter,
     buckets: Mapping[Scale, Sequence[ImageEntry]],
     out: Path,
     *,
@@ -156,7 +157,12 @@ def _encode_buckets(
 
 
 def _encode_bucket(
-    adapter: ModelAdapter, images: Sequence[ImageEntry], writer: LatentSetWriter, *, size: Scale, batch: int
+    adapter: PipelineAdapter,
+    images: Sequence[ImageEntry],
+    writer: LatentSetWriter,
+    *,
+    size: Scale,
+    batch: int,
 ) -> Iterator[int]:
     """Fill a writer with the images it lacks; yields the number of images in it."""
     pixels = size.height * adapter.vae_factor, size.width * adapter.vae_factor
@@ -173,7 +179,7 @@ def _encode_bucket(
     writer.finish()
 
 
-def _encode_at(adapter: ModelAdapter, pixels: Tensor, scale: Scale) -> Tensor:
+def _encode_at(adapter: PipelineAdapter, pixels: Tensor, scale: Scale) -> Tensor:
     """Latents of pixels [N, 3, H, W] at a scale: the pixels are made smaller, not the latents."""
     size = scale.height * adapter.vae_factor, scale.width * adapter.vae_factor
     return adapter.encode(downscale_area(pixels, size))
@@ -239,7 +245,7 @@ class PromptCache:
     @classmethod
     def build(
         cls,
-        load: Callable[[], ModelAdapter],
+        load: Callable[[], PipelineAdapter],
         captions: Iterable[str],
         path: Path | str,
         *,

@@ -16,11 +16,11 @@ from scalewise.common.contents import model_fingerprints
 from scalewise.config.recipe import Recipe
 from scalewise.data import DataError, LatentSetWriter
 from scalewise.data.header import CONTENTS
-from scalewise.method.adapter import ModelAdapter
 from scalewise.method.backbone import Backbone
 from scalewise.method.rng import derive
 from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, downscale_video
+from scalewise.models import PipelineAdapter
 
 SAFE_SECONDS = 300.0  # the most that a kill can cost, even where a shard takes an hour
 
@@ -43,7 +43,7 @@ def contents_of(recipe: Recipe) -> dict[str, str]:
 
 
 def latents_of_all_scales(
-    model: ModelAdapter, latents: Tensor, scales: Sequence[Scale], *, reencode: bool = False
+    model: PipelineAdapter, latents: Tensor, scales: Sequence[Scale], *, reencode: bool = False
 ) -> dict[Scale, Tensor]:
     """Latents of every smaller scale, made in pixel space: decode, downscale, encode (section 4.1).
 
@@ -59,7 +59,7 @@ def latents_of_all_scales(
 
 
 def generate(
-    backbone: Backbone,
+    model: PipelineAdapter,
     recipe: Recipe,
     prompts: Sequence[str],
     out: Path,
@@ -78,10 +78,13 @@ def generate(
     drawn is written when a shard is full, every SAFE_SECONDS, and when the call is stopped. A corrupt shard
     that was deleted is drawn again. Several processes draw a batch each at a time; the first one writes.
     """
-    model = backbone.model
+    backbone = Backbone(model, precision=recipe.train.precision)
     scales = all_scales(recipe, also, patch=model.patch)
-    writer = _writer(backbone, recipe, prompts, scales, out=out, seed=seed, shard_rows=shard_rows)
-    draw = _drawing(backbone, recipe, scales)
+    writer = _writer(
+        model, backbone.precision, recipe=recipe, prompts=prompts, scales=scales, out=out, seed=seed,
+        shard_rows=shard_rows,
+    )  # fmt: skip
+    draw = _drawing(model, backbone, recipe, scales)
     todo = writer.missing(count)
     yield count - len(todo)
     saved = time.monotonic()
@@ -113,10 +116,10 @@ def generate(
 
 
 def _drawing(
-    backbone: Backbone, recipe: Recipe, scales: Sequence[Scale]
+    model: PipelineAdapter, backbone: Backbone, recipe: Recipe, scales: Sequence[Scale]
 ) -> Callable[[Sequence[str], Sequence[int]], dict[Scale, Tensor]]:
     """The function (captions, seeds) -> latents at every scale of what the recipe's teacher draws."""
-    model, teacher, full = backbone.model, recipe.teacher, recipe.schedule.build().full
+    teacher, full = recipe.teacher, recipe.schedule.build().full
     encode = partial(model.encode_for_teacher, length=teacher.max_sequence_length)
     uncond = encode([teacher.negative_prompt])
 
@@ -146,18 +149,19 @@ def all_scales(recipe: Recipe, also: Sequence[Scale], *, patch: int) -> list[Sca
     return sorted({*schedule.scales, *also})
 
 
-def _text_tokens(model: ModelAdapter, recipe: Recipe) -> int | None:
+def _text_tokens(model: PipelineAdapter, recipe: Recipe) -> int | None:
     """T5 tokens that the teacher reads; None where that is what sets without this entry were made with."""
     length = recipe.teacher.max_sequence_length or model.stock_sequence()
     return None if length == model.longest_sequence() else length
 
 
 def _writer(
-    backbone: Backbone,
+    model: PipelineAdapter,
+    precision: str,
+    *,
     recipe: Recipe,
     prompts: Sequence[str],
     scales: Sequence[Scale],
-    *,
     out: Path,
     seed: int,
     shard_rows: int,
@@ -166,7 +170,7 @@ def _writer(
     return LatentSetWriter(
         out,
         scales=list(scales),
-        channels=backbone.model.channels,
+        channels=model.channels,
         kind="synthetic",
         base=recipe.model.base,
         settings={
@@ -175,12 +179,12 @@ def _writer(
             "negative_prompt": recipe.teacher.negative_prompt,
             "shift": recipe.teacher.shift,
             "reencode": recipe.data.reencode or None,
-            "text_tokens": _text_tokens(backbone.model, recipe),
+            "text_tokens": _text_tokens(model, recipe),
             "seed": seed,
             "prompts": len(prompts),
             "prompts_key": derive(*prompts),
-            "precision": backbone.precision,
-            "weights": weights_key(backbone.model.denoiser),
+            "precision": precision,
+            "weights": weights_key(model.denoiser),
             CONTENTS: contents_of(recipe),
         },
         shard_rows=shard_rows,

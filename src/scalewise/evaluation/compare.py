@@ -29,7 +29,7 @@ from scalewise.evaluation.scoring import SCORER, SPECTRUM, Asked, Judge, check_a
 from scalewise.evaluation.stored_images import ContenderError, read_folder
 from scalewise.method.rng import permutation
 from scalewise.metrics import measure
-from scalewise.models import ModelAdapter, family_of
+from scalewise.models import PipelineAdapter, family_of
 from scalewise.training import setup
 
 
@@ -143,7 +143,7 @@ def compare(
 
 
 def time_all(
-    model: ModelAdapter,
+    model: PipelineAdapter,
     recipe: Recipe,
     contenders: Sequence[Contender],
     caption: str,

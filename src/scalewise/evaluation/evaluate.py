@@ -28,9 +28,9 @@ from scalewise.evaluation.samplers import (
 )
 from scalewise.evaluation.scoring import Judge
 from scalewise.evaluation.timing import Mark, Parts, Subject
-from scalewise.method.adapter import ModelAdapter
 from scalewise.method.backbone import Precision
 from scalewise.metrics import METRICS, Interval, Metric, Seen, measure
+from scalewise.models import PipelineAdapter
 
 __all__ = [
     "Contender", "Prompts", "Result", "Row", "draw", "draw_steps", "evaluate", "load_rows",
@@ -96,7 +96,7 @@ def judge_result(contender: Contender, seen: Seen, *, first: Result | None = Non
 
 
 def warned_once(
-    model: ModelAdapter | None, contender: Contender, captions: Sequence[str]
+    model: PipelineAdapter | None, contender: Contender, captions: Sequence[str]
 ) -> AbstractContextManager[None]:
     """Warn in one sentence of all captions that are cut for who draws; drawing within it warns no more."""
     if model is None or contender.kind == "folder":
@@ -106,7 +106,7 @@ def warned_once(
 
 
 def evaluate(
-    model: ModelAdapter | None, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *,
+    model: PipelineAdapter | None, contenders: Sequence[Contender], prompts: Prompts, judge: Judge, *,
     batch: int = 16,
     precision: Precision = "float32",
     progress: Progress = silent,
@@ -148,7 +148,7 @@ def _report(done: ProgressCallback, total: int, count: int) -> None:
 
 
 def subject(
-    model: ModelAdapter, contender: Contender, caption: str, *, precision: Precision = "float32",
+    model: PipelineAdapter, contender: Contender, caption: str, *, precision: Precision = "float32",
     each_step: bool = False,
 ) -> Subject:  # fmt: skip
     """What `bench` times: the contender drawing one caption. A student is fused: its times are the base's.
@@ -160,7 +160,7 @@ def subject(
 
 @contextmanager
 def _parts(
-    model: ModelAdapter, contender: Contender, caption: str, precision: Precision, batch: int, *,
+    model: PipelineAdapter, contender: Contender, caption: str, precision: Precision, batch: int, *,
     each_step: bool,
 ) -> Iterator[Parts]:  # fmt: skip
     held: dict[str, Any] = {}

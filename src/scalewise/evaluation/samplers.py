@@ -20,12 +20,13 @@ from scalewise.common.paths import expand_home
 from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation.stored_images import ContenderError, read_folder
-from scalewise.method.adapter import Condition, ModelAdapter
+from scalewise.method.adapter import Condition
 from scalewise.method.backbone import Backbone, Precision
 from scalewise.method.rng import derive
 from scalewise.method.roles import TEACHER
 from scalewise.method.sampling import OnStep, Sampler, sample_student, sample_teacher
 from scalewise.method.scales import ScaleSchedule
+from scalewise.models import PipelineAdapter
 from scalewise.models.attached import check_student, with_student
 from scalewise.models.lora import Student, load_student
 
@@ -168,7 +169,7 @@ def _folder(rest: str, recipe: Recipe) -> Contender:
     return Contender(Path(rest).resolve().name, "folder", path=Path(rest))
 
 
-def check_fit(model: ModelAdapter, contenders: Sequence[Contender]) -> None:
+def check_fit(model: PipelineAdapter, contenders: Sequence[Contender]) -> None:
     """Refuse students that do not fit the model and schedules it cannot draw, before anything is drawn."""
     for contender in contenders:
         if contender.kind == "student":
@@ -180,7 +181,7 @@ def check_fit(model: ModelAdapter, contenders: Sequence[Contender]) -> None:
 
 @contextmanager
 def enter(
-    model: ModelAdapter, contender: Contender, *, precision: Precision = "float32",
+    model: PipelineAdapter, contender: Contender, *, precision: Precision = "float32",
     student: Student | None = None, weight: float = 1.0,
 ) -> Iterator[Sampler]:  # fmt: skip
     """Give the contender's sampler; a student is fused into the model just for the time within.
@@ -199,7 +200,7 @@ def enter(
         yield partial(_sample, backbone, contender)
 
 
-def encode(model: ModelAdapter, contender: Contender, captions: Sequence[str]) -> Condition:
+def encode(model: PipelineAdapter, contender: Contender, captions: Sequence[str]) -> Condition:
     """Embed captions for a contender: the teacher reads as many tokens as its own pipeline, students those of
     their training.
     """
@@ -223,7 +224,7 @@ def _sample(
 
 @torch.no_grad()
 def draw(
-    model: ModelAdapter | None, contender: Contender, prompts: Prompts, *,
+    model: PipelineAdapter | None, contender: Contender, prompts: Prompts, *,
     batch: int = 16,
     precision: Precision = "float32",
     numbers: Sequence[int] | None = None,
@@ -258,7 +259,7 @@ def draw(
 
 @torch.no_grad()
 def draw_steps(
-    model: ModelAdapter, contender: Contender, prompts: Prompts, *, precision: Precision = "float32"
+    model: PipelineAdapter, contender: Contender, prompts: Prompts, *, precision: Precision = "float32"
 ) -> list[np.ndarray]:
     """Draw a few prompts and decode x0 of every step: bytes [N, h_i, w_i, 3], growing with the scales.
 

@@ -189,7 +189,7 @@ def gain(laps: Laps, flops: Mapping[str, float], name: str, over: str, batch: in
 def expected_flops(recipe: Recipe, contenders: Sequence[Contender], progress: Progress) -> dict[str, float]:
     """Count the denoiser's operations for one image of each contender."""
     model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), family=recipe.model.family)
-    embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
+    embedded = model.embedded_guidance is not None
     forwards = dict[str, list[Scale]]()
     for c in contenders:
         assert c.schedule is not None

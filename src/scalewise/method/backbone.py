@@ -87,9 +87,9 @@ class Backbone:
         With guidance, conditional and unconditional go through the model in one batch of 2 N; a model that
         takes guidance as an input needs one of N.
         """
-        embedded = None if guidance is None else self.model.with_guidance(cond, guidance)
-        if guidance is None or guidance == 1.0 or embedded is not None:
-            cond = embedded or cond
+        if guidance is not None and self.model.embedded_guidance is not None:
+            cond, guidance = cond.with_guidance(guidance), None
+        if guidance is None or guidance == 1.0:
             with self._under(role):
                 prediction = self.model.predict(x_t, t, cond)
             return self.model.noise.x0(prediction, x_t, t)

@@ -35,17 +35,21 @@ class Roles:
         alpha: float | None = None,
         seed: int = 0,
     ) -> None:
-        """Freeze `module` and add one adapter per name (A Gaussian, B zero: outputs are unchanged at first).
+        """Add one adapter per name to a frozen `module` (A Gaussian, B zero: outputs are unchanged at first).
 
-        ValueError if a name is that of the teacher or no module matches `targets`.
+        ValueError if a name is that of the teacher, `module` is not frozen, or no module matches `targets`.
         """
         if TEACHER in names:
             raise ValueError(
                 f"{TEACHER!r} is the frozen base and cannot be an adapter; use another name for the role."
             )
         self.module, self.names = module, tuple(names)
-        module.requires_grad_(False)
-        module.eval()
+        base = (p for n, p in module.named_parameters() if ".lora_" not in n)
+        if names and (module.training or any(p.requires_grad for p in base)):
+            raise ValueError(
+                "The base of the roles is trainable or in training mode; call requires_grad_(False) and "
+                "eval() on it first, as loading does."
+            )
         # Inside blocks only: a target such as FLUX's "proj_out" is also the name of the network's last layer.
         paths = [n for n, _ in module.named_modules() if any(n.endswith(f".{target}") for target in targets)]
         if names and not paths:

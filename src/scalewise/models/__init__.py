@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from scalewise.method.adapter import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
+from scalewise.common.errors import ModelError
+from scalewise.method.adapter import Condition
 from scalewise.models.flux import Flux
-from scalewise.models.folder import model_index
+from scalewise.models.folder import ALL_PARTS, Part, model_index
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.models.sd3 import SD3
 from scalewise.models.sdxl import SDXL
@@ -25,7 +23,6 @@ __all__ = [
     "SDXL",
     "Condition",
     "Flux",
-    "ModelAdapter",
     "ModelError",
     "Part",
     "PipelineAdapter",
@@ -56,7 +53,7 @@ def check_family(
         return family
     raise ModelError(
         f"The recipe is for models of the family {wanted!r} (model.family), but {base} is a "
-        f"{family.pipeline_classes[0]}, of the family {family.family!r}. Give a base of {wanted!r}, or a "
+        f"{family.pipeline_class.__name__}, of the family {family.family!r}. Give a base of {wanted!r}, or a "
         f"recipe for {family.family!r}: `scalewise recipes` lists them."
     )
 
@@ -64,26 +61,15 @@ def check_family(
 def family_named(pipeline_class: Any, base: str) -> type[PipelineAdapter]:
     """The family of a pipeline class."""
     for family in FAMILIES.values():
-        if pipeline_class in family.pipeline_classes:
+        if pipeline_class == family.pipeline_class.__name__:
             return family
-    known = ", ".join(n for f in FAMILIES.values() for n in f.pipeline_classes)
+    known = ", ".join(family.pipeline_class.__name__ for family in FAMILIES.values())
     raise ModelError(
         f"{base} is a {pipeline_class or 'model of no named class'}, which no family here handles; known are "
         f"{known}. A family is added by one file (CONTRIBUTING.md)."
     )
 
 
-def load_model(
-    base: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    parts: Sequence[Part] = ALL_PARTS,
-    max_sequence_length: int | None = None,
-    vae: str | Path | None = None,
-    variant: str | None = None,
-    family: str | None = None,
-) -> PipelineAdapter:
-    """Load the parts of a model that are asked for; one of another `family`, if given, is refused."""
-    return family_of(base, family).load(
-        base, dtype=dtype, parts=parts, max_sequence_length=max_sequence_length, vae=vae, variant=variant
-    )
+def load_model(base: str | Path, *, family: str | None = None, **options: Any) -> PipelineAdapter:
+    """Load a model, with the options of `PipelineAdapter.load`; one of another `family` is refused."""
+    return family_of(base, family).load(base, **options)

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from scalewise.method.adapter import Condition
+from scalewise.method.adapter import GUIDANCE, Condition
 from scalewise.method.noise import FlowMatching
 from scalewise.method.scales import Scale
 from scalewise.models.pipeline_adapter import PipelineAdapter
@@ -18,23 +18,12 @@ from scalewise.models.pipeline_adapter import PipelineAdapter
 
 def pack(latents: Tensor) -> Tensor:
     """Gather 2 x 2 cells of latents [N, C, H, W] into tokens [N, H/2 * W/2, 4 C]."""
-    count, channels, height, width = latents.shape
-    cells = latents.reshape(count, channels, height // 2, 2, width // 2, 2)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // 2) * (width // 2), 4 * channels)
+    return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `pack`: tokens [N, H/2 * W/2, 4 C] to latents [N, C, H, W]."""
-    count, _, wide = tokens.shape
-    cells = tokens.reshape(count, height // 2, width // 2, wide // 4, 2, 2)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(count, wide // 4, height, width)
-
-
-def position_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Ids [H/2 * W/2, 3] of the tokens of a latent: (0, row, column)."""
-    rows, columns = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
-    return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=-1).float()
+    """Undo `pack`: tokens [N, H/2 * W/2, 4 C] to latents [N, C, H, W]."""
+    return FluxPipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)
 
 
 class Flux(PipelineAdapter):
@@ -42,8 +31,8 @@ class Flux(PipelineAdapter):
 
     family = "flux"
     pipeline_class: ClassVar[Any] = FluxPipeline
-    pipeline_classes = ("FluxPipeline",)
     text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    t5_tokenizer = "tokenizer_2"
     # The single blocks call their MLP proj_mlp and proj_out: named too, so that every block's attention and
     # MLP are adapted, as in the other families (docs/decisions.md).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_mlp", "proj_out")
@@ -54,14 +43,9 @@ class Flux(PipelineAdapter):
         self.double_blocks = int(config["num_layers"])
         self.blocks = self.double_blocks + int(config["num_single_layers"])
         self.width = int(config["num_attention_heads"] * config["attention_head_dim"])
-        self.takes_guidance = bool(config["guidance_embeds"])
-        self.embedded_guidance = 4.5
+        self.embedded_guidance = 4.5 if config["guidance_embeds"] else None
         side = int(getattr(self.pipeline, "default_sample_size", 128))
-        self.full_scale, self.largest_scale = Scale(1, side, side), None
-
-    def longest_sequence(self) -> int:
-        tokenizer = self.pipeline.tokenizer_2
-        return 512 if tokenizer is None else min(512, tokenizer.model_max_length)
+        self.full_scale = Scale(1, side, side)
 
     def tokenizers(self) -> list[tuple[Any, int, str]]:
         # CLIP gives the pooled embedding alone, from the first 77 tokens; T5 carries the text.
@@ -71,21 +55,11 @@ class Flux(PipelineAdapter):
             (self.pipeline.tokenizer_2, self.max_sequence_length, "T5"),
         ]
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        self._need("text_encoder", "text")
-        self.warn_of_overflow(prompts)
-        with self.text_at_work() as device:
-            tokens, pooled, _ = self.pipeline.encode_prompt(
-                list(prompts), None, device=device, max_sequence_length=self.max_sequence_length
-            )
-        return Condition({"tokens": tokens, "pooled": pooled})
-
-    def with_guidance(self, cond: Condition, guidance: float) -> Condition | None:
-        if not self.takes_guidance:
-            return None
-        told = torch.full((len(cond),), guidance, device=cond.tensors["tokens"].device)
-        return Condition({**cond.tensors, "guidance": told})
+    def embed(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        tokens, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, device=device, max_sequence_length=self.max_sequence_length
+        )
+        return {"tokens": tokens, "pooled": pooled}
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -96,19 +70,21 @@ class Flux(PipelineAdapter):
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         kind: Any = self.denoiser.dtype
         height, width = x_t.shape[-2:]
-        tokens, guidance = cond.tensors["tokens"], None
-        if self.takes_guidance:
-            # The transformer multiplies by 1000 itself, t and guidance alike.
-            standard = torch.full((len(x_t),), self.embedded_guidance, device=x_t.device)
-            guidance = cond.tensors.get("guidance", standard).float()
+        if self.embedded_guidance is not None and GUIDANCE not in cond.tensors:
+            cond = cond.with_guidance(self.embedded_guidance)
+        # The transformer multiplies by 1000 itself, t and guidance alike.
+        tokens, guidance = cond.tensors["tokens"], cond.tensors.get(GUIDANCE)
+        ids = FluxPipeline._prepare_latent_image_ids(
+            len(x_t), height // 2, width // 2, device=x_t.device, dtype=torch.float32
+        )
         prediction = self.denoiser(
             hidden_states=pack(x_t).to(kind),
             timestep=t.float() / 1000,
-            guidance=guidance,
+            guidance=None if guidance is None else guidance.float(),
             pooled_projections=cond.tensors["pooled"].to(kind),
             encoder_hidden_states=tokens.to(kind),
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x_t.device),
-            img_ids=position_ids(height, width, x_t.device),
+            img_ids=ids,
             return_dict=False,
         )[0]
         return unpack(prediction, height, width)
@@ -150,4 +126,4 @@ class Flux(PipelineAdapter):
         )  # fmt: skip
         pipeline = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, transformer.config, vae.config, base="tiny-flux").freeze()
+        return cls.around(pipeline, base="tiny-flux").freeze()

@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scalewise.common.contents import WEIGHTS, local_folder, variant_of_file
-from scalewise.common.errors import first_line
-from scalewise.method.adapter import ModelError
+from scalewise.common.errors import ModelError, first_line
 
 INDEX = "model_index.json"
+Part = Literal["denoiser", "vae", "text"]
+ALL_PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")
 READ = re.compile(r"(.*/)?(diffusion_pytorch_model|model)[.-].*")
 """Weights that loading looks for; others in a base's folders are of other programs."""
 NO_LENGTH = 10**6

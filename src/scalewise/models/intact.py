@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from scalewise.common.contents import WEIGHTS, variant_of_file
-from scalewise.method.adapter import ModelError
+from scalewise.common.errors import ModelError
 from scalewise.models.folder import READ
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

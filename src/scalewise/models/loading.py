@@ -14,18 +14,21 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import nn
 
-from scalewise.common.errors import first_line
+from scalewise.common.errors import ModelError, first_line
 from scalewise.common.finite import non_finite
-from scalewise.method.adapter import ModelError
 from scalewise.models.folder import (
+    ALL_PARTS,
+    Part,
     diffusers_class,
     refuse_quantized,
     tokens_read,
     variant_of,
+    variants_of,
     weight_names,
     with_defaults,
 )
 from scalewise.models.intact import check_component
+from scalewise.models.schedulers import refuse_inverted
 
 _MISFIT = re.compile(
     r"because (\S+) expected shape torch\.Size\(\[(.*?)\]\), but got torch\.Size\(\[(.*?)\]\)"
@@ -42,6 +45,45 @@ def loading(what: str) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         said = first_line(error).rstrip(".")
         raise ModelError(f"Cannot load {what}: {said}. Fetch the model again.") from error
+
+
+def load_pipeline(
+    family: Any, base: str, *, dtype: torch.dtype, parts: Sequence[Part], vae: str | None, variant: str | None
+) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, tuple[str, str]]]:
+    """Load a family's pipeline with some of its parts, all checked.
+
+    Returns it with the configurations of its denoiser and VAE, and the base's components.
+    """
+    names = family.parts()
+    with loading(f"the model {base}"):
+        found = family.components(base)
+        variants = variants_of(base, found.keys(), variant)
+        family.check_files(base, found, parts, variants=variants, other_vae=vae is not None)
+        left_out = [n for part in ALL_PARTS if part not in parts for n in names[part]]
+        left_out += [n for n in family.text_names if n not in found]
+        chosen: dict[str, Any] = dict.fromkeys(left_out)
+        config = component_config(base, family.denoiser_name, found)
+        own_vae = component_config(base, "vae", found)
+        vae_config = autoencoder_config(vae, own_vae) if vae else own_vae
+        if "vae" in parts:
+            kind, half = vae_class_of(vae_config), family.vae_dtype(vae_config, dtype)
+            if vae:
+                chosen["vae"] = other_autoencoder(vae, kind, dtype=half)
+            else:
+                chosen["vae"] = load_component(base, "vae", kind, dtype=half, variant=variants["vae"])
+        if "text" in parts:
+            chosen |= text_encoders(base, found, family.text_names, dtype=dtype, variants=variants)
+        if "denoiser" in parts:
+            name = family.denoiser_name
+            kind = diffusers_class(found, name, base)
+            chosen[name] = load_component(base, name, kind, dtype=dtype, variant=variants[name])
+        pipeline = family.pipeline_class.from_pretrained(base, dtype=dtype, use_safetensors=True, **chosen)
+    refuse_inverted(pipeline.scheduler.config, base)
+    check_complete(pipeline, base)
+    refuse_non_finite(pipeline, base, vae=vae or base)
+    check_tokenizers(pipeline, family.text_names, base)
+    settle_lengths(pipeline, family.text_names)
+    return pipeline, config, vae_config, found
 
 
 def component_config(base: str, name: str, components: Mapping[str, tuple[str, str]]) -> dict[str, Any]:

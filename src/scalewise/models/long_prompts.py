@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -41,16 +40,3 @@ def overlong(prompts: Sequence[str], readers: Sequence[tuple[Any, int, str]]) ->
             f"{told}; {' and '.join(whole)} reads {'it' if len(different) == 1 else 'them'} whole. {example}"
         )
     return f"{told}: the rest is ignored there. {example} Shorten what matters to that length."
-
-
-@contextmanager
-def warned_once(model: Any, prompts: Sequence[str], tokens: int | None) -> Iterator[None]:
-    """`PipelineAdapter.warned_once`: warn of all prompts, then hold the flag that keeps encoding silent."""
-    before, length = model.warned, model.max_sequence_length
-    model.max_sequence_length = tokens or length
-    model.warn_of_overflow(prompts)
-    model.max_sequence_length, model.warned = length, True
-    try:
-        yield
-    finally:
-        model.warned = before

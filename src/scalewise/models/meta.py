@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalewise.method.adapter import ALL_PARTS, ModelError
+from scalewise.common.errors import ModelError
 from scalewise.models import SD3, check_family, family_named
 from scalewise.models.folder import (
+    ALL_PARTS,
     diffusers_class,
     model_index,
     refuse_quantized,
@@ -107,7 +108,7 @@ def skeleton(
     model: PipelineAdapter = kind(pipeline, denoiser.config, vae, base=str(base), max_sequence_length=longest)
     if isinstance(model, SD3):
         model.clip_length = config.get("clip_sequence", 77)
-    return model
+    return model.freeze()
 
 
 def _check_files(base: str | Path, variant: str | None, *, family: str | None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,43 +13,44 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import Tensor, nn
 
-from scalewise.method.adapter import ALL_PARTS, Condition, ModelAdapter, ModelError, Part
-from scalewise.method.noise import FlowMatching
-from scalewise.method.scales import Scale
-from scalewise.models.folder import (
-    check_index,
-    diffusers_class,
-    model_index,
-    variants_of,
-)
+from scalewise.common.errors import ModelError
+from scalewise.method.adapter import Condition, ModelAdapter
+from scalewise.method.scales import Scale, ScaleSchedule
+from scalewise.models.folder import ALL_PARTS, Part, check_index, model_index
 from scalewise.models.intact import check_folder
-from scalewise.models.loading import (
-    autoencoder_config,
-    check_complete,
-    check_tokenizers,
-    component_config,
-    load_component,
-    loading,
-    other_autoencoder,
-    refuse_non_finite,
-    settle_lengths,
-    spatial_factor,
-    text_encoders,
-    vae_class_of,
-)
-from scalewise.models.long_prompts import overlong, warned_once
-from scalewise.models.schedulers import dynamic_shift, for_flow_matching, is_stochastic, refuse_inverted
-from scalewise.models.shift import shifted
+from scalewise.models.loading import load_pipeline, spatial_factor
+from scalewise.models.long_prompts import overlong
+from scalewise.models.schedulers import dynamic_shift, set_for_sampling
+
+READS = 512
+"""Tokens that T5 reads at most, as SwD and diffusers' own pipelines have it."""
 
 
 class PipelineAdapter(ModelAdapter):
     """An adapter around the family's own diffusers pipeline, of which any part may be missing."""
 
+    family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "net.0.proj",
+        "net.2",
+    )  # as released
     text_names: ClassVar[tuple[str, ...]]
-    reads_t5: ClassVar[bool] = True
+    t5_tokenizer: ClassVar[str | None]
+    """Name of the tokenizer of T5; None for a family without it."""
     optional_texts: ClassVar[tuple[str, ...]] = ()
     """The text encoder that a base may do without, and its tokenizer."""
+
+    frame_factor: int = 1
+    """Frames of video that a latent frame stands for (the first one for a single frame)."""
+    full_scale: Scale
+    """The latent size that the model was made for."""
+    largest_scale: Scale | None = None
+    """The largest latent that the model has positions for; None = no limit."""
 
     def __init__(
         self,
@@ -70,7 +69,9 @@ class PipelineAdapter(ModelAdapter):
         self._resting: list[nn.Module] = []
         self.runs_on: torch.device | None = None  # set where offloaded weights lie elsewhere than they run
         self.warned = False  # of the prompts that are being encoded
-        self.vae_config, self.vae_factor = vae_config, spatial_factor(vae_config)
+        self.vae_config = vae_config
+        self.vae_factor = spatial_factor(vae_config)
+        """Pixels along each side of a latent cell."""
         self.describe(config)
         self.max_sequence_length = max_sequence_length or self.longest_sequence()
 
@@ -81,20 +82,60 @@ class PipelineAdapter(ModelAdapter):
             component.eval()
         return self
 
+    @classmethod
+    def around(cls, pipeline: Any, *, base: str, max_sequence_length: int | None = None) -> Self:
+        """Wrap a pipeline that has its denoiser and VAE; its weights stay as they are."""
+        denoiser = getattr(pipeline, cls.denoiser_name)
+        return cls(
+            pipeline, denoiser.config, pipeline.vae.config, base=base, max_sequence_length=max_sequence_length
+        )
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, seed: int = 0) -> Self:
+        """Make a random miniature of the family's real classes, tokenizers included."""
+
     @abstractmethod
     def describe(self, config: Mapping[str, Any]) -> None:
-        """Set noise, patch, channels, blocks, width, full_scale and largest_scale from the configuration."""
+        """Set noise, patch, channels, blocks, width and full_scale from the denoiser's configuration."""
 
-    @abstractmethod
+    def set_guidance(self, guidance: float) -> None:
+        """Set the guidance that the network takes as an input; warn for a model without that input."""
+        if self.embedded_guidance is None:
+            warnings.warn(
+                f"model.embedded_guidance={guidance:g} has no effect: {self.base} does not take guidance as "
+                "an input. Set it to null.",
+                stacklevel=3,
+            )
+        else:
+            self.embedded_guidance = guidance
+
     def longest_sequence(self) -> int:
-        """Tokens that the long text encoder reads unless told otherwise."""
+        """Count the tokens that the long text encoder reads in training unless told otherwise."""
+        tokenizer = getattr(self.pipeline, self.t5_tokenizer or "tokenizer")
+        return READS if tokenizer is None else min(READS, tokenizer.model_max_length)
 
     def stock_sequence(self) -> int:
-        """Tokens that the family's own pipeline lets it read, as the teacher does when it samples."""
+        """Count the tokens that it reads in the family's own pipeline, as for the teacher's samples."""
         return self.longest_sequence()
 
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Embed prompts; warns about those longer than a text encoder reads."""
+        self._need("text_encoder", "text")
+        self.warn_of_overflow(prompts)
+        with self.text_at_work() as device:
+            return Condition(self.embed(list(prompts), device))
+
+    @abstractmethod
+    def embed(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        """Run the text encoders, which are on `device`: embeddings by their names in a condition."""
+
     def encode_for_teacher(self, prompts: Sequence[str], length: int | None = None) -> Condition:
-        if length is not None and not self.reads_t5:
+        """Embed prompts for the teacher's sampling, with `length` T5 tokens; None = as many as the family's
+        own pipeline reads.
+        """
+        if length is not None and self.t5_tokenizer is None:
             raise ModelError(
                 f"teacher.max_sequence_length={length} has no effect: {self.base} has no T5. Set it to null."
             )
@@ -113,6 +154,7 @@ class PipelineAdapter(ModelAdapter):
         """Shapes of one prompt's embeddings, by their names in a condition."""
 
     def empty_condition(self, count: int, device: torch.device | str) -> Condition:
+        """Return uninitialized tensors in the shapes of `count` encoded prompts."""
         shapes = self.prompt_shapes().items()
         return Condition({name: torch.empty(count, *shape, device=device) for name, shape in shapes})
 
@@ -163,46 +205,29 @@ class PipelineAdapter(ModelAdapter):
         vae: str | Path | None = None,
         variant: str | None = None,
     ) -> Self:
-        names, place = cls.parts(), str(base)
-        with loading(f"the model {base}"):
-            found = cls.components(base)
-            variants = variants_of(base, found.keys(), variant)
-            cls.check_files(base, found, parts, variants=variants, other_vae=vae is not None)
-            left_out = [n for part in ALL_PARTS if part not in parts for n in names[part]]
-            left_out += [n for n in cls.text_names if n not in found]
-            chosen: dict[str, Any] = dict.fromkeys(left_out)
-            config = component_config(place, cls.denoiser_name, found)
-            own_vae = component_config(place, "vae", found)
-            vae_config = autoencoder_config(str(vae), own_vae) if vae else own_vae
-            if "vae" in parts:
-                kind, half = vae_class_of(vae_config), cls.vae_dtype(vae_config, dtype)
-                if vae:
-                    chosen["vae"] = other_autoencoder(str(vae), kind, dtype=half)
-                else:
-                    chosen["vae"] = load_component(place, "vae", kind, dtype=half, variant=variants["vae"])
-            if "text" in parts:
-                chosen |= text_encoders(place, found, cls.text_names, dtype=dtype, variants=variants)
-            if "denoiser" in parts:
-                kind, name = diffusers_class(found, cls.denoiser_name, base), cls.denoiser_name
-                chosen[name] = load_component(place, name, kind, dtype=dtype, variant=variants[name])
-            pipeline = cls.pipeline_class.from_pretrained(place, dtype=dtype, use_safetensors=True, **chosen)
-        refuse_inverted(pipeline.scheduler.config, place)
-        check_complete(pipeline, place)
-        refuse_non_finite(pipeline, place, vae=str(vae or base))
-        check_tokenizers(pipeline, cls.text_names, place)
-        settle_lengths(pipeline, cls.text_names)
+        """Load the parts asked for from a folder in diffusers' layout or the hub, frozen; safetensors only.
+
+        `vae` is another autoencoder of the same latents, such as a tiny one (AutoencoderTiny). `variant`
+        chooses weights such as model.fp16.safetensors; None = the plain ones, or those that are there.
+        """
+        pipeline, config, vae_config, found = load_pipeline(
+            cls, str(base), dtype=dtype, parts=parts, vae=str(vae) if vae else None, variant=variant
+        )
         longest = max_sequence_length or cls.usual_sequence(found)
-        return cls(pipeline, config, vae_config, base=place, max_sequence_length=longest).freeze()
+        return cls(pipeline, config, vae_config, base=str(base), max_sequence_length=longest).freeze()
 
     def save(self, folder: Path) -> None:
+        """Write all components in the hub's folder layout."""
         self.pipeline.save_pretrained(folder, safe_serialization=True)
 
     @property
-    def denoiser(self) -> nn.Module:  # type: ignore[override]
+    def denoiser(self) -> nn.Module:
+        """The network; asserts that it was loaded."""
         return self._need(self.denoiser_name, "denoiser")
 
     @property
     def device(self) -> torch.device:
+        """Where the parts run, also those whose weights lie elsewhere."""
         if self.runs_on is not None:
             return self.runs_on
         # Offloaded components lie elsewhere than they run; diffusers knows where that is.
@@ -215,6 +240,7 @@ class PipelineAdapter(ModelAdapter):
         return next(p.device for c in working for p in c.parameters())
 
     def to(self, device: torch.device | str) -> Self:
+        """Move every loaded part, but for text encoders that are kept in main memory."""
         for component in self._modules():
             if component not in self._resting:
                 component.to(device)
@@ -242,6 +268,7 @@ class PipelineAdapter(ModelAdapter):
                 encoder.to("cpu")
 
     def release(self, *parts: Part) -> None:
+        """Drop parts that are not needed any more, to free their memory."""
         for part in parts:
             for name in self.parts()[part]:
                 setattr(self.pipeline, name, None)
@@ -251,13 +278,26 @@ class PipelineAdapter(ModelAdapter):
         if not self.warned and (told := overlong(prompts, self.tokenizers())):
             warnings.warn(told, stacklevel=4)
 
-    def warned_once(
-        self, prompts: Sequence[str], *, tokens: int | None = None
-    ) -> AbstractContextManager[None]:
-        return warned_once(self, prompts, tokens)
+    @contextmanager
+    def warned_once(self, prompts: Sequence[str], *, tokens: int | None = None) -> Iterator[None]:
+        """Warn in one sentence of all `prompts` that a text encoder cuts; encoding within it warns no more.
+
+        `tokens`: T5 tokens that count, where they are not those of `encode_prompts`.
+        """
+        before, length = self.warned, self.max_sequence_length
+        self.max_sequence_length = tokens or length
+        self.warn_of_overflow(prompts)
+        self.max_sequence_length, self.warned = length, True
+        try:
+            yield
+        finally:
+            self.warned = before
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels [N, 3, H, W] (video [N, 3, F, H, W]) in [-1, 1] into normalized latents (the
+        posterior's mode).
+        """
         vae: Any = self._need("vae", "vae")
         found = vae.encode(pixels.to(self.device, vae.dtype))
         # The mode and not a draw: the cached latent of an image is the same whenever it is made. A tiny
@@ -267,6 +307,7 @@ class PipelineAdapter(ModelAdapter):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalized latents into pixels [N, 3, H, W] (video [N, 3, F, H, W]) in [-1, 1]."""
         vae: Any = self._need("vae", "vae")
         latents = self.denormalise(latents.float())
         return vae.decode(latents.to(self.device, vae.dtype)).sample.float().clamp(-1, 1)
@@ -281,7 +322,27 @@ class PipelineAdapter(ModelAdapter):
         config = self._need("vae", "vae").config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
+    def pixel_size(self, scale: Scale) -> tuple[int, ...]:
+        """Height and width in pixels of a sample of a latent size; for video frames, height and width."""
+        size = (scale.height * self.vae_factor, scale.width * self.vae_factor)
+        return ((scale.frames - 1) * self.frame_factor + 1, *size) if self.video else size
+
+    def check_schedule(self, schedule: ScaleSchedule) -> None:
+        """Refuse a schedule of another kind of model, or with scales that this one cannot take."""
+        if any(scale.frames > 1 for scale in schedule.scales) and not self.video:
+            raise ModelError(
+                f"The schedule {schedule} is of another family: this is a model for images. Give scales of "
+                "height and width alone."
+            )
+        if self.video and all(scale.frames == 1 for scale in schedule.scales) and self.full_scale.frames > 1:
+            raise ModelError(
+                f"The schedule {schedule} is of another family: this is a model for videos. Give scales with "
+                "frames, as in 21x60x104."
+            )
+        schedule.check(patch=self.patch, largest=self.largest_scale)
+
     def block(self, index: int) -> nn.Module:
+        """Return a block by number; ModelError for one that is not there."""
         if not 0 <= index < self.blocks:
             raise ModelError(f"There is no block {index}; this model has blocks 0 to {self.blocks - 1}.")
         return self.block_list()[index]
@@ -301,26 +362,15 @@ class PipelineAdapter(ModelAdapter):
         for block in self.repeated_blocks():
             block.compile(**options)
 
+    def enable_checkpointing(self, function: Any) -> None:
+        self.denoiser.enable_gradient_checkpointing(function)  # type: ignore[operator]
+
     def teacher_scheduler(self, steps: int, scale: Scale, *, shift: float | None = None) -> Any:
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        if flow := isinstance(self.noise, FlowMatching):
-            needed = self.scheduler_options(scheduler, steps, scale)
-            scheduler = for_flow_matching(scheduler, needed, base=self.base)
-        options = self.scheduler_options(scheduler, steps, scale)
-        if shift is not None:
-            scheduler, own = shifted(scheduler, shift, base=self.base)
-            options |= own
-        scheduler.set_timesteps(steps, **options)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
-        usual = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler or DDIMScheduler"
-        if "generator" in inspect.signature(scheduler.step).parameters and is_stochastic(scheduler):
-            raise ModelError(
-                f"The scheduler {type(scheduler).__name__} of {self.base} draws noise of its own, so samples "
-                f"could not be made again; put a deterministic one, such as {usual}, into the base's "
-                "scheduler folder."
-            )
-        return scheduler
+        """Return the base's own scheduler, set for a sample of a size; ModelError if it cannot be used."""
+        return set_for_sampling(
+            self.pipeline.scheduler, steps, self.noise, base=self.base, shift=shift,
+            options=lambda scheduler: self.scheduler_options(scheduler, steps, scale),
+        )  # fmt: skip
 
     def scheduler_options(self, scheduler: Any, steps: int, scale: Scale) -> dict[str, Any]:
         """What the pipeline passes to `set_timesteps` besides the number of steps."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from scalewise.common.errors import ModelError
 from scalewise.common.optional import import_bitsandbytes
-from scalewise.method.adapter import ModelError
 from scalewise.models.pipeline_adapter import PipelineAdapter
 
 Bits = Literal["none", "int8", "nf4"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from scalewise.method.adapter import ModelError
+from scalewise.common.errors import ModelError
+from scalewise.method.noise import FlowMatching, NoiseProcess
 
 
 def refuse_inverted(config: Mapping[str, Any], base: str | Path) -> None:
@@ -51,7 +54,7 @@ def for_flow_matching(scheduler: Any, needed: Mapping[str, Any], *, base: str) -
     warnings.warn(
         f"The scheduler {name} of {base} takes no {' and no '.join(lacking)}, which the model's pipeline "
         f"needs; the teacher samples with FlowMatchEulerDiscreteScheduler, {how}.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return euler
 
@@ -68,9 +71,53 @@ def is_stochastic(scheduler: Any) -> bool:
 
 
 def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift mu of a flow-matching schedule that depends on the number of image tokens: a line through
-    (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+    """Return the shift mu of a flow-matching schedule that depends on the number of image tokens."""
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    usual = (256, 4096, 0.5, 1.15)
+    return calculate_shift(tokens, *map(config.get, names, usual))
+
+
+def shifted(scheduler: Any, shift: float, *, base: str) -> tuple[Any, dict[str, float]]:
+    """Return a scheduler (diffusers) whose sigmas are shift s / (1 + (shift - 1) s), and what its
+    `set_timesteps` needs for that; ModelError for one that is not of flow matching.
     """
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return base + (top - base) * (tokens - low) / (high - low)
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):  # mu stands for the shift, or for its logarithm
+        return scheduler, {"mu": shift if config.get("time_shift_type") == "linear" else math.log(shift)}
+    if "shift" in config:
+        return type(scheduler).from_config(config, shift=shift), {}
+    if config.get("use_flow_sigmas"):
+        return type(scheduler).from_config(config, flow_shift=shift), {}
+    raise ModelError(
+        f"teacher.shift={shift:g} has no effect on {type(scheduler).__name__} of {base}, which is not a "
+        "scheduler of flow matching; set teacher.shift=null."
+    )
+
+
+def set_for_sampling(
+    scheduler: Any, steps: int, process: NoiseProcess, *, base: str, shift: float | None,
+    options: Callable[[Any], dict[str, Any]],
+) -> Any:  # fmt: skip
+    """Return a copy of a base's scheduler with its timesteps set; ModelError for one that cannot be used.
+
+    `options(scheduler)` is what the family's pipeline passes to `set_timesteps` besides the number of steps;
+    `shift` takes the place of the scheduler's own.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    if flow := isinstance(process, FlowMatching):
+        scheduler = for_flow_matching(scheduler, options(scheduler), base=base)
+    chosen = options(scheduler)
+    if shift is not None:
+        scheduler, own = shifted(scheduler, shift, base=base)
+        chosen |= own
+    scheduler.set_timesteps(steps, **chosen)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    usual = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler or DDIMScheduler"
+    if "generator" in inspect.signature(scheduler.step).parameters and is_stochastic(scheduler):
+        raise ModelError(
+            f"The scheduler {type(scheduler).__name__} of {base} draws noise of its own, so samples "
+            f"could not be made again; put a deterministic one, such as {usual}, into the base's "
+            "scheduler folder."
+        )
+    return scheduler

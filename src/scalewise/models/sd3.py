@@ -25,7 +25,6 @@ class SD3(PipelineAdapter):
 
     family = "sd3"
     pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
-    pipeline_classes = ("StableDiffusion3Pipeline",)
     text_names = (
         "text_encoder",
         "text_encoder_2",
@@ -34,8 +33,8 @@ class SD3(PipelineAdapter):
         "tokenizer_2",
         "tokenizer_3",
     )
+    t5_tokenizer = "tokenizer_3"
     optional_texts = ("text_encoder_3", "tokenizer_3")
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")  # as released
 
     def describe(self, config: Mapping[str, Any]) -> None:
         self.noise = FlowMatching()
@@ -47,11 +46,6 @@ class SD3(PipelineAdapter):
         self.clip_length = 77 if tokenizer is None else int(tokenizer.model_max_length)
         positions = int(config["pos_embed_max_size"]) * self.patch
         self.largest_scale = Scale(1, positions, positions)
-
-    def longest_sequence(self) -> int:
-        # SwD tokenises to 512; a T5 that was made for less says so.
-        tokenizer = self.pipeline.tokenizer_3
-        return 512 if tokenizer is None else min(512, tokenizer.model_max_length)
 
     def stock_sequence(self) -> int:
         return min(STOCK, self.longest_sequence())
@@ -80,20 +74,17 @@ class SD3(PipelineAdapter):
         finally:
             self.pipeline.transformer = None
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        self._need("text_encoder", "text")
-        self.warn_of_overflow(prompts)
-        with self.text_at_work() as device, self._telling_the_width():
+    def embed(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        with self._telling_the_width():
             tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                list(prompts),
+                prompts,
                 None,
                 None,
                 device=device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
-        return Condition({"tokens": tokens, "pooled": pooled})
+        return {"tokens": tokens, "pooled": pooled}
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         length = self.clip_length + self.max_sequence_length  # CLIP's tokens stand before T5's
@@ -144,4 +135,4 @@ class SD3(PipelineAdapter):
             transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **texts
         )
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, transformer.config, vae.config, base="tiny-sd3").freeze()
+        return cls.around(pipeline, base="tiny-sd3").freeze()

@@ -10,7 +10,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from scalewise.method.adapter import Condition, ModelError
+from scalewise.common.errors import ModelError
+from scalewise.method.adapter import Condition
 from scalewise.method.noise import VariancePreserving
 from scalewise.method.scales import Scale
 from scalewise.models.pipeline_adapter import PipelineAdapter
@@ -27,11 +28,9 @@ class SDXL(PipelineAdapter):
 
     family = "sdxl"
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
-    pipeline_classes = ("StableDiffusionXLPipeline",)
     denoiser_name = "unet"
-    reads_t5 = False
     text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+    t5_tokenizer = None
 
     def describe(self, config: Mapping[str, Any]) -> None:
         scheduler = self.pipeline.scheduler
@@ -57,7 +56,7 @@ class SDXL(PipelineAdapter):
         self.patch, self.channels, self.blocks = 2 ** (len(levels) - 1), int(config["in_channels"]), 1
         self.width = int(levels[-1])
         side = int(config["sample_size"] or 128)  # as the stock pipeline has it
-        self.full_scale, self.largest_scale = Scale(1, side, side), None
+        self.full_scale = Scale(1, side, side)
 
     @classmethod
     def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
@@ -73,20 +72,16 @@ class SDXL(PipelineAdapter):
         clip = self.pipeline.tokenizer
         return [(clip, clip.model_max_length, "CLIP")]
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        self._need("text_encoder", "text")
-        self.warn_of_overflow(prompts)
-        with self.text_at_work() as device:
-            tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                list(prompts), device=device, do_classifier_free_guidance=False
-            )
+    def embed(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=device, do_classifier_free_guidance=False
+        )
         if self.pipeline.config.force_zeros_for_empty_prompt:
             # No prompt means zeros, as it did when the model was trained.
             empty = torch.tensor([not prompt for prompt in prompts], device=tokens.device)
             tokens = torch.where(empty[:, None, None], 0.0, tokens)
             pooled = torch.where(empty[:, None], 0.0, pooled)
-        return Condition({"tokens": tokens, "pooled": pooled})
+        return {"tokens": tokens, "pooled": pooled}
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         # The added embedding is the pooled one beside six sinusoids: two sizes and a corner.
@@ -160,4 +155,4 @@ class SDXL(PipelineAdapter):
         )  # fmt: skip
         pipeline = StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, **texts)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, unet.config, vae.config, base="tiny-sdxl").freeze()
+        return cls.around(pipeline, base="tiny-sdxl").freeze()

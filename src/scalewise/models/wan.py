@@ -9,12 +9,11 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
-from scalewise.method.adapter import Condition, ModelError
+from scalewise.common.errors import ModelError
+from scalewise.method.adapter import Condition
 from scalewise.method.noise import FlowMatching
 from scalewise.method.scales import Scale
 from scalewise.models.pipeline_adapter import PipelineAdapter
-
-READS = 512  # tokens, as the pipeline's default
 
 
 class Wan(PipelineAdapter):
@@ -25,9 +24,8 @@ class Wan(PipelineAdapter):
 
     family = "wan"
     pipeline_class: ClassVar[Any] = WanPipeline
-    pipeline_classes = ("WanPipeline",)
     text_names = ("text_encoder", "tokenizer")
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+    t5_tokenizer = "tokenizer"
     video = True
 
     def describe(self, config: Mapping[str, Any]) -> None:
@@ -42,33 +40,22 @@ class Wan(PipelineAdapter):
         self.patch, self.channels = int(height), int(config["in_channels"])
         self.blocks = int(config["num_layers"])
         self.width = int(config["num_attention_heads"] * config["attention_head_dim"])
-        # 81 frames of 480 x 832 pixels.
-        self.full_scale, self.largest_scale = Scale(21, 60, 104), None
+        self.full_scale = Scale(21, 60, 104)  # 81 frames of 480 x 832 pixels
         self.frame_factor = int(self.vae_config["scale_factor_temporal"])
 
     @classmethod
     def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
         return torch.float32  # as published: in half precision it flickers
 
-    def longest_sequence(self) -> int:
-        tokenizer = self.pipeline.tokenizer
-        return READS if tokenizer is None else min(READS, tokenizer.model_max_length)
-
     def tokenizers(self) -> list[tuple[Any, int, str]]:
         return [(self.pipeline.tokenizer, self.max_sequence_length, "T5")]
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        self._need("text_encoder", "text")
-        self.warn_of_overflow(prompts)
-        with self.text_at_work() as device:
-            tokens, _ = self.pipeline.encode_prompt(
-                list(prompts),
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-                device=device,
-            )
-        return Condition({"tokens": tokens})
+    def embed(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        tokens, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
+            device=device,
+        )  # fmt: skip
+        return {"tokens": tokens}
 
     def encode(self, pixels: Tensor) -> Tensor:
         if pixels.ndim != 5:
@@ -151,4 +138,4 @@ class Wan(PipelineAdapter):
         )
         pipeline = WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, transformer.config, vae.config, base="tiny-wan").freeze()
+        return cls.around(pipeline, base="tiny-wan").freeze()

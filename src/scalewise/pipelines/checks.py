@@ -115,12 +115,16 @@ def check_seeds(seed: Any, count: int) -> list[int]:
     return [int(s) for s in seeds]
 
 
-def check_generators(generator: Any) -> None:
-    """Refuse what is neither a torch.Generator nor a list of them."""
+def check_generators(generator: Any, count: int) -> None:
+    """Refuse what is neither a torch.Generator nor a list of them, one for each sample."""
     several = generator if isinstance(generator, list | tuple) else [generator]
     if generator is not None and not all(isinstance(g, torch.Generator) for g in several):
         raise ValueError(
             f"generator is {generator!r}; give a torch.Generator or a list of them, or a number as seed=..."
+        )
+    if isinstance(generator, list | tuple) and len(generator) != count:
+        raise ValueError(
+            f"{len(generator)} generators for {count} samples; give one, or one for each sample."
         )
 
 

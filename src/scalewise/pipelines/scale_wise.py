@@ -23,6 +23,7 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -54,25 +55,6 @@ def _without_advice() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-class GeneratorNoise:
-    """Noise from torch generators: one for the batch, or one for each sample."""
-
-    def __init__(self, generators: torch.Generator | Sequence[torch.Generator] | None, count: int) -> None:
-        if isinstance(generators, Sequence) and len(generators) != count:
-            raise ValueError(
-                f"{len(generators)} generators for {count} samples; give one, or one for each sample."
-            )
-        self.generators, self.count = generators, count
-
-    def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Draw the next noise [N, *shape]."""
-        if isinstance(self.generators, Sequence):
-            rows = [torch.randn(*shape, generator=g, device=g.device) for g in self.generators]
-            return torch.stack(rows).to(device)
-        kind = self.generators.device if self.generators else "cpu"
-        return torch.randn(self.count, *shape, generator=self.generators, device=kind).to(device)
 
 
 class ScaleWisePipeline:
@@ -141,13 +123,12 @@ class ScaleWisePipeline:
     def adapter(self) -> Any:
         """The family's adapter around this very pipeline."""
         pipeline: Any = self
-        denoiser = getattr(pipeline, self.family.denoiser_name)
-        model = self.family(
-            pipeline, denoiser.config, pipeline.vae.config, base=pipeline.name_or_path or "the pipeline",
+        model = self.family.around(
+            pipeline, base=pipeline.name_or_path or "the pipeline",
             max_sequence_length=self.max_sequence_length,
         )  # fmt: skip
         if self.embedded_guidance is not None:
-            model.embedded_guidance = self.embedded_guidance
+            model.set_guidance(self.embedded_guidance)
         return model
 
     @torch.no_grad()
@@ -210,12 +191,12 @@ class ScaleWisePipeline:
         return self._finish(model, x0, output_type, return_dict=return_dict)
 
     def _check_guidance(self, model: Any, guidance: float) -> None:
-        if not getattr(model, "takes_guidance", False):
+        if model.embedded_guidance is None:
             raise ValueError(
                 f"guidance_scale {guidance:g} has no effect here: the student samples without "
                 "classifier-free guidance. Leave it out."
             )
-        model.embedded_guidance = guidance
+        model.set_guidance(guidance)
 
     def _full_scale(
         self, model: Any, height: int | None, width: int | None, frames: int | None, schedule: ScaleSchedule
@@ -241,9 +222,10 @@ class ScaleWisePipeline:
         count: int, generator: torch.Generator | Sequence[torch.Generator] | None,
         seed: int | Sequence[int] | None,
     ) -> Any:  # fmt: skip
-        checks.check_generators(generator)
+        checks.check_generators(generator, count)
         if seed is None:
-            return GeneratorNoise(generator, count)
+            several = list(generator) if isinstance(generator, Sequence) else generator
+            return lambda shape, device: randn_tensor((count, *shape), generator=several, device=device)
         if generator is not None:
             raise ValueError("Give generator or seed, not both.")
         return SampleNoise(checks.check_seeds(seed, count))

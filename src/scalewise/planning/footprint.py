@@ -131,8 +131,7 @@ def drawing_of(recipe: Recipe, model: PipelineAdapter, *, vae: Any, encoders: Se
 
 def takes_two(recipe: Recipe, model: PipelineAdapter) -> bool:
     """Whether the teacher's guidance means two forwards, in one batch."""
-    embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
-    return recipe.teacher.guidance != 1 and not embedded
+    return recipe.teacher.guidance != 1 and model.embedded_guidance is None
 
 
 def _predict_x0(model: PipelineAdapter, x_t: Tensor, *, pair: bool) -> Tensor:

@@ -210,7 +210,7 @@ def make_plan(recipe: Recipe, done: ProgressCallback = no_progress) -> Plan:
         forwards[scale] = count_forward(model, scale, block, roles)
         done(len(forwards))
     steps, full = [forwards[scale] for scale in schedule.scales], forwards[schedule.full]
-    embedded = model.with_guidance(model.empty_condition(1, "meta"), 2.0) is not None
+    embedded = model.embedded_guidance is not None
     guided = takes_two(recipe, model)
     iteration = partial(iteration_flops, embedded=embedded)
     alone = recipe.override(["loss.mmd.weight=1", "loss.mmd_only=true"])

@@ -32,7 +32,6 @@ from scalewise.method.spectrum import (
     weights,
     within_budget,
 )
-from scalewise.models import ModelAdapter
 from scalewise.models.meta import skeleton
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.planning.plan import forward_flops
@@ -310,7 +309,7 @@ def load_latents(recipe: Recipe, model: PipelineAdapter, *, count: int, progress
 
 @torch.no_grad()
 def encode(
-    model: ModelAdapter, entries: Sequence[ImageEntry], full: Scale, *, count: int, progress: Progress
+    model: PipelineAdapter, entries: Sequence[ImageEntry], full: Scale, *, count: int, progress: Progress
 ) -> Tensor:
     """Encode images that are large enough to latents [N, C, H, W]."""
     height, width = model.pixel_size(full)

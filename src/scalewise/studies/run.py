@@ -33,7 +33,7 @@ from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, upscale_latents
 from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, resample
 from scalewise.metrics.base import Gaussian
-from scalewise.models import ModelAdapter
+from scalewise.models import PipelineAdapter
 from scalewise.models.lora import StudentError
 from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, overall
 from scalewise.studies.work_queue import Task, work_off
@@ -155,8 +155,8 @@ def chosen(stored: LatentSet, count: int) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def go_on(
-    model: ModelAdapter, recipe: Recipe, start: Start, prompts: Prompts, *, latents: Mapping[Scale, Tensor],
-    done: ProgressCallback,
+    model: PipelineAdapter, recipe: Recipe, start: Start, prompts: Prompts, *,
+    latents: Mapping[Scale, Tensor], done: ProgressCallback,
 ) -> np.ndarray:  # fmt: skip
     """Let the teacher finish noised latents of known pictures: bytes [N, H, W, 3]."""
     small, full = latents

@@ -24,7 +24,7 @@ from scalewise.data.image_folder import list_files
 from scalewise.data.synthetic import contents_of
 from scalewise.method.backbone import Backbone
 from scalewise.method.scales import Scale
-from scalewise.models import ALL_PARTS, ModelAdapter, Part, PipelineAdapter, family_of, load_model
+from scalewise.models import ALL_PARTS, Part, PipelineAdapter, family_of, load_model
 from scalewise.models.offloading import offload
 from scalewise.models.quantization import quantize
 from scalewise.training.trainer import Trainer
@@ -58,7 +58,7 @@ def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> Pi
         family=recipe.model.family,
     )
     if recipe.model.embedded_guidance is not None:
-        model.embedded_guidance = recipe.model.embedded_guidance
+        model.set_guidance(recipe.model.embedded_guidance)
     if "denoiser" in wanted:
         quantize(model, recipe.model.quantize, device())
     few = "denoiser" in wanted and recipe.model.quantize != "none"
@@ -69,7 +69,7 @@ def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> Pi
     return model.to(device())
 
 
-def check(recipe: Recipe, model: ModelAdapter) -> None:
+def check(recipe: Recipe, model: PipelineAdapter) -> None:
     """Refuse a recipe that does not fit the model: scales, feature block."""
     schedule = recipe.schedule.build()
     model.check_schedule(schedule)
@@ -192,7 +192,7 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
         )
 
 
-def build_backbone(recipe: Recipe, model: ModelAdapter) -> Backbone:
+def build_backbone(recipe: Recipe, model: PipelineAdapter) -> Backbone:
     """The frozen base with the roles that the recipe's loss trains."""
     roles = ["student", "fake"] if recipe.loss.needs_fake else ["student"]
     return Backbone(
@@ -249,9 +249,9 @@ def batches_for(recipe: Recipe, data: Data, backbone: Backbone) -> Batches:
     )
 
 
-def teacher_backbone(recipe: Recipe) -> Backbone:
+def teacher(recipe: Recipe) -> PipelineAdapter:
     """The whole teacher, to generate with."""
-    return Backbone(load(recipe, ALL_PARTS), precision=recipe.train.precision)
+    return load(recipe, ALL_PARTS)
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
