@@ -56,6 +56,14 @@ def test_guidance_that_is_an_input_takes_one_forward_and_no_unconditional_condit
     assert torch.equal(backbone.predict_x0(x_t, t, cond), found[3.0])
 
 
+def test_guidance_as_an_input_has_no_effect_on_a_model_without_it_and_is_warned_of(model):
+    with pytest.warns(
+        UserWarning, match=r"embedded_guidance=3 has no effect: tiny-sd3 does not take guidance"
+    ):
+        model.set_guidance(3.0)
+    assert model.embedded_guidance is None
+
+
 def test_guidance_without_an_unconditional_condition_is_refused(make_backbone, question):
     with pytest.raises(ValueError, match=r"Guidance 4\.5 .*give uncond or guidance 1"):
         make_backbone("student").predict_x0(*question, guidance=4.5)

@@ -162,6 +162,14 @@ def test_more_processes_than_gpus_is_said_with_the_remedy(monkeypatch):
         distributed.init_from_env("cuda")
 
 
+def test_a_process_has_the_gpu_of_its_number_and_without_gpus_the_cpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for there, expected in ((True, torch.device("cuda", 1)), (False, torch.device("cpu"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert distributed.device() == expected
+
+
 def test_what_happens_in_one_process_is_known_to_all(results):
     assert [found["any"] for found in results] == [[True, False]] * WORLD
     assert distributed.any_of(True) and not distributed.any_of(False)

@@ -7,6 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from scalewise import mini
 from scalewise.cli.arguments import split_overrides
 from scalewise.config.overrides import field_names, nearest
 from scalewise.config.presets import RECIPES, find_recipe
@@ -48,6 +49,15 @@ def test_a_recipe_builds_its_schedule(recipe):
     assert recipe.schedule.build() == ScaleSchedule.build([1000, 895.9, 602.15], ["8x8", "8x12", "16x24"])
     full = recipe.override(["schedule.full_scale=true"]).schedule.build()
     assert [str(scale) for scale in full.scales] == ["16x24"] * 3
+
+
+def test_the_mini_is_resolved_in_the_recipe_and_other_places_stay(recipe):
+    own = recipe.override(["model.base=mini", "data.path=mini"])
+    assert (own.model.folder, own.data.folder) == (str(mini.TEACHER), mini.DATA)
+    assert own.model.is_mini and own.data.is_mini and own.model.base == "mini"
+    other = recipe.override(["model.base=some/base", "data.path=sets/a"])
+    assert (other.model.folder, str(other.data.folder)) == ("some/base", "sets/a")
+    assert not other.model.is_mini and not other.data.is_mini
 
 
 def test_dotted_overrides_set_just_their_field(recipe):

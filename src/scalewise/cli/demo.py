@@ -14,7 +14,7 @@ import torch
 
 from scalewise import mini
 from scalewise.cli.run_making import follow
-from scalewise.common import console
+from scalewise.common import console, distributed
 from scalewise.common.errors import resumed_by_same_command
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
@@ -189,7 +189,7 @@ def collect(
             "python": platform.python_version(),
             "processor": platform.machine(),
             "threads": str(torch.get_num_threads()),
-            "device": str(setup.device()),
+            "device": str(distributed.device()),
         },
     )
 

@@ -90,7 +90,7 @@ def prompts_to_judge(file: Path | None, base: str, count: int | None) -> list[st
 def read_prompts(file: Path | None, base: str, split: str) -> list[str]:
     """Prompts from a file, or the mini's own captions."""
     if file is None:
-        if base != "mini":
+        if not mini.is_named(base):
             raise RecipeError(
                 "Give --prompts FILE with one prompt a line; only the mini brings captions along."
             )

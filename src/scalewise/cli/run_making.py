@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from torch import Tensor
 
@@ -95,7 +94,7 @@ def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
             raise RecipeError("--recipe tells whose teacher draws; add --teacher, or name a student.")
         recipe = find_recipe(asked.recipe).with_values({"model.base": asked.base} if asked.base else {})
         return parse_contender("teacher", recipe), recipe, None
-    if asked.student is None and asked.base not in (None, "mini"):
+    if asked.student is None and asked.base and not mini.is_named(asked.base):
         raise RecipeError(
             f"Name a student of {asked.base} with --student, or a recipe of its teacher with --teacher "
             "--recipe."
@@ -122,7 +121,7 @@ def _recipe_of(student: Student, base: str) -> Recipe:
         )
     schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
     # Bases of others are large: on a GPU in half precision, as they are published.
-    model = {"base": base, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
+    model = {"base": base, "dtype": "bfloat16" if distributed.device().type == "cuda" else "float32"}
     return Recipe.from_mapping({"name": "foreign", "model": model, "schedule": schedule})
 
 

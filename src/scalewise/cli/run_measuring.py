@@ -145,7 +145,7 @@ def run_bench(
 ) -> None:
     """Time the contenders in turns and print what came out beside what the operations promise."""
     if prompt is None:
-        prompt = read_prompts(None, recipe.model.base, "test")[0] if recipe.model.base == "mini" else "a cat"
+        prompt = read_prompts(None, recipe.model.base, "test")[0] if recipe.model.is_mini else "a cat"
     check_out(out)
     found = measure_speed(recipe, contenders, protocol, caption=prompt, progress=console.progress)
     found.save(out)

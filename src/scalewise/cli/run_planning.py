@@ -11,13 +11,12 @@ import torch
 from rich.table import Table
 
 from scalewise.cli.inputs import check_set_folder
-from scalewise.common import console
+from scalewise.common import console, distributed
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.planning.fitting import PHOTOS, PROMPTS, Need, TypedRecipe, line, needs_of
 from scalewise.planning.plan import GB, KEPT_FREE, Plan, make_plan, scales_to_count
 from scalewise.planning.throughput import Card, Throughput, card_named, measured, throughput_of
-from scalewise.training import setup
 
 PROMPT_COMMANDS = ("generate", "evaluate")  # commands that read a prompt file
 GENERATED = 1000  # samples for which time and disk space are printed
@@ -37,15 +36,15 @@ class Device:
         named = card_named(card) if card else None
         if gigabytes is None and named:
             gigabytes = named.gigabytes
-        if gigabytes is None and torch.cuda.is_available():
-            gigabytes = torch.cuda.get_device_properties(0).total_memory / GB
+        if gigabytes is None and (own := distributed.device()).type == "cuda":
+            gigabytes = torch.cuda.get_device_properties(own).total_memory / GB
         return cls(named, gigabytes)
 
     def throughput(self, plan: Plan) -> Throughput:
         """Return FLOP/s of the device."""
         if self.card:
             return throughput_of(self.card)
-        return measured(plan.recipe, setup.device())
+        return measured(plan.recipe, distributed.device())
 
 
 def run_plan(name: str, overrides: Sequence[str], device: Device, *, gpus: int) -> None:
@@ -155,7 +154,7 @@ def _print_needs(plan: Plan, device: Device, typed: TypedRecipe) -> None:
         )
     for need in missing:
         _print_line(need, typed)
-    if plan.recipe.model.base != "mini" and any(
+    if not plan.recipe.model.is_mini and any(
         need.change for need in missing if need.command in PROMPT_COMMANDS
     ):
         photos = "" if typed.photos != PHOTOS else f"; {PHOTOS}: a folder of real images"
@@ -166,7 +165,7 @@ def _print_needs(plan: Plan, device: Device, typed: TypedRecipe) -> None:
 def typed_as(name: str, overrides: Sequence[str], *, recipe: Recipe) -> TypedRecipe:
     """Return the recipe as given, with the folder for its dataset or of its real images."""
     folder = recipe.data.path
-    if folder == "mini":
+    if recipe.data.is_mini:
         return TypedRecipe(name, overrides, recipe)
     try:
         check_set_folder(Path(folder))

@@ -30,13 +30,20 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init_from_env(device: torch.device | str | None = None) -> torch.device:
+def device() -> torch.device:
+    """Return the GPU with the index LOCAL_RANK, or the CPU if there is no GPU.
+
+    ValueError if there are fewer GPUs than processes.
+    """
+    return torch.device("cuda", _local_gpu()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def init_from_env(wanted: torch.device | str | None = None) -> torch.device:
     """Initialize the process group if torchrun started several processes; return this process's device.
 
-    By default that is the GPU with the index LOCAL_RANK, or the CPU if there is no GPU. The backend is nccl
-    for CUDA devices and gloo for others.
+    By default that is `device()`. The backend is nccl for CUDA devices and gloo for others.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = torch.device(wanted) if wanted else device()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if kind.type == "cuda" and several and kind.index is None:
         kind = torch.device("cuda", _local_gpu())

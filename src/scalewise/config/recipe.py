@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from scalewise import mini
 from scalewise.common.errors import first_line
 from scalewise.common.paths import expand_home
 from scalewise.common.text_files import TextFileError, read_utf8
@@ -59,6 +60,16 @@ class ModelRecipe(Frozen):
         ge=1,
         description="guidance value of a model with guidance as an input (FLUX); null = family default",
     )
+
+    @property
+    def folder(self) -> str:
+        """The base's folder or hub id, that of the mini included."""
+        return mini.resolve(self.base, mini.TEACHER)
+
+    @property
+    def is_mini(self) -> bool:
+        """Tell whether the base is the embedded mini, which brings captions and a judge along."""
+        return mini.is_named(self.base)
 
 
 class TeacherRecipe(Frozen):
@@ -135,6 +146,16 @@ class DataRecipe(Frozen):
     caption_from_name: bool = Field(
         False, description="use the file name of an image without a caption as its caption"
     )
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the latents or images, that of the mini included."""
+        return Path(mini.resolve(self.path, mini.DATA))
+
+    @property
+    def is_mini(self) -> bool:
+        """Tell whether the data is the set that comes along."""
+        return mini.is_named(self.path)
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

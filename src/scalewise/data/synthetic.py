@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scalewise import mini
 from scalewise.common import distributed
 from scalewise.common.contents import model_fingerprints
 from scalewise.config.recipe import Recipe
@@ -38,7 +37,7 @@ def weights_key(network: nn.Module) -> int:
 
 def contents_of(recipe: Recipe) -> dict[str, str]:
     """Fingerprints of the files of a recipe's teacher, the autoencoder it asks for included, by component."""
-    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    base = recipe.model.folder
     return model_fingerprints(base, recipe.model.vae, variant=recipe.model.variant)
 
 

@@ -108,7 +108,7 @@ def compare(
             f"{len(prompts)} pictures are fewer than the {distributed.world()} processes; start fewer, or "
             "draw more."
         )
-    family = family_of(mini.resolve(recipe.model.base, mini.TEACHER), recipe.model.family)
+    family = family_of(recipe.model.folder, recipe.model.family)
     check_asked(asked, texts, video=family.video)
     judge = judge_of(recipe, asked, pool=texts, progress=progress)
     judge.warn_of_few(len(prompts))

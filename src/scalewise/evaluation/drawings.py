@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from scalewise import mini
 from scalewise.common import checkpoint, distributed
 from scalewise.common.contents import component_fingerprints, file_fingerprint
 from scalewise.common.images import read_image, save_image
@@ -20,7 +19,6 @@ from scalewise.config.recipe import Recipe
 from scalewise.evaluation.samplers import Contender, Prompts
 from scalewise.evaluation.stored_images import DRAWN_FOR, number_of
 from scalewise.models.lora import find_file, versions
-from scalewise.training import setup
 
 
 @dataclass(frozen=True)
@@ -85,13 +83,12 @@ def drawn_by(recipe: Recipe, contender: Contender) -> str:
     That is its steps, the files of base and student wherever they lie, number types, device and versions; not
     the batch, in which an image differs by rounding at most.
     """
-    model = recipe.model.model_dump(mode="json")
-    del model["family"]
-    base = component_fingerprints(mini.resolve(model.pop("base"), mini.TEACHER), variant=model.pop("variant"))
+    model = recipe.model.model_dump(mode="json", exclude={"family", "base", "variant"})
+    base = component_fingerprints(recipe.model.folder, variant=recipe.model.variant)
     parts: list[Any] = [
         contender.kind, contender.steps, contender.guidance, str(contender.schedule),
         contender.negative_prompt, _student_fingerprint(contender.path), base or recipe.model.base, model,
-        recipe.teacher.model_dump(mode="json"), recipe.train.precision, setup.device().type, versions(),
+        recipe.teacher.model_dump(mode="json"), recipe.train.precision, distributed.device().type, versions(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

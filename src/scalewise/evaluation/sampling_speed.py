@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from scalewise import mini
-from scalewise.common import markdown
+from scalewise.common import distributed, markdown
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation.evaluate import subject
@@ -146,7 +145,7 @@ def measure_speed(
     if folder := next((c.name for c in parsed if c.kind == "folder"), None):
         raise RecipeError(f"{folder} is a folder of pictures: there is nothing to time in it; leave it out.")
     flops = expected_flops(recipe, parsed, progress)
-    device = setup.device()
+    device = distributed.device()
     if protocol.half:
         dtype = "float16" if device.type == "cuda" else "bfloat16"
         recipe = recipe.override([f"model.dtype={dtype}", "train.precision=float32"])
@@ -188,7 +187,7 @@ def gain(laps: Laps, flops: Mapping[str, float], name: str, over: str, batch: in
 
 def expected_flops(recipe: Recipe, contenders: Sequence[Contender], progress: Progress) -> dict[str, float]:
     """Count the denoiser's operations for one image of each contender."""
-    model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), family=recipe.model.family)
+    model = skeleton(recipe.model.folder, family=recipe.model.family)
     embedded = model.embedded_guidance is not None
     forwards = dict[str, list[Scale]]()
     for c in contenders:

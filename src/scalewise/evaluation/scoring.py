@@ -113,7 +113,7 @@ def judge_of(
     metric that needs real pictures is asked for without any.
     """
     asked = asked or Asked()
-    own = recipe.model.base == "mini" and asked.scorer is None
+    own = recipe.model.is_mini and asked.scorer is None
     if not own and asked.scorer is None and not asked.metrics:
         raise RecipeError(
             "Give --scorer with a CLIP model's folder or hub id, or a --metric; only the mini has a judge of "
@@ -138,7 +138,7 @@ def judge_of(
             f"A Frechet distance needs at least 2 real pictures, and {asked.reference} holds {len(entries)} "
             "that can be used; give more."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = distributed.device()
     source = str(mini.SCORER) if own else asked.scorer
     scorer = ClipScorer.load(source, device=device) if source else None
     examiners = tuple((extra, extra.load(source, device)) for extra, source in chosen)

@@ -26,9 +26,14 @@ def captions(split: str) -> list[str]:
     return list(json.loads(CAPTIONS.read_text(encoding="utf-8"))[split])
 
 
+def is_named(name: str) -> bool:
+    """Return whether the name of a base, dataset or student is that of the mini's own."""
+    return name == "mini"
+
+
 def resolve(name: str, part: Path) -> str:
     """Return the path of the mini's `part` if a recipe's `name` is "mini"; other names are unchanged."""
-    return str(part) if name == "mini" else name
+    return str(part) if is_named(name) else name
 
 
 @cache

@@ -57,7 +57,7 @@ def load(
     dtype = checks.check_dtype(dtype)
     folder = mini.resolve(expand_home(str(base)), mini.TEACHER)
     family = family_of(folder)
-    if student == "mini" and str(base) != "mini":
+    if mini.is_named(str(student)) and not mini.is_named(str(base)):
         raise StudentError(
             f"The student 'mini' is the mini's and does not fit {base}; name its own with student=..., or "
             "give student=None and a schedule for the undistilled base."

@@ -159,7 +159,7 @@ def line(need: Need, typed: TypedRecipe) -> str:
     recipe = typed.recipe
     overrides = replaced(typed.overrides, need.change.overrides)
     batch = ["--batch", str(need.change.batch)] if need.change.batch else []
-    foreign = recipe.model.base != "mini"
+    foreign = not recipe.model.is_mini
     prompts = ["--prompts", PROMPTS] if foreign else []
     scorer = ["--metric", "spectrum", "--reference", typed.photos] if foreign else []
     out = ["--out", typed.set_folder] if typed.set_folder else []

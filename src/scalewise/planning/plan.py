@@ -13,7 +13,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from scalewise import mini
 from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
@@ -185,7 +184,7 @@ def scales_to_count(recipe: Recipe) -> list[Scale]:
 
 def make_plan(recipe: Recipe, done: ProgressCallback = no_progress) -> Plan:
     """Count everything for a recipe; `done` is told how many of the scales are counted."""
-    base, dtype = mini.resolve(recipe.model.base, mini.TEACHER), getattr(torch, recipe.model.dtype)
+    base, dtype = recipe.model.folder, getattr(torch, recipe.model.dtype)
     model = skeleton(
         base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length,
         variant=recipe.model.variant, family=recipe.model.family,

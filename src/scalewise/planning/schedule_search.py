@@ -6,13 +6,11 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalewise import mini
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
@@ -205,7 +203,7 @@ def measure_spectrum(
     recipe: Recipe, options: SearchOptions, *, count: int, progress: Progress
 ) -> SpectrumReport:
     """Measure latents of the recipe's data, rate its schedule and propose another; loads no denoiser."""
-    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    base = recipe.model.folder
     model = skeleton(
         base, max_sequence_length=recipe.model.max_sequence_length, variant=recipe.model.variant,
         family=recipe.model.family,
@@ -287,7 +285,7 @@ def rate(
 
 def load_latents(recipe: Recipe, model: PipelineAdapter, *, count: int, progress: Progress) -> Tensor:
     """Return up to `count` clean latents [N, C, ...] at full size, from a dataset or from encoded images."""
-    path, full = Path(mini.resolve(recipe.data.path, mini.DATA)), recipe.schedule.build().full
+    path, full = recipe.data.folder, recipe.schedule.build().full
     if (path / "set.json").exists():
         stored = LatentSet.open(path)
         rows = permutation(len(stored), "spectrum")[:count].tolist()

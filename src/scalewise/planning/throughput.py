@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from scalewise import mini
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.method.backbone import settle
 from scalewise.method.scales import Scale
@@ -83,7 +82,7 @@ def measured(recipe: Recipe, device: torch.device, *, seconds: float = 0.5) -> T
     Runs at the full scale of the recipe on a GPU, with at most 256 image tokens on a CPU.
     """
     dtype = getattr(torch, recipe.model.dtype)
-    model = skeleton(mini.resolve(recipe.model.base, mini.TEACHER), dtype=dtype)
+    model = skeleton(recipe.model.folder, dtype=dtype)
     full = recipe.schedule.build().full
     side = min(16 * model.patch, full.height, full.width)
     scale = full if device.type == "cuda" else Scale(1, side, side)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scalewise import mini
 from scalewise.common import distributed
 from scalewise.common.checkpoint import CheckpointError
 from scalewise.common.contents import component_fingerprints
@@ -51,7 +50,7 @@ class Origin:
     @classmethod
     def of(cls, recipe: Recipe, sets: Sequence[LatentSet]) -> Origin:
         """Take the fingerprints of what this run, of `parallel.world()` processes, reads."""
-        folder = mini.resolve(recipe.model.base, mini.TEACHER)
+        folder = recipe.model.folder
         base = component_fingerprints(folder, variant=recipe.model.variant)
         return cls(distributed.world(), sets_fingerprint(sets), sets[0].header.kind, base)
 

@@ -55,7 +55,7 @@ class RunFolder:
             "python": platform.python_version(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
-            "device": str(setup.device()),
+            "device": str(distributed.device()),
         }
         (self.path / "versions.json").write_text(json.dumps(versions() | machine, indent=1), encoding="utf-8")
 
@@ -183,7 +183,7 @@ def settled(recipe: Recipe, out: Path) -> Recipe:
         return recipe
     begun = out / "recipe.yaml"
     wanted: Precision = Recipe.from_yaml(begun).train.precision if begun.exists() else "auto"
-    return recipe.with_values({"train.precision": settle(wanted, setup.device())})
+    return recipe.with_values({"train.precision": settle(wanted, distributed.device())})
 
 
 def finish(trainer: Trainer, data: setup.Data) -> Path | None:

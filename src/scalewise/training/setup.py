@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from scalewise import mini
 from scalewise.common import console, distributed
 from scalewise.common.contents import part_fingerprint
 from scalewise.common.paths import expand_home
@@ -35,19 +34,12 @@ def cache_folder() -> Path:
     return Path(expand_home(os.environ.get("SCALEWISE_CACHE", "~/.cache/scalewise")))
 
 
-def device() -> torch.device:
-    """The accelerator of this process if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
 def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> PipelineAdapter:
     """Load parts of the recipe's teacher onto this process's device, in its bits and offloaded as it says.
 
     `training` keeps the denoiser on the device: it runs forward and backward there in every update.
     """
-    base, wanted = mini.resolve(recipe.model.base, mini.TEACHER), tuple(parts)
+    base, wanted = recipe.model.folder, tuple(parts)
     model = load_model(
         base,
         dtype=getattr(torch, recipe.model.dtype),
@@ -60,13 +52,13 @@ def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> Pi
     if recipe.model.embedded_guidance is not None:
         model.set_guidance(recipe.model.embedded_guidance)
     if "denoiser" in wanted:
-        quantize(model, recipe.model.quantize, device())
+        quantize(model, recipe.model.quantize, distributed.device())
     few = "denoiser" in wanted and recipe.model.quantize != "none"
-    if not training and offload(model, recipe.model.offload, device(), denoiser_stays=few):
+    if not training and offload(model, recipe.model.offload, distributed.device(), denoiser_stays=few):
         return model
     if "text" in wanted and recipe.model.offload_text:
-        model.offload_text(device())
-    return model.to(device())
+        model.offload_text(distributed.device())
+    return model.to(distributed.device())
 
 
 def check(recipe: Recipe, model: PipelineAdapter) -> None:
@@ -86,7 +78,7 @@ def fingerprint(recipe: Recipe) -> str:
     """Key of everything that decides a prompt's embedding: what the base's text files hold, wherever they
     lie, family, type and sequence length; "" for a base of the hub that is not downloaded.
     """
-    base = mini.resolve(recipe.model.base, mini.TEACHER)
+    base = recipe.model.folder
     files = part_fingerprint(base, "text_encoder", "tokenizer", variant=recipe.model.variant)
     if not files:
         return ""
@@ -113,7 +105,7 @@ class Data:
 
 def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[str] = ()) -> Data:
     """Open or make the latent sets, and embed every caption once."""
-    path = Path(mini.resolve(recipe.data.path, mini.DATA))
+    path = recipe.data.folder
     if (path / "set.json").exists() or not path.is_dir():
         sets = [LatentSet.open(path)]
         if not sets[0].header.is_made_by(recipe.model.base, contents_of(recipe)):
