@@ -14,7 +14,6 @@ from scalewise.data import PromptCache
 from scalewise.data.synthetic import generate
 from scalewise.evaluation.evaluate import evaluate
 from scalewise.evaluation.samplers import Prompts, parse_contender
-from scalewise.method.backbone import Backbone
 from scalewise.models import SD3, SDXL
 from scalewise.models.long_prompts import overlong
 
@@ -85,7 +84,7 @@ def test_generating_a_set_warns_once_and_counts_the_tokens_that_the_teacher_read
     )  # fmt: skip
     model = tiny()
     prompts = [MIDDLE, "a cat " * 15, SHORT]
-    told = said(lambda: list(generate(Backbone(model), recipe, prompts, tmp_path / "s", count=3, batch=1)))
+    told = said(lambda: list(generate(model, recipe, prompts, tmp_path / "s", count=3, batch=1)))
     assert len(told) == 1
     assert told[0].startswith("2 of 3 prompts are longer than CLIP reads (24 tokens); T5 reads them whole.")
     assert model.max_sequence_length == 64
