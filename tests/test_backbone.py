@@ -57,9 +57,7 @@ def test_guidance_that_is_an_input_takes_one_forward_and_no_unconditional_condit
 
 
 def test_guidance_as_an_input_has_no_effect_on_a_model_without_it_and_is_warned_of(model):
-    with pytest.warns(
-        UserWarning, match=r"embedded_guidance=3 has no effect: tiny-sd3"
-    ):
+    with pytest.warns(UserWarning, match=r"embedded_guidance=3 has no effect: tiny-sd3"):
         model.set_guidance(3.0)
     assert model.embedded_guidance is None
 
