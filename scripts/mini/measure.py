@@ -142,7 +142,7 @@ def write_card() -> None:
         value, low, high = (factor * v for v in values[key])
         return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-    lines = ["| pictures | Frechet distance | prompt match, % | CLIP score |", "|---|---|---|---|"]
+    lines = ["| images | Fréchet distance | prompt match, % | CLIP score |", "|---|---|---|---|"]
     rows = {f"teacher at {scale}": values for scale, values in found["scales"].items()} | found["real"]
     for name, values in rows.items():
         distance = figure(values, "frechet") if "frechet" in values else "-"
@@ -151,7 +151,7 @@ def write_card() -> None:
     text = TEMPLATE.read_text(encoding="utf-8").replace("{{figures}}", "\n".join(lines))
     text = text.replace("{{psnr}}", ", ".join(f"{v} dB at {k} px" for k, v in found["psnr"].items()))
     for key, value in found["text"].items():
-        text = text.replace("{{" + key + "}}", f"{100 * value:.1f} %")
+        text = text.replace("{{" + key + "}}", f"{100 * value:.1f}%")
     CARD.write_text(text, encoding="utf-8")
 
 
