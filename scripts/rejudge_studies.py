@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scalewise.common.checkpoint import write_json
 from scalewise.metrics import Interval
 from scalewise.metrics.intervals import t_quantile
 from scalewise.studies import STUDIES, Effort, Outcome
@@ -75,7 +76,7 @@ def main(folder: Path) -> None:
         if outcome is None:
             continue
         before = json.loads(file.read_text(encoding="utf-8"))["verdicts"]
-        file.write_text(json.dumps(outcome.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(file, outcome)
         text = file.with_suffix(".md").read_text(encoding="utf-8")
         _, mark, rest = text.partition("\n## Measured before")
         kept = f"\n{NOTE}{mark}{rest}" if mark else f"\n{NOTE}"

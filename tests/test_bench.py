@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import comb
+from pathlib import Path
 
 import pytest
 
+from scalewise.common.checkpoint import write_json
 from scalewise.evaluation.timing import Mark, Parts, Subject, bench, laps_of, timings_table
 from scalewise.metrics.intervals import Interval, median_interval
 
@@ -103,10 +106,11 @@ def test_a_table_names_every_contender_and_the_baseline_has_no_ratio() -> None:
     assert lines[3] == "| student | 1 | 0 | 50 | 200 | 250 | 4x [4, 4] | 16x [16, 16] |"
 
 
-def test_a_timing_turns_into_plain_data() -> None:
+def test_a_timing_is_stored_with_its_intervals_as_lists(tmp_path: Path) -> None:
     machine = Machine()
     pair = [machine.subject("a", denoiser=2), machine.subject("b", denoiser=1)]
-    plain = bench(pair, batches=[1], rounds=1, clock=machine.clock)[1].to_dict()
+    write_json(tmp_path / "t.json", bench(pair, batches=[1], rounds=1, clock=machine.clock))
+    plain = json.loads((tmp_path / "t.json").read_text())[1]
     assert plain["speedup"]["total"] == [2.0, 2.0, 2.0]
     assert plain["baseline"] == "a"
 

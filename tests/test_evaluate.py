@@ -13,9 +13,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation import evaluate
-from scalewise.evaluation.evaluate import Prompts
 from scalewise.evaluation.samplers import (
-    ContenderError,
+    Prompts,
     draw,
     draw_steps,
     enter,
@@ -23,6 +22,7 @@ from scalewise.evaluation.samplers import (
     parse_contenders,
 )
 from scalewise.evaluation.scoring import Judge
+from scalewise.evaluation.stored_images import ContenderError
 from scalewise.evaluation.timing import bench
 from scalewise.method.backbone import Backbone
 from scalewise.method.rng import SampleNoise

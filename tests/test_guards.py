@@ -24,9 +24,9 @@ from scalewise.config.recipe import RecipeError
 from scalewise.data.image_folder import load_pixels, scan_images
 from scalewise.evaluation import compare
 from scalewise.evaluation.evaluate import Row
-from scalewise.evaluation.samplers import ContenderError, check_fit, parse_contender
+from scalewise.evaluation.samplers import check_fit, parse_contender
 from scalewise.evaluation.scoring import Asked, judge_of
-from scalewise.evaluation.stored_images import read_folder
+from scalewise.evaluation.stored_images import ContenderError, read_folder
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.base import Seen
 from scalewise.models import Flux

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchHeunDiscreteScheduler
 from tiny_run import make_tiny
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalewise import models
 from scalewise.common import console
 from scalewise.config.presets import find_recipe
+from scalewise.evaluation.samplers import Prompts, draw, parse_contender
+from scalewise.evaluation.sampling_speed import expected_flops
 from scalewise.method.roles import Roles
 from scalewise.method.scales import Scale
 from scalewise.models import ModelError
@@ -191,6 +194,27 @@ def test_a_plans_ratios_follow_from_its_counts(plan, folder):
     assert plan.scale_wise == sum(step.flops for step in plan.steps) < plan.full_scale
     assert plan.full_scale == 2 * plan.full.flops
     assert plan.iteration_mmd < plan.iteration < plan.iteration_full
+
+
+def test_a_teacher_of_second_order_is_counted_by_its_passes_and_not_its_steps(tmp_path):
+    model = models.SD3.tiny()
+    model.pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    model.save(tmp_path / "base")
+    recipe = find_recipe("mini").override([
+        f"model.base={tmp_path / 'base'}", "schedule.timesteps=[1000]", "schedule.scales=[8x8]",
+        "loss.feature_block=0", "lora.rank=4", "model.max_sequence_length=null", "teacher.steps=3",
+    ])  # fmt: skip
+    plan, asked = make_plan(recipe), []
+    teacher = parse_contender("teacher", recipe)
+    model.denoiser.register_forward_pre_hook(lambda _, __, given: asked.append(len(given["hidden_states"])),
+                                             with_kwargs=True)  # fmt: skip
+    draw(model, teacher, Prompts.of(["a cat"]))
+    assert (
+        asked == [2] * 5
+    )  # both steps but the last twice, guided: conditional and unconditional in one batch
+    assert plan.teacher_forwards == sum(asked)
+    flops = expected_flops(recipe, [teacher, parse_contender("undistilled", recipe)], console.progress)
+    assert flops["teacher"] == 10 * flops["undistilled"] == plan.teacher
 
 
 def test_a_plans_memory_is_bounded_by_its_parts(plan):

@@ -8,39 +8,38 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from scalewise.evaluation.evaluate import Row
 from scalewise.evaluation.report import Column, Journey, ReportContent, Stage, write_report
 from scalewise.evaluation.report.charts import lines_of, smooth, training_charts
 from scalewise.evaluation.report.images import embed, zoom
 from scalewise.evaluation.report.words import duration, findings, first_and_last, milliseconds
-
-METRICS = [
-    {"name": "frechet", "title": "Fréchet distance", "about": "how far", "better": "lower", "digits": 3,
-     "percent": False},
-    {"name": "prompt_match", "title": "Prompt match", "about": "share", "better": "higher", "digits": 3,
-     "percent": True},
-]  # fmt: skip
+from scalewise.evaluation.timing import Timing
+from scalewise.metrics import Interval
 
 
 def pictures(count: int, side: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def row(name: str, kind: str, frechet: list[float], match: list[float], **more: object) -> dict[str, object]:
-    base = {"name": name, "kind": kind, "about": "4 steps", "images": 300, "compared_with": ""}
-    base |= {"differences": {}, "verdicts": {}}
-    return base | {"values": {"frechet": frechet, "prompt_match": match}} | more
+def row(name: str, kind: str, frechet: list[float], match: list[float], **more: Any) -> Row:
+    values = {"frechet": Interval(*frechet), "prompt_match": Interval(*match)}
+    return Row(name, kind, "4 steps", 300, values, **more)
 
 
-def timing(name: str, batch: int, total: float, speedup: float | None) -> dict[str, object]:
+def timing(name: str, batch: int, total: float, speedup: float | None) -> Timing:
     parts = {"text": 1.0, "denoiser": total - 3, "vae": 2.0, "total": total}
-    ratios = {} if speedup is None else {"total": [speedup] * 3, "denoiser": [2 * speedup] * 3}
-    return {"name": name, "batch": batch, "rounds": 7, "baseline": "teacher", "speedup": ratios,
-            "parts": {part: [value, value, value] for part, value in parts.items()}}  # fmt: skip
+    ratios = {} if speedup is None else {"total": same(speedup), "denoiser": same(2 * speedup)}
+    return Timing(name, batch, 7, {part: same(value) for part, value in parts.items()}, ratios, "teacher")
+
+
+def same(value: float) -> Interval:
+    return Interval(value, value, value)
 
 
 def training_log(count: int = 80) -> list[dict[str, float]]:
@@ -53,8 +52,7 @@ def training_log(count: int = 80) -> list[dict[str, float]]:
 
 @pytest.fixture
 def content() -> ReportContent:
-    worse = {"differences": {"frechet": [0.05, 0.02, 0.08], "prompt_match": [-0.01, -0.04, 0.02]},
-             "verdicts": {"frechet": "worse", "prompt_match": ""}, "compared_with": "teacher"}  # fmt: skip
+    worse = {"frechet": Interval(0.05, 0.02, 0.08), "prompt_match": Interval(-0.01, -0.04, 0.02)}
     noise = pictures(4, 32)
     return ReportContent(
         title="A <four-step> student",
@@ -66,9 +64,9 @@ def content() -> ReportContent:
         log=training_log(),
         schedule=["t 1000, 2x2", "t 896, 3x3", "t 737, 3x3", "t 602, 4x4"],
         figures=[row("teacher", "teacher", [0.14, 0.13, 0.15], [0.78, 0.73, 0.82]),
-                 row("student", "student", [0.19, 0.17, 0.21], [0.77, 0.72, 0.81], **worse),
+                 row("student", "student", [0.19, 0.17, 0.21], [0.77, 0.72, 0.81],
+                     compared_with="teacher", differences=worse),
                  row("held-out pictures", "real", [0.05, 0.04, 0.06], [0.86, 0.82, 0.9])],
-        metrics=METRICS,
         timings=[timing("teacher", 1, 1450, None), timing("student", 1, 90, 16.1),
                  timing("teacher", 8, 990, None), timing("student", 8, 55, 18.0)],
         command="scalewise demo --out 'my run'",
@@ -137,6 +135,21 @@ def test_what_comes_from_outside_is_escaped(text: str) -> None:
     assert "about: &lt;x&gt;" in text
 
 
+def test_no_text_from_outside_leaves_its_attribute_or_element(content: ReportContent, tmp_path: Path) -> None:
+    odd = 'x" onerror="1\'><script>'
+    columns = [Column(odd, odd, column.images) for column in content.columns]
+    changed = replace(
+        content, title=odd, prompts=[odd, odd], columns=columns, figures=[replace(r, name=odd, about=odd) for
+        r in content.figures], timings=[replace(t, name=odd) for t in content.timings], command=odd,
+        journeys=[replace(content.journeys[0], prompt=odd, labels=[odd, odd])], schedule=[odd] * 4,
+        stages=[Stage(odd, odd, 1.0)], notes=[odd], machine={odd: odd}, versions={"scalewise-diffusion": odd},
+    )  # fmt: skip
+    reader = Reader(write_report(tmp_path / "report.html", changed).read_text())
+    assert reader.open == [] and not any(tag == "script" for tag, _ in reader.seen)
+    assert not any(name.startswith("on") for _, attributes in reader.seen for name in attributes)
+    assert f"{odd}, drawn by {odd}" in [attributes.get("alt") for _, attributes in reader.seen]
+
+
 def test_small_pictures_keep_every_pixel_and_are_shown_at_whole_multiples() -> None:
     picture = pictures(1, 40)[0]
     tag = embed(picture, alt="noise")
@@ -167,11 +180,11 @@ def test_the_words_say_where_the_student_is_worse_and_where_nothing_can_be_said(
         in sentences
     )
     assert any(
-        "real ones: held-out pictures (300), Fréchet distance 0.050, Prompt match 86.0%" in s
+        "real images: held-out pictures (300), Fréchet distance 0.050, Prompt match 86.0%" in s
         for s in sentences
     )
     assert any(
-        "batch size 1: student 90\u00a0ms per picture, teacher 1.45\u00a0s; 16.1 times faster" in s
+        "batch size 1: student 90\u00a0ms per image, teacher 1.45\u00a0s; 16.1 times faster" in s
         for s in sentences
     )
     assert "MMD fell from 0.193 in the first tenth of training to 0.049 in the last (75%)." in sentences
@@ -179,12 +192,12 @@ def test_the_words_say_where_the_student_is_worse_and_where_nothing_can_be_said(
 
 def test_the_words_warn_of_drift_of_few_rounds_and_of_unequal_counts(content: ReportContent) -> None:
     log = [entry | {"x0/beyond_4_sigma": 0.0001 * i} for i, entry in enumerate(content.log)]
-    few = [entry | {"rounds": 3} for entry in content.timings]
-    uneven = [*content.figures[:1], {**content.figures[1], "images": 150}]
+    few = [replace(found, rounds=3) for found in content.timings]
+    uneven = [*content.figures[:1], replace(content.figures[1], images=150)]
     said = " ".join(findings(replace(content, log=log, timings=few, figures=uneven)))
     assert "latents have drifted" in said
     assert "Times rest on 3 rounds" in said
-    assert "different numbers of pictures (150, 300)" in said
+    assert "different numbers of images (150, 300)" in said
 
 
 def test_the_pages_table_carries_figures_intervals_verdicts_and_ratios(text: str) -> None:

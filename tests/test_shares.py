@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from scalewise.evaluation.evaluate import Row, load_rows, save_rows, table
-from scalewise.evaluation.report.page import _figure, _range
+from scalewise.evaluation.report import ReportContent
+from scalewise.evaluation.report.page import page
 from scalewise.evaluation.report.words import quality
-from scalewise.metrics import METRICS, Interval, Seen, measure, shares
+from scalewise.metrics import Interval, Seen, measure, shares
 from scalewise.metrics.base import Mean
 from scalewise.metrics.intervals import Resampled, t_quantile
 
 
 def passes(values: Tensor, *, each: int = 1) -> Mean:
     """A share of images, `each` of them a prompt."""
-    return Mean(Seen(None, torch.arange(len(values)) // each, None), values)
+    return Mean(Seen(None, torch.arange(len(values)) // each, None), values[None])
 
 
 def bernoulli(share: float, *size: int, seed: int = 0) -> Tensor:
@@ -131,11 +132,10 @@ def test_fewer_than_twenty_prompts_have_no_interval_of_a_mean_or_distance_and_no
 
 
 def test_a_report_says_of_too_few_prompts_that_they_are() -> None:
-    first, row = (r.to_dict() for r in few_prompts(19))
-    metrics = {name: METRICS[name].to_dict() for name in row["values"]}
-    cell = _figure(row, metrics["clip_score"], _range([first, row], "clip_score"))
-    assert f"<strong>{row['values']['clip_score'][0]:.1f}</strong></td>" in cell
-    said = " ".join(quality(row, metrics))
+    first, row = few_prompts(19)
+    shown = page(ReportContent("Few", "", figures=[first, row]))
+    assert f"<td><strong>{row.values['clip_score'].value:.1f}</strong></td>" in shown
+    said = " ".join(quality(row))
     assert "too few prompts to tell a difference to a in" in said and "inf" not in said and "None" not in said
 
 

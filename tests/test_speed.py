@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
+from diffusers import FlowMatchHeunDiscreteScheduler
 
 from scalewise.cli import main
 from scalewise.common import console
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
-from scalewise.evaluation.samplers import parse_contenders
+from scalewise.evaluation.evaluate import subject
+from scalewise.evaluation.samplers import Contender, parse_contenders
 from scalewise.evaluation.sampling_speed import (
     PROTOCOLS,
     Gain,
@@ -21,6 +24,7 @@ from scalewise.evaluation.sampling_speed import (
     promising,
 )
 from scalewise.evaluation.timing import Subject, time_parts
+from scalewise.method.scales import ScaleSchedule
 from scalewise.metrics.intervals import Interval
 from scalewise.models import SD3
 
@@ -157,3 +161,11 @@ def test_what_cannot_be_timed_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", "mini", *arguments])
     assert end.value.code and message in capsys.readouterr().err
+
+
+def test_every_pass_of_a_teacher_of_second_order_is_a_step_of_its_own():
+    model, schedule = SD3.tiny(), ScaleSchedule.build([1000], [8])
+    model.pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    teacher = Contender("teacher", "teacher", 3, 2.0, schedule)
+    lap = time_parts(subject(model, teacher, "a cat", each_step=True), 1, time.perf_counter)
+    assert list(lap) == ["text", "denoiser", "vae", "total", *(f"denoiser/{i}" for i in range(1, 6))]

@@ -21,6 +21,7 @@ from video import MOTIONS, STYLE, Clip, Clips, filmstrip
 
 from scalewise import mini
 from scalewise.common import console
+from scalewise.common.checkpoint import write_json
 from scalewise.common.images import middle_frame, to_bytes
 from scalewise.config.presets import find_recipe
 from scalewise.evaluation.compare import time_all
@@ -141,9 +142,7 @@ def main(contenders: list[str], recipe_file: str, *, count: int, out: Path) -> N
     save_rows(rows, out)
     (out / "motion.json").write_text(json.dumps(motion, indent=1) + "\n", encoding="utf-8")
     timings = time_all(model, recipe, parsed, wanted[0].caption, console.progress)
-    (out / "timings.json").write_text(
-        json.dumps([t.to_dict() for t in timings], indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(out / "timings.json", timings)
     print(figures_table(rows))
     for name, (value, low, high) in motion.items():
         print(f"motion match, {name}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")

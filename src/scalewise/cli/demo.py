@@ -15,13 +15,13 @@ import torch
 from scalewise import mini
 from scalewise.cli.run_making import follow
 from scalewise.common import console, distributed
+from scalewise.common.checkpoint import write_json
 from scalewise.common.errors import resumed_by_same_command
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation import compare
 from scalewise.evaluation.report import Column, Journey, ReportContent, Stage, write_report
 from scalewise.evaluation.samplers import Contender, Prompts, draw, draw_steps, parse_contender
-from scalewise.metrics import METRICS
 from scalewise.models import PipelineAdapter
 from scalewise.models.lora import versions
 from scalewise.training import setup
@@ -95,8 +95,7 @@ def make_plan(recipe: Recipe, out: Path, minutes: float) -> Plan:
     console.err.print("Measuring this machine for a few seconds ...")
     iteration, teacher_image = probe(recipe)
     plan = fit_plan(recipe.train.iterations, iteration, teacher_image, minutes=minutes)
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(plan)), encoding="utf-8")
+    write_json(file, asdict(plan))
     console.err.print(
         f"This will take about {plan.minutes:.0f} minutes: {plan.iterations} iterations of training, "
         f"{plan.prompts} captions drawn by the teacher and by few-step models, timing, a report."
@@ -179,9 +178,8 @@ def collect(
         journeys=journeys(model, contenders[1], prompts=prompts, labels=labels, recipe=recipe),
         log=[json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()],
         schedule=labels,
-        figures=[row.to_dict() for row in outcome.rows],
-        metrics=[metric.to_dict() for metric in METRICS.values()],
-        timings=[timing.to_dict() for timing in outcome.timings],
+        figures=outcome.rows,
+        timings=outcome.timings,
         command=f"scalewise demo --out {out}",
         recipe=recipe.to_yaml(),
         versions=versions(),

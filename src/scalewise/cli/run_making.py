@@ -24,7 +24,7 @@ from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.header import SetHeader
 from scalewise.data.synthetic import generate
 from scalewise.evaluation.evaluate import warned_once
-from scalewise.evaluation.samplers import Contender, encode, enter, parse_contender
+from scalewise.evaluation.samplers import Contender, encode, enter, parse_contender, passes_of
 from scalewise.method.distill import Numbers
 from scalewise.method.scales import Scale
 from scalewise.models import ALL_PARTS, ModelError, lora_keys
@@ -64,17 +64,17 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     seeds = [asked.seed + i for i in range(len(texts))]
     files, started = list[Path](), time.perf_counter()
     uncond = encode(model, contender, [contender.negative_prompt])
-    total = contender.steps * -(-len(texts) // asked.batch)
+    passes = passes_of(model, contender)
     with (
         warned_once(model, contender, texts),
         # What the student was trained in may be slow here, and another precision draws nearly the same.
         enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
-        console.progress("drawing", total) as done,
+        console.progress("drawing", passes * -(-len(texts) // asked.batch)) as done,
     ):
         for number, start in enumerate(range(0, len(texts), asked.batch)):
             part = slice(start, start + asked.batch)
 
-            def on_step(i: int, _x0: Tensor, *, before: int = number * contender.steps) -> None:
+            def on_step(i: int, _x0: Tensor, *, before: int = number * passes) -> None:
                 done(before + i + 1)
 
             cond = encode(model, contender, texts[part])

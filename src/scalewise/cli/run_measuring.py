@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from scalewise.cli.inputs import check_out, folder_for, prompts_to_judge, read_prompts
 from scalewise.common import console, distributed
+from scalewise.common.checkpoint import write_json
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation.sampling_speed import Protocol, measure_speed
 from scalewise.evaluation.scoring import Asked
@@ -133,7 +133,7 @@ def run_spectrum(
         say("A synthetic dataset only contains the scales of its recipe: first run `scalewise generate` with "
             "the same overrides.")  # fmt: skip
     folder_for(out)
-    (out / "spectrum.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_json(out / "spectrum.json", found)
     figure = plot_spectrum(
         found, panels or proposed.timesteps[1:] or proposed.timesteps, out / "spectrum.png"
     )

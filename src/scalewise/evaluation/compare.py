@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from scalewise import mini
 from scalewise.common import distributed
+from scalewise.common.checkpoint import write_json
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation import timing
@@ -136,9 +136,7 @@ def compare(
     if speed and model is not None and distributed.is_main():
         timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds)
     if timings:
-        (out / "timings.json").write_text(
-            json.dumps([t.to_dict() for t in timings], indent=1) + "\n", encoding="utf-8"
-        )
+        write_json(out / "timings.json", timings)
     return Outcome(results, rows, timings)
 
 

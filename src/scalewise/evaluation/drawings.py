@@ -33,7 +33,6 @@ class Drawings:
     def begin(self) -> None:
         """Delete images of others, of other prompts and of later numbers; all processes, before any draws."""
         if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
             usable = self._usable()
             for path in self.folder.glob("*.png"):
                 if number_of(path) >= usable:
@@ -41,10 +40,7 @@ class Drawings:
             told = {
                 "captions": self.prompts.captions, "seeds": self.prompts.seeds, "drawn_by": self.drawn_by,
             }  # fmt: skip
-            text = json.dumps(told, indent=1) + "\n"
-            checkpoint.write_atomically(
-                self.folder / DRAWN_FOR, lambda path: path.write_text(text, encoding="utf-8")
-            )
+            checkpoint.write_json(self.folder / DRAWN_FOR, told)
         distributed.barrier_without_timeout()
 
     def read(self, numbers: Sequence[int]) -> np.ndarray | None:

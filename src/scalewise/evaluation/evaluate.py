@@ -14,28 +14,21 @@ import numpy as np
 import torch
 
 from scalewise.common import distributed, markdown
+from scalewise.common.checkpoint import write_json, write_text
 from scalewise.common.progress import Progress, ProgressCallback, silent
 from scalewise.evaluation.drawings import Drawings
 from scalewise.evaluation.samplers import (
     Contender,
     Prompts,
     draw,
-    draw_steps,
     encode,
     enter,
-    parse_contender,
-    parse_contenders,
 )
 from scalewise.evaluation.scoring import Judge
 from scalewise.evaluation.timing import Mark, Parts, Subject
 from scalewise.method.backbone import Precision
 from scalewise.metrics import METRICS, Interval, Metric, Seen, measure
 from scalewise.models import PipelineAdapter
-
-__all__ = [
-    "Contender", "Prompts", "Result", "Row", "draw", "draw_steps", "evaluate", "load_rows",
-    "parse_contender", "parse_contenders", "save_rows", "subject", "table",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,20 +52,12 @@ class Row:
         return "better" if (difference.value < 0) == (METRICS[metric].better == "lower") else "worse"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as stored in JSON and shown in reports; an interval is [value, low, high], or
-        [value, None, None] where there is none.
-        """
-        return {
-            "name": self.name, "kind": self.kind, "about": self.about, "images": self.images,
-            "values": {k: v.to_list() for k, v in self.values.items()},
-            "compared_with": self.compared_with,
-            "differences": {k: v.to_list() for k, v in self.differences.items()},
-            "verdicts": {k: self.verdict(k) for k in self.differences},
-        }  # fmt: skip
+        """The fields and the verdicts, as stored in JSON."""
+        return {**vars(self), "verdicts": {name: self.verdict(name) for name in self.differences}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
-        """Read what `to_dict` gave."""
+        """Read what was stored."""
         plain: dict[str, Any] = {k: v for k, v in values.items() if k != "verdicts"}
         for key in ("values", "differences"):
             plain[key] = {metric: Interval.from_list(found) for metric, found in values[key].items()}
@@ -209,11 +194,8 @@ def _cell(row: Row, metric: Metric) -> str:
 
 def save_rows(rows: Sequence[Row], folder: Path) -> None:
     """Write figures.json and figures.md into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "figures.json").write_text(
-        json.dumps([row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8"
-    )
-    (folder / "figures.md").write_text(table(rows), encoding="utf-8")
+    write_json(folder / "figures.json", list(rows))
+    write_text(folder / "figures.md", table(rows))
 
 
 def load_rows(folder: Path) -> list[Row]:

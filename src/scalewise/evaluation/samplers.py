@@ -43,7 +43,7 @@ class Contender:
     name: str
     kind: Kind
     steps: int = 0
-    """Forwards of the denoiser, or pairs of them with guidance; 0 for a folder."""
+    """0 for a folder."""
     guidance: float = 1.0
     schedule: ScaleSchedule | None = None
     """Its last scale is the size drawn; the teacher takes nothing else from it. None for a folder."""
@@ -177,6 +177,19 @@ def check_fit(model: PipelineAdapter, contenders: Sequence[Contender]) -> None:
             check_student(model.denoiser, load_student(contender.path, schedule=contender.schedule))
         if contender.schedule is not None:
             model.check_schedule(contender.schedule)
+
+
+def passes_of(model: ModelAdapter, contender: Contender) -> int:
+    """Passes through the denoiser for one sample; under guidance each may be two forwards.
+
+    A teacher's scheduler of second order (Heun's) takes two for all steps but the last.
+    """
+    assert contender.schedule is not None, "a folder does not draw"
+    if contender.kind != "teacher":
+        return contender.steps
+    return len(
+        model.teacher_scheduler(contender.steps, contender.schedule.full, shift=contender.shift).timesteps
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,11 @@ from typing import Any, Literal
 import torch
 
 from scalewise.common import distributed, markdown
+from scalewise.common.checkpoint import write_json, write_text
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation.evaluate import subject
-from scalewise.evaluation.samplers import Contender, check_fit, parse_contenders
+from scalewise.evaluation.samplers import Contender, check_fit, parse_contenders, passes_of
 from scalewise.evaluation.timing import (
     Laps,
     Timing,
@@ -34,7 +34,7 @@ from scalewise.method.scales import Scale
 from scalewise.metrics.intervals import Interval, median_interval
 from scalewise.models.lora import versions
 from scalewise.models.meta import skeleton
-from scalewise.planning.plan import forward_flops
+from scalewise.planning.plan import flops_of
 from scalewise.training import setup
 
 DEFAULT = ("teacher", "full-scale=undistilled:full", "scale-wise=undistilled")
@@ -94,11 +94,8 @@ class Gain:
         return self.measured / self.expected
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "name": self.name, "over": self.over, "batch": self.batch, "measured": self.measured.to_list(),
-            "expected": self.expected, "reached": self.reached.to_list(),
-        }  # fmt: skip
+        """The fields, and the part reached, as stored in JSON."""
+        return {**vars(self), "reached": self.reached}
 
 
 @dataclass(frozen=True)
@@ -121,20 +118,14 @@ class Speed:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as stored in JSON."""
-        return {
-            "protocol": self.protocol.name,
-            "setting": self.setting,
-            "timings": [timing.to_dict() for timing in self.timings],
-            "gains": [gain.to_dict() for gain in self.gains],
-        }
+        """The fields, the protocol by name, as stored in JSON."""
+        return {**vars(self), "protocol": self.protocol.name}
 
     def save(self, folder: Path) -> None:
         """Write bench.json and bench.md."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(folder / "bench.json", self)
         tables = [timings_table(self.timings), steps_table(self.timings), gains_table(self.gains), self.told]
-        (folder / "bench.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+        write_text(folder / "bench.md", "\n\n".join(tables) + "\n")
 
 
 def measure_speed(
@@ -162,11 +153,8 @@ def measure_speed(
     for batch, laps in found.items():
         timings += summarize(laps, batch, baseline=parsed[0].name)
         gains += [gain(laps, flops, a, b, batch) for b, a in promising(parsed, flops)]
-    setting = {
-        "base": recipe.model.base, "dtype": recipe.model.dtype,
-        "precision": settle(recipe.train.precision, device),
-        "compiled": protocol.compiled, "vae": recipe.model.vae or "the base's own", "rounds": protocol.rounds,
-        "device": machine(device), "versions": versions(),
+    setting = setting_of(recipe, device, rounds=protocol.rounds) | {
+        "compiled": protocol.compiled, "vae": recipe.model.vae or "the base's own",
     }  # fmt: skip
     return Speed(protocol, setting, timings, gains)
 
@@ -194,15 +182,20 @@ def expected_flops(recipe: Recipe, contenders: Sequence[Contender], progress: Pr
         assert c.schedule is not None
         if c.kind == "teacher":
             each = 2 if c.guidance != 1 and not embedded else 1
-            forwards[c.name] = [c.schedule.full] * (c.steps * each)
+            forwards[c.name] = [c.schedule.full] * (passes_of(model, c) * each)
         else:
             forwards[c.name] = list(c.schedule.scales)
-    counted, needed = dict[Scale, float](), sorted({s for scales in forwards.values() for s in scales})
-    with progress("counting operations", len(needed)) as done:
-        for scale in needed:
-            counted[scale] = forward_flops(model, scale)
-            done(len(counted))
+    counted = flops_of(model, itertools.chain(*forwards.values()), progress)
     return {name: sum(counted[s] for s in scales) for name, scales in forwards.items()}
+
+
+def setting_of(recipe: Recipe, device: torch.device, *, rounds: int) -> dict[str, Any]:
+    """On what and how often something is timed, as stored with the results."""
+    return {
+        "base": recipe.model.base, "dtype": recipe.model.dtype,
+        "precision": settle(recipe.train.precision, device), "rounds": rounds, "device": machine(device),
+        "versions": versions(),
+    }  # fmt: skip
 
 
 def machine(device: torch.device) -> str:

@@ -227,8 +227,8 @@ def check_asked(asked: Asked, captions: Sequence[str], *, video: bool) -> None:
 
     What drawn pictures would show an hour later is told before the first one.
     """
-    for text in asked.metrics:
-        extra, _ = parse_metric(text, EXTRAS)
+    extras = [parse_metric(text, EXTRAS)[0] for text in asked.metrics]
+    for extra in extras:
         if extra.videos and not video:
             names = ", ".join(METRICS[m.name].title for m in extra.metrics)
             raise RecipeError(f"The metric {extra.name} ({names}) is of videos; this model draws pictures.")
@@ -244,7 +244,6 @@ def check_asked(asked: Asked, captions: Sequence[str], *, video: bool) -> None:
             f"{FEWEST} or more (--count, --prompts).",
             stacklevel=2,
         )
-    for text in asked.metrics:
-        extra, _ = parse_metric(text, EXTRAS)
+    for extra in extras:
         if extra.check:
             extra.check(captions)

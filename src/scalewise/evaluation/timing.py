@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from scalewise.common import markdown
 from scalewise.common.progress import ProgressCallback, no_progress
@@ -52,14 +52,6 @@ class Timing:
     speedup: dict[str, Interval]
     """Times faster than the baseline, within the same round; by part and in total. Empty for the baseline."""
     baseline: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as stored in JSON and shown in reports."""
-        return {
-            "name": self.name, "batch": self.batch, "rounds": self.rounds, "baseline": self.baseline,
-            "parts": {part: spread.to_list() for part, spread in self.parts.items()},
-            "speedup": {part: spread.to_list() for part, spread in self.speedup.items()},
-        }  # fmt: skip
 
 
 def device_clock(device: str = "cpu") -> Clock:

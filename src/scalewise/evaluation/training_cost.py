@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scalewise.common import markdown
+from scalewise.common.checkpoint import write_json, write_text
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation.sampling_speed import machine
+from scalewise.evaluation.sampling_speed import setting_of
 from scalewise.evaluation.timing import device_clock, in_turns, rounds_told
 from scalewise.metrics.intervals import Interval, median_interval
-from scalewise.models.lora import versions
 from scalewise.training import setup
 from scalewise.training.trainer import Trainer
 
@@ -47,10 +46,6 @@ class Mode:
     peak: int
     """Bytes at the fullest moment of an iteration at any step, `held` included."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"name": self.name, "seconds": self.seconds.to_list(), "held": self.held, "peak": self.peak}
-
 
 @dataclass(frozen=True)
 class TrainingCost:
@@ -61,19 +56,10 @@ class TrainingCost:
     """Seconds of one mode over those of another, by "one / other"."""
     setting: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as stored in JSON."""
-        return {
-            "setting": self.setting,
-            "modes": [mode.to_dict() for mode in self.modes],
-            "ratios": {name: ratio.to_list() for name, ratio in self.ratios.items()},
-        }
-
     def save(self, folder: Path) -> None:
         """Write training.json and training.md."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "training.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        (folder / "training.md").write_text(self.markdown, encoding="utf-8")
+        write_json(folder / "training.json", self)
+        write_text(folder / "training.md", self.markdown)
 
     @property
     def markdown(self) -> str:
@@ -134,11 +120,9 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
         Mode(name, median_interval(laps[name]), held_bytes(own), held_bytes(own) + peaks[name])
         for name, own in trainers.items()
     ]
-    setting = {
-        "base": recipe.model.base, "dtype": recipe.model.dtype, "precision": backbone.precision,
+    setting = setting_of(recipe, backbone.device, rounds=rounds) | {
         "batch": recipe.train.batch, "accumulate": recipe.train.accumulate,
-        "gradient_checkpointing": recipe.train.gradient_checkpointing, "rounds": rounds,
-        "device": machine(backbone.device), "versions": versions(),
+        "gradient_checkpointing": recipe.train.gradient_checkpointing,
     }  # fmt: skip
     return TrainingCost(modes, ratios(laps), setting)
 

@@ -65,7 +65,7 @@ class Seen:
 
     def mean_of(self, values: Tensor) -> Mean:
         """The statistic that averages one value per image [N]; NaN ones do not count."""
-        return Mean(self, values)
+        return Mean(self, values[None])
 
     def mean_look(self, name: str) -> Statistic | None:
         """The average of what an examiner found, if it was asked and the metric applied to any image."""
@@ -75,28 +75,28 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """The average of one value per image [N] over some of the prompts; NaN ones do not count."""
+    """The mean over T parts of the average of one value per image [T, N], NaN where a part has none."""
 
     seen: Seen
     values: Tensor
 
     def __call__(self, prompts: Tensor) -> float:
-        return float(self.values[self.seen.rows(prompts)].double().nanmean())
+        return float(self.values[:, self.seen.rows(prompts)].double().nanmean(1).nanmean())
 
     @property
     def prompts(self) -> int:
         """How many prompts have a value."""
-        return len(self.seen.prompt[~self.values.isnan()].unique())
+        return len(self.seen.prompt[~self.values.isnan().all(0)].unique())
 
     @property
     def parts(self) -> Tensor:
-        """The values as one part of a share, [1, N]."""
-        return self.values[None]
+        """The parts that have values, [T', N]."""
+        return self.values[~self.values.isnan().all(1)]
 
 
 def prompts_of(statistic: Statistic, seen: Seen) -> int:
-    """How many independent prompts a figure rests on: all, unless the statistic says otherwise."""
-    return int(getattr(statistic, "prompts", seen.prompts))
+    """How many independent prompts a figure rests on."""
+    return statistic.prompts if isinstance(statistic, Mean) else seen.prompts
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,3 @@ class Metric:
     def show(self, value: float, *, finer: int = 0) -> str:
         """Print a value or difference with as many digits as it deserves, or some more."""
         return f"{100 * value:.{1 + finer}f}%" if self.percent else f"{value:.{self.digits + finer}f}"
-
-    def to_dict(self) -> dict[str, str | int | bool]:
-        """Plain data for reports: what the figure is and how to read it."""
-        return {
-            "name": self.name, "title": self.title, "about": self.about, "better": self.better,
-            "digits": self.digits, "percent": self.percent,
-        }  # fmt: skip

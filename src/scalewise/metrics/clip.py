@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scalewise.method.rng import generator
 from scalewise.metrics.base import Metric, Seen, Statistic
-from scalewise.metrics.extras import find_file, loading
+from scalewise.metrics.extras import find_file, image_processor, loading, pretrained, refuse_missing
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -54,7 +54,7 @@ class ClipScorer:
 
         `processor`: where tokenizer and preprocessor_config.json are, if not beside the model.
         """
-        from transformers import AutoConfig, AutoImageProcessor, CLIPModel, CLIPTokenizer
+        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
 
         for needed in ("config.json", _PREPROCESSING):
             if Path(source).exists() and processor is None and not (Path(source) / needed).exists():
@@ -69,13 +69,11 @@ class ClipScorer:
             mean, std = settings["image_mean"], settings["image_std"]
             if (kind := AutoConfig.from_pretrained(source).model_type) != "clip":
                 raise ValueError(f"it is a model of the type {kind!r}")
-            model, found = CLIPModel.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
+            model, missing = pretrained(CLIPModel, source)
             tokenizer = CLIPTokenizer.from_pretrained(processor or source)
-            # Resizing by PIL whatever is installed: figures of two machines are to compare.
-            prepare = AutoImageProcessor.from_pretrained(processor or source, backend="pil")
-        _check(str(source), set(found["missing_keys"]), words=len(tokenizer), model=model)
+            prepare = image_processor(processor or source)
+        refuse_missing(source, model, missing)
+        _check_words(source, tokenizer, model)
         return cls(model.to(device), tokenizer, mean=mean, std=std, bring=bring, processor=prepare)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
@@ -144,14 +142,9 @@ class ClipScorer:
         return torch.cat(parts)
 
 
-def _check(source: str, missing: set[str], *, words: int, model: CLIPModel) -> None:
-    """Refuse what would judge by random weights or unknown words."""
-    if missing:
-        raise ValueError(
-            f"{source} lacks {len(missing)} weights of CLIPModel, for example {min(missing)}; name a "
-            "complete model."
-        )
-    known = model.config.text_config.vocab_size
+def _check_words(source: str | Path, tokenizer: CLIPTokenizer, model: CLIPModel) -> None:
+    """Refuse a tokenizer that does not know the model's words."""
+    words, known = len(tokenizer), model.config.text_config.vocab_size
     # transformers makes a tokenizer of a handful of words when its files are missing.
     if words < known / 2:
         raise ValueError(

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from scalewise.common.errors import first_line
 from scalewise.metrics.clip import ClipScorer
-from scalewise.metrics.extras import Device, loading
+from scalewise.metrics.extras import Device, image_processor, loading, needing, pretrained, refuse_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +30,7 @@ GREY = 0x99
 CONVERTED = (384, 384)
 PUBLISHED = {"shortest_edge": 800, "longest_edge": 1333}
 
+ADVICE = "install it, or name another detector."
 _OTHER_NAMES = {
     # COCO's names where GenEval's differ ...
     "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard",
@@ -70,25 +70,17 @@ class Detector:
         """Read a model with its image processor, from a folder or the hub; computes in float32."""
         from transformers import (
             AutoConfig,
-            AutoImageProcessor,
             AutoModelForObjectDetection,
             Mask2FormerForUniversalSegmentation,
         )
 
-        with _packages(source), loading("a detector", source), _untrained():
+        with needing(f"The detector {source!r}", ADVICE), loading("a detector", source), _untrained():
             segments = AutoConfig.from_pretrained(source).model_type == "mask2former"
             kind = Mask2FormerForUniversalSegmentation if segments else AutoModelForObjectDetection
-            # Resizing by PIL whatever is installed: figures of two machines are to compare.
-            processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-            model, found = kind.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-        missing = set(found["missing_keys"]) & {name for name, _ in model.named_parameters()}
-        if missing:
-            raise ValueError(
-                f"{source} lacks {len(missing)} weights of {type(model).__name__}, for example "
-                f"{min(missing)}; name a complete model."
-            )
+            processor = image_processor(source)
+            model, missing = pretrained(kind, source)
+        # Buffers aside: Mask2Former has one of its training loss.
+        refuse_missing(source, model, missing & {name for name, _ in model.named_parameters()})
         return cls(model.to(device), processor)
 
     @property
@@ -206,18 +198,6 @@ def _inside(box: Sequence[float], height: int, width: int) -> tuple[float, float
         min(max(edge, 0.0), float(end)) for edge, end in zip(box, (width, height, width, height), strict=True)
     )
     return left, top, right, bottom
-
-
-@contextmanager
-def _packages(source: str) -> Iterator[None]:
-    """Turn a package that a detector needs and that is not installed into one sentence."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(
-            f"The detector {source!r} needs a package that is not installed "
-            f"({first_line(error)}); install it, or name another detector."
-        ) from error
 
 
 @contextmanager

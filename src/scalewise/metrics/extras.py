@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from scalewise.common.errors import first_line
 from scalewise.common.paths import expand_home
@@ -72,18 +74,69 @@ def loading(what: str, source: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def needing(package: str, metric: str) -> Iterator[None]:
-    """Turn a missing package into one sentence that names the line which installs it, and it alone.
+def image_processor(source: str | Path) -> Any:
+    """Load the image processor of a model; it resizes by PIL whatever is installed, so machines agree."""
+    from transformers import AutoImageProcessor
 
-    Without --no-deps, pip may replace the installed torch by the one that the package's dependencies want.
-    """
+    return AutoImageProcessor.from_pretrained(source, backend="pil")
+
+
+def pretrained(kind: Any, source: str | Path) -> tuple[Any, set[str]]:
+    """Load a class of transformers in float32; returns the model and the names of weights its files lack."""
+    model, found = kind.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    return model, set(found["missing_keys"])
+
+
+def refuse_missing(source: str | Path, model: nn.Module, missing: Collection[str]) -> None:
+    """Raise ValueError if weights are missing, which would stay random."""
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of {type(model).__name__}, for example {min(missing)}; "
+            "name a complete model."
+        )
+
+
+def read_weights(file: Path, *, remedy: str = "copy it again") -> dict[str, Tensor]:
+    """Read a safetensors file; raises ValueError with the remedy for a damaged one."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"Cannot read {file} ({first_line(error)}); {remedy}.") from error
+
+
+def check_weights(what: str, source: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError that counts what is missing, not known or of another shape among weights found."""
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    odd = sorted(name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape)
+    problems = [
+        f"{len(names)} {problem} ({names[0]}{', ...' if names[1:] else ''})"
+        for names, problem in ((missing, "missing"), (unknown, "unknown"), (odd, "of another shape"))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} does not hold the {len(wanted)} weights of {what}: {', '.join(problems)}; "
+            "give the published weights, and a config.json only where their sizes differ."
+        )
+
+
+def below(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of one part of a model, by their names within it."""
+    return {
+        name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")
+    }
+
+
+@contextmanager
+def needing(what: str, remedy: str) -> Iterator[None]:
+    """Turn a package that is not installed into one sentence with the remedy."""
     try:
         yield
     except ImportError as error:
         raise ValueError(
-            f"The metric {metric} needs a package that is not installed ({first_line(error)}): "
-            f"pip install --no-deps {package}"
+            f"{what} needs a package that is not installed ({first_line(error)}): {remedy}"
         ) from error
 
 

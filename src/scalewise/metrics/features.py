@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from scalewise.metrics.base import Metric, Seen, Statistic
 from scalewise.metrics.clip import shorter_side
-from scalewise.metrics.extras import Device, Extra, in_chunks, joined, loading, needing
+from scalewise.metrics.extras import (
+    Device,
+    Extra,
+    image_processor,
+    in_chunks,
+    joined,
+    loading,
+    needing,
+    pretrained,
+    refuse_missing,
+)
 from scalewise.metrics.frechet import distance_to
 
 CHUNK = 32
@@ -40,22 +50,14 @@ class VisionFeatures:
     @classmethod
     def load(cls, source: str, device: Device) -> VisionFeatures:
         """Read a model with its image processor, from a folder or the hub; computes in float32."""
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
 
         with loading("a vision model", source):
-            # Resizing by PIL whatever is installed: figures of two machines are to compare.
-            processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-            model, found = AutoModel.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-        missing = set(found["missing_keys"])
+            processor = image_processor(source)
+            model, missing = pretrained(AutoModel, source)
         # Many ViTs (DINO's among them) are published without the pooling layer, which would stay random.
         pooling = {name for name in missing if name.startswith("pooler.")}
-        if missing - pooling:
-            raise ValueError(
-                f"{source} lacks {len(missing - pooling)} weights of {type(model).__name__}, for example "
-                f"{min(missing - pooling)}; name a complete model."
-            )
+        refuse_missing(source, model, missing - pooling)
         return cls(model.to(device), processor, class_token=bool(pooling))
 
     @torch.no_grad()
@@ -102,7 +104,8 @@ class Inception:
 
         The library unpickles what it fetches; here only its tensors are let through.
         """
-        with needing("torch-fidelity", "fid"):
+        # Without --no-deps, pip may replace the installed torch by the one that its dependencies want.
+        with needing("The metric fid", "pip install --no-deps torch-fidelity"):
             library = _inception_module()
         if source != "torch-fidelity" and not source.endswith(".safetensors"):
             raise ValueError(

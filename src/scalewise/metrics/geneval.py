@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scalewise.method.rng import permutation
-from scalewise.metrics.base import Metric, Seen, Statistic
+from scalewise.metrics.base import Mean, Metric, Seen, Statistic
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.detection import COLOURS, ColourJudge, Detector, Found
 from scalewise.metrics.extras import Device, Extra
@@ -288,28 +288,7 @@ def _overall(seen: Seen) -> Statistic | None:
     tasks = [seen.looks[f"geneval_{task}"] for task in SIZES if f"geneval_{task}" in seen.looks]
     if all(bool(values.isnan().all()) for values in tasks):
         return None
-    return MeanOfTasks(seen, torch.stack(tasks).double())
-
-
-@dataclass(frozen=True, eq=False)
-class MeanOfTasks:
-    """The mean over T tasks of the average of one value per image [T, N], NaN for images of other tasks."""
-
-    seen: Seen
-    values: Tensor
-
-    def __call__(self, prompts: Tensor) -> float:
-        return float(self.values[:, self.seen.rows(prompts)].nanmean(1).nanmean())
-
-    @property
-    def prompts(self) -> int:
-        """How many prompts have a value."""
-        return len(self.seen.prompt[~self.values.isnan().all(0)].unique())
-
-    @property
-    def parts(self) -> Tensor:
-        """The tasks that have images, [T', N]."""
-        return self.values[~self.values.isnan().all(1)]
+    return Mean(seen, torch.stack(tasks))
 
 
 def _metric(task: str, title: str, about: str) -> Metric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scalewise.common.errors import first_line
 from scalewise.metrics.base import Metric
-from scalewise.metrics.extras import Device, Extra, loading
-from scalewise.metrics.image_reward import below, check_weights
+from scalewise.metrics.extras import (
+    Device,
+    Extra,
+    below,
+    check_weights,
+    image_processor,
+    loading,
+    read_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
@@ -110,7 +115,7 @@ class Hpsv3:
         Those are config.json, preprocessor_config.json and the tokenizer of Qwen/Qwen2-VL-7B-Instruct. The
         model is bfloat16 on CUDA and float32 elsewhere.
         """
-        from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+        from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
         folder = Path(source)
         for needed in ("config.json", "preprocessor_config.json", "prompt.json"):
@@ -124,8 +129,7 @@ class Hpsv3:
         with loading("HPSv3", source):
             config = Qwen2VLConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            # Resizing by PIL whatever is installed: figures of two machines are to compare.
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            processor = image_processor(folder)
             tokenizer.add_tokens([REWARD], special_tokens=True)
             words = Words(question, tokenizer, _template(folder))
         if _EMBEDDING in found:
@@ -187,16 +191,8 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{folder} has neither {FILE} nor model*.safetensors; put MizzenAI/HPSv3's {FILE} there."
         )
-    try:
-        loaded = list(_each(files))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"Cannot read {files[0]} ({first_line(error)}); copy it again.") from error
+    loaded = [item for file in files for item in read_weights(file).items()]
     return {todays(name): value for name, value in loaded if name != "lm_head.weight"}
-
-
-def _each(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        yield from load_file(file).items()
 
 
 def _template(folder: Path) -> str | None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scalewise.common.errors import first_line
 from scalewise.metrics.base import Metric
-from scalewise.metrics.extras import Device, Extra, in_chunks, joined
+from scalewise.metrics.extras import Device, Extra, below, check_weights, in_chunks, joined, read_weights
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipVisionModel
@@ -93,14 +91,8 @@ class ImageReward:
 
         file = _file(Path(source))
         sizes = _sizes(file.parent)
-        try:
-            found = {
-                name: value for name, value in load_file(file).items() if not name.startswith(_LEFTOVERS)
-            }
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"Cannot read {file} ({first_line(error)}); copy it again, or convert ImageReward.pt again."
-            ) from error
+        weights = read_weights(file, remedy="copy it again, or convert ImageReward.pt again")
+        found = {name: value for name, value in weights.items() if not name.startswith(_LEFTOVERS)}
         with torch.device("meta"):
             parts = nn.ModuleDict({
                 "vision": BlipVisionModel(sizes["vision"]),
@@ -151,29 +143,6 @@ class ImageReward:
         values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
         return (values - mean) / std
-
-
-def check_weights(what: str, source: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError that counts what is missing, not known or of another shape among weights found."""
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    odd = sorted(name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape)
-    problems = [
-        f"{len(names)} {problem} ({names[0]}{', ...' if names[1:] else ''})"
-        for names, problem in ((missing, "missing"), (unknown, "unknown"), (odd, "of another shape"))
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"{source} does not hold the {len(wanted)} weights of {what}: {', '.join(problems)}; "
-            "give the published weights, and a config.json only where their sizes differ."
-        )
-
-
-def below(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of one part of a model, by their names within it."""
-    return {
-        name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")
-    }
 
 
 def published(name: str) -> str:

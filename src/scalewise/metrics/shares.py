@@ -8,34 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from scalewise.metrics.base import Seen, Statistic
+from scalewise.metrics.base import Mean, Seen, Statistic
 from scalewise.metrics.intervals import FEWEST, NORMAL, Interval
 
 
-class ShareStatistic(Protocol):
-    """A statistic that is the share of images that pass, or the mean of such shares over parts."""
-
-    seen: Seen
-
-    @property
-    def parts(self) -> Tensor:
-        """1 for an image that passes, else 0, NaN where the part does not apply to it [T, N]."""
-
-
 def interval(ours: Statistic, theirs: Statistic | None = None) -> Interval:
-    """The interval of a share or, with `theirs`, of the difference ours - theirs over the same prompts."""
-    one = cast(ShareStatistic, ours)
-    tables = [_by_prompt(part, one.seen) for part in one.parts]
+    """The interval of a share or, with `theirs`, of the difference ours - theirs over the same prompts.
+
+    Both are a `Mean` of 1 for an image that passes, else 0, NaN where the part does not apply to it.
+    """
+    tables = _tables(ours)
     if theirs is None:
         return mean_of_parts([wilson(share(table), effective_count(table)) for table in tables])
-    two = cast(ShareStatistic, theirs)
-    others = [_by_prompt(part, two.seen) for part in two.parts]
-    return mean_of_parts([paired_difference(a, b) for a, b in zip(tables, others, strict=True)])
+    return mean_of_parts([paired_difference(a, b) for a, b in zip(tables, _tables(theirs), strict=True)])
+
+
+def _tables(statistic: Statistic) -> list[Tensor]:
+    assert isinstance(statistic, Mean), "shares are means"
+    return [_by_prompt(part, statistic.seen) for part in statistic.parts]
 
 
 def wilson(share: float, count: float) -> Interval:

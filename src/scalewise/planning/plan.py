@@ -6,6 +6,7 @@ autograd keeps for the backward pass is added up (counting.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -13,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from scalewise.common.progress import ProgressCallback, no_progress
+from scalewise.common.progress import Progress, ProgressCallback, no_progress
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.method.features import tap
@@ -210,12 +211,14 @@ def make_plan(recipe: Recipe, done: ProgressCallback = no_progress) -> Plan:
         done(len(forwards))
     steps, full = [forwards[scale] for scale in schedule.scales], forwards[schedule.full]
     embedded = model.embedded_guidance is not None
-    guided = takes_two(recipe, model)
+    # A scheduler of second order (Heun's) takes two passes for all steps but the last.
+    scheduler = model.teacher_scheduler(recipe.teacher.steps, schedule.full, shift=recipe.teacher.shift)
+    forwards_of_teacher = len(scheduler.timesteps) * (2 if takes_two(recipe, model) else 1)
     iteration = partial(iteration_flops, embedded=embedded)
     alone = recipe.override(["loss.mmd.weight=1", "loss.mmd_only=true"])
     condition = model.prompt_shapes().values()
     return Plan(
-        recipe, steps, full, recipe.teacher.steps * (2 if guided else 1), sizes, lora,
+        recipe, steps, full, forwards_of_teacher, sizes, lora,
         iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(alone, steps),
         training_memory(recipe, drawing, full, lora=lora),
         prompt_bytes=torch.finfo(dtype).bits // 8 * sum(prod(shape) for shape in condition),
@@ -266,6 +269,16 @@ def forward_flops(model: PipelineAdapter, scale: Scale) -> float:
     run = partial(_predict, model, scale)
     with torch.no_grad():
         return count(run, network=model.denoiser, blocks=model.repeated_blocks(), backward=False).flops
+
+
+def flops_of(model: PipelineAdapter, scales: Iterable[Scale], progress: Progress) -> dict[Scale, float]:
+    """Count `forward_flops` at each of some scales."""
+    counted, needed = dict[Scale, float](), sorted(set(scales))
+    with progress("counting FLOPs", len(needed)) as done:
+        for scale in needed:
+            counted[scale] = forward_flops(model, scale)
+            done(len(counted))
+    return counted
 
 
 def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> float:

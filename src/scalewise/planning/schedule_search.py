@@ -32,7 +32,7 @@ from scalewise.method.spectrum import (
 )
 from scalewise.models.meta import skeleton
 from scalewise.models.pipeline_adapter import PipelineAdapter
-from scalewise.planning.plan import forward_flops
+from scalewise.planning.plan import flops_of
 from scalewise.training import setup
 
 DENSE = 100  # steps of the model's schedule from which timesteps are chosen
@@ -220,13 +220,8 @@ def measure_spectrum(
         )
     spectra = Spectra.of(latents)
     proposed = proposal(spectra, model, timesteps, options)
-    flops = dict[Scale, float]()
-    needed = sorted({*own.scales, *proposed.scales})
-    with progress("counting FLOPs", len(needed)) as done:
-        for scale in needed:
-            flops[scale] = forward_flops(model, scale)
-            done(len(flops))
-    sizes = {Scale(1, *s.size) for s in needed} | set(
+    flops = flops_of(model, (*own.scales, *proposed.scales), progress)
+    sizes = {Scale(1, *s.size) for s in flops} | set(
         candidates(own.full, model.patch, smallest=options.smallest)
     )
     named = {"recipe": own, "proposal": proposed}
@@ -242,8 +237,12 @@ def proposal_timesteps(model: PipelineAdapter, own: ScaleSchedule, options: Sear
         return list(options.timesteps)
     if options.steps in (None, len(own)):
         return list(own.timesteps)
-    dense = model.teacher_scheduler(DENSE, own.full).timesteps.tolist()
-    return spaced(dense, options.steps or 0, own.timesteps[-1])
+    return spaced(timesteps_of(model, DENSE, own.full), options.steps or 0, own.timesteps[-1])
+
+
+def timesteps_of(model: PipelineAdapter, steps: int, scale: Scale) -> list[float]:
+    """Return the timesteps of the model's own schedule, each once: one of second order repeats them."""
+    return list(dict.fromkeys(model.teacher_scheduler(steps, scale).timesteps.tolist()))
 
 
 def proposal(
@@ -269,8 +268,7 @@ def rate(
     tokens = sum(model.token_count(s) for s in schedule.scales)
     operations = sum(flops[s] for s in schedule.scales)
     hidden = margins(spectra, model.noise, schedule)
-    default = model.teacher_scheduler(steps, full).timesteps.tolist()
-    found = advice(schedule, default)
+    found = advice(schedule, timesteps_of(model, steps, full))
     for step, margin in zip(schedule.steps[1:], hidden, strict=True):
         if margin < 1:
             found.append(

@@ -141,10 +141,10 @@ class Effect:
         return cls(figure.value, figure.error, figure.count, tuple(by_seed), trained)
 
     def to_dict(self) -> dict[str, Any]:
-        """All that a verdict rests on."""
+        """All that a verdict rests on, as stored in JSON."""
         return {
-            "interval": self.interval.to_list(), "error_over_prompts": self.prompts,
-            "by_seed": list(self.by_seed), "trained": self.trained,
+            "interval": self.interval, "error_over_prompts": self.prompts,
+            "by_seed": self.by_seed, "trained": self.trained,
         }  # fmt: skip
 
 
@@ -185,12 +185,11 @@ class Finding:
         return "not reproduced" if decisive.high < -chance else "undecided"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """What was found, as stored in JSON."""
         return {
             "claim": self.claim.text, "arm": self.claim.arm, "other": self.claim.other,
             "relation": self.claim.relation, "yardstick": self.claim.yardstick, "metric": self.metric,
-            "gain": self.gain.to_dict(), "stake": self.stake.to_dict() if self.stake else None,
-            "allowed": self.allowed, "leeway": self.leeway.to_dict() if self.leeway else None,
+            "gain": self.gain, "stake": self.stake, "allowed": self.allowed, "leeway": self.leeway,
             "verdict": self.verdict,
         }  # fmt: skip
 

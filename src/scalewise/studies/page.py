@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scalewise.common import markdown
-from scalewise.common.checkpoint import write_atomically
+from scalewise.common.checkpoint import write_atomically, write_json, write_text
+from scalewise.data.shards import alone
 from scalewise.metrics import METRICS, Interval
 from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
-from scalewise.studies.work_queue import alone
 
 HOW_JUDGED = (
     "A figure is the mean over seeds, each with images of its own for all prompts; its interval is over "
@@ -34,12 +33,10 @@ COLOUR = "#2b6cb0"
 def write_page(outcome: Outcome, folder: Path) -> Path:
     """Write <study>.json, .md and .png into a folder, by one process at a time; return the page."""
     name = outcome.study.name
-    with alone(folder, name):
-        result = json.dumps(outcome.to_dict(), indent=1) + "\n"
-        write_atomically(folder / f"{name}.json", lambda path: path.write_text(result, encoding="utf-8"))
+    with alone(folder / "locks" / name):
+        write_json(folder / f"{name}.json", outcome)
         write_atomically(folder / f"{name}.png", partial(plot, outcome))
-        text = page(outcome)
-        write_atomically(folder / f"{name}.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / f"{name}.md", page(outcome))
     return folder / f"{name}.md"
 
 

@@ -24,7 +24,7 @@ from scalewise.common.progress import Progress, ProgressCallback
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
-from scalewise.evaluation.samplers import Contender, Prompts, draw, parse_contender
+from scalewise.evaluation.samplers import Contender, Prompts, draw, parse_contender, passes_of
 from scalewise.evaluation.scoring import SCORER, SPECTRUM, Judge, judge_of
 from scalewise.method.backbone import Backbone
 from scalewise.method.noise import NoiseProcess
@@ -84,21 +84,13 @@ class Outcome:
         return overall([f for f in self.findings if f.claim.text == text])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """What was found, as stored in JSON."""
         return {
-            "study": self.study.name,
-            "source": self.study.source,
-            "seeds": list(self.effort.seeds),
-            "prompts": self.effort.count,
-            "iterations": self.effort.iterations,
-            "figures": {
-                arm: {metric: interval.to_list() for metric, interval in values.items()}
-                for arm, values in self.figures.items()
-            },
-            "tokens": self.tokens,
-            "findings": [finding.to_dict() for finding in self.findings],
+            "study": self.study.name, "source": self.study.source, "seeds": self.effort.seeds,
+            "prompts": self.effort.count, "iterations": self.effort.iterations, "figures": self.figures,
+            "tokens": self.tokens, "findings": self.findings,
             "verdicts": {claim.text: self.verdict(claim.text) for claim in self.study.claims},
-        }
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -278,15 +270,15 @@ def owner_of(arm: Arm, seed: int, iterations: int | None) -> str:
 def tokens_of(arm: Arm) -> int:
     """Image tokens that go through the denoiser for one picture, twice where there is guidance."""
     recipe = recipe_of(arm, 0, None)
-    patch = setup.load(recipe, ("denoiser",)).patch
+    model = setup.load(recipe, ("denoiser",))
     if not arm.contender:
-        return recipe.override(list(arm.drawn)).schedule.build().tokens(patch)
+        return recipe.override(list(arm.drawn)).schedule.build().tokens(model.patch)
     contender = parse_contender(arm.contender, recipe)
     assert contender.schedule is not None, "a folder is no arm"
     if contender.kind != "teacher":
-        return contender.schedule.tokens(patch)
-    passes = contender.steps * (2 if contender.guidance > 1 else 1)
-    return passes * (contender.schedule.tokens(patch) // len(contender.schedule))
+        return contender.schedule.tokens(model.patch)
+    forwards = passes_of(model, contender) * (2 if contender.guidance > 1 else 1)
+    return forwards * model.token_count(contender.schedule.full)
 
 
 def looks_of(

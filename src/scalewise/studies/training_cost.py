@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scalewise.common import markdown
-from scalewise.common.checkpoint import write_atomically
+from scalewise.common.checkpoint import write_atomically, write_json, write_text
 from scalewise.common.progress import Progress
 from scalewise.config.presets import find_recipe
+from scalewise.data.shards import alone
 from scalewise.evaluation.training_cost import GB, TrainingCost, measure_training
 from scalewise.metrics import Interval
 from scalewise.metrics.intervals import FEWEST_ROUNDS
 from scalewise.studies.base import Verdict
 from scalewise.studies.page import plot_panels
-from scalewise.studies.work_queue import alone
 
 NAME, TITLE, SOURCE = "training-cost", "What a training iteration costs", "section 5.3, table 5"
 
@@ -63,13 +62,11 @@ def run_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict
     """Measure and write training-cost.json, .md and .png; returns the verdicts by claim."""
     cost = measure_training(find_recipe("mini"), rounds=rounds, progress=progress)
     verdicts = {claim.text: claim.verdict(cost.ratios[claim.ratio], rounds) for claim in CLAIMS}
-    found: dict[str, Any] = {"study": NAME, "source": SOURCE, **cost.to_dict(), "verdicts": verdicts}
-    with alone(out, NAME):
-        result = json.dumps(found, indent=1) + "\n"
-        write_atomically(out / f"{NAME}.json", lambda path: path.write_text(result, encoding="utf-8"))
+    found: dict[str, Any] = {"study": NAME, "source": SOURCE, **vars(cost), "verdicts": verdicts}
+    with alone(out / "locks" / NAME):
+        write_json(out / f"{NAME}.json", found)
         write_atomically(out / f"{NAME}.png", partial(plot, cost))
-        text = page(cost, verdicts, rounds)
-        write_atomically(out / f"{NAME}.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(out / f"{NAME}.md", page(cost, verdicts, rounds))
     return verdicts
 
 

@@ -59,15 +59,6 @@ def taken(task: Task, locks: Path) -> Iterator[bool]:
         lock.release()
 
 
-@contextmanager
-def alone(folder: Path, name: str) -> Iterator[None]:
-    """Write results of a name into a folder while no other process does; makes the folder."""
-    locks = folder / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{name}.lock"):
-        yield
-
-
 def wait(tasks: Sequence[Task], locks: Path, *, progress: Progress) -> None:
     """Return when one of the tasks is in nobody's hand."""
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file that needs nothing else, made from plain data."""
+"""The report of a comparison: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from scalewise.evaluation.evaluate import Row
+from scalewise.evaluation.timing import Timing
 
 __all__ = ["Column", "Journey", "ReportContent", "Stage", "write_report"]
 
@@ -55,12 +58,10 @@ class ReportContent:
     """Rows of the training log, as `Trainer.fit` yields them."""
     schedule: Sequence[str] = ()
     """A label for each step of the schedule, such as "t 1000, 8x8"."""
-    figures: Sequence[Mapping[str, Any]] = ()
-    """`evaluate.Row.to_dict()` of every contender; held-out pictures as a row of kind "real"."""
-    metrics: Sequence[Mapping[str, Any]] = ()
-    """`Metric.to_dict()` of every figure."""
-    timings: Sequence[Mapping[str, Any]] = ()
-    """`bench.Timing.to_dict()` of every contender and batch size."""
+    figures: Sequence[Row] = ()
+    """The metrics of every sampler; those of real images in a row of kind "real"."""
+    timings: Sequence[Timing] = ()
+    """Of every sampler and batch size."""
     teacher: str = "teacher"
     """Name of the contender that speeds and differences refer to."""
     student: str = "student"

@@ -10,6 +10,7 @@ from math import ceil
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from scalewise.evaluation.report.words import first_and_last
 
@@ -43,7 +44,7 @@ class Chart:
 
     title: str
     alt: str
-    svg: str
+    svg: Markup
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def training_charts(log: Sequence[Mapping[str, Any]], schedule: Sequence[str]) -
     for title, keys in PANELS:
         lines = [line for key in keys for line in lines_of(log, key, schedule, several=len(keys) > 1)]
         if lines:
-            charts.append(Chart(title, describe(title, log, keys), draw(lines, name=title)))
+            charts.append(Chart(title, describe(title, log, keys), Markup(draw(lines, name=title))))
     return charts
 
 

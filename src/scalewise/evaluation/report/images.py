@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 from math import ceil
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image, features
 
 SHOWN, STORED = 256, 512  # the widest a picture is shown and, for sharp displays, stored
@@ -22,7 +22,7 @@ def zoom(picture: np.ndarray, smallest: int = 96) -> tuple[int, int]:
     return width * times, height * times
 
 
-def embed(picture: np.ndarray, *, alt: str, smallest: int = 96) -> str:
+def embed(picture: np.ndarray, *, alt: str, smallest: int = 96) -> Markup:
     """An <img> of bytes [H, W, 3]; small pictures keep every pixel, large ones are compressed at 512."""
     image = Image.fromarray(picture)
     exact = image.width <= SHOWN
@@ -37,7 +37,6 @@ def embed(picture: np.ndarray, *, alt: str, smallest: int = 96) -> str:
     width, height = zoom(picture, smallest)
     code = base64.b64encode(data.getvalue()).decode()
     style = "pixels" if exact else "photo"
-    return (
-        f'<img class="{style}" src="data:image/{kind};base64,{code}" width="{width}" height="{height}" '
-        f'alt="{escape(alt)}" decoding="async">'
-    )
+    return Markup(
+        '<img class="{}" src="data:image/{};base64,{}" width="{}" height="{}" alt="{}" decoding="async">'
+    ).format(style, kind, code, width, height, alt)

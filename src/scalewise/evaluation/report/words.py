@@ -6,25 +6,22 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from scalewise.evaluation.evaluate import Row
 from scalewise.evaluation.report import ReportContent
+from scalewise.evaluation.timing import Timing
+from scalewise.metrics import METRICS, Metric
+from scalewise.metrics.intervals import FEWEST_ROUNDS
 
 NO_BREAK = "\u00a0"
 UNKNOWN = "unknown"
-FEWEST_ROUNDS = 6  # below it, the interval of a median does not reach 95%
 
 
 def findings(content: ReportContent) -> list[str]:
     """Sentences about speed, quality, the judge's limits and the training, as far as there are numbers."""
-    metrics = {str(metric["name"]): metric for metric in content.metrics}
     found = [*speed(content)]
     for row in content.figures:
-        found += quality(row, metrics)
-    return [*found, *real_pictures(content, metrics), *cautions(content), *training(content), *content.notes]
-
-
-def show(metric: Mapping[str, Any], value: float) -> str:
-    """A value with as many digits as its metric deserves."""
-    return f"{100 * value:.1f}%" if metric["percent"] else f"{value:.{metric['digits']}f}"
+        found += quality(row)
+    return [*found, *real_images(content), *cautions(content), *training(content), *content.notes]
 
 
 def milliseconds(value: float) -> str:
@@ -42,51 +39,48 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def timing_of(content: ReportContent, name: str, batch: int) -> Mapping[str, Any] | None:
-    """A contender's timing at a batch size, if it was taken."""
-    return next((t for t in content.timings if t["name"] == name and t["batch"] == batch), None)
+def timing_of(content: ReportContent, name: str, batch: int) -> Timing | None:
+    """A sampler's timing at a batch size, if it was taken."""
+    return next((t for t in content.timings if (t.name, t.batch) == (name, batch)), None)
 
 
 def speed(content: ReportContent) -> list[str]:
     """One sentence per batch size on the student's time and the teacher's."""
     sentences = []
-    for batch in dict.fromkeys(int(t["batch"]) for t in content.timings):
+    for batch in dict.fromkeys(t.batch for t in content.timings):
         ours, theirs = (timing_of(content, name, batch) for name in (content.student, content.teacher))
-        if not ours or not theirs or "total" not in ours["speedup"]:
+        if not ours or not theirs or "total" not in ours.speedup:
             continue
-        ratio, low, high = ours["speedup"]["total"]
-        word = "faster" if ratio >= 1 else "as fast"
+        ratio = ours.speedup["total"]
+        word = "faster" if ratio.value >= 1 else "as fast"
         text = (
             f"From caption to pixels at batch size {batch}: {content.student} "
-            f"{milliseconds(ours['parts']['total'][0])} per picture, {content.teacher} "
-            f"{milliseconds(theirs['parts']['total'][0])}; {ratio:.3g} times {word} "
-            f"[{low:.3g}, {high:.3g}]."
+            f"{milliseconds(ours.parts['total'].value)} per image, {content.teacher} "
+            f"{milliseconds(theirs.parts['total'].value)}; {ratio.value:.3g} times {word} "
+            f"[{ratio.low:.3g}, {ratio.high:.3g}]."
         )
-        if "denoiser" in ours["speedup"]:
-            text += f" The denoiser alone: {ours['speedup']['denoiser'][0]:.3g} times."
+        if "denoiser" in ours.speedup:
+            text += f" The denoiser alone: {ours.speedup['denoiser'].value:.3g} times."
         sentences.append(text)
     return sentences
 
 
-def quality(row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How a contender differs from the one it is compared with, sorted by better, worse and undecided."""
+def quality(row: Row) -> list[str]:
+    """How a sampler differs from the one it is compared with, sorted by better, worse and undecided."""
     sorted_out: dict[str, list[str]] = {"better": [], "worse": [], "": [], UNKNOWN: []}
-    for name, (value, low, high) in row["differences"].items():
-        if name not in metrics:
-            continue
-        metric = metrics[name]
-        unit = " points" if metric["percent"] else ""
-        said = f"{metric['title']} {signed(metric, value)}{unit}"
-        if low is None or high is None:
-            sorted_out[UNKNOWN].append(said)
-            continue
-        sorted_out[row["verdicts"][name]].append(f"{said} [{signed(metric, low)}, {signed(metric, high)}]")
+    for name, found in row.differences.items():
+        metric = METRICS[name]
+        unit = " points" if metric.percent else ""
+        said = f"{metric.title} {signed(metric, found.value)}{unit}"
+        if found.known:
+            said += f" [{signed(metric, found.low)}, {signed(metric, found.high)}]"
+        sorted_out[row.verdict(name) if found.known else UNKNOWN].append(said)
     words = {
         "better": "better than {}", "worse": "worse than {}", "": "no difference to {} beyond chance",
         UNKNOWN: "too few prompts to tell a difference to {}",
     }  # fmt: skip
     return [
-        f"{capital(row['name'])}: {words[verdict].format(row['compared_with'])} in {'; '.join(items)}."
+        f"{capital(row.name)}: {words[verdict].format(row.compared_with)} in {'; '.join(items)}."
         for verdict, items in sorted_out.items()
         if items
     ]
@@ -97,22 +91,23 @@ def capital(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def signed(metric: Mapping[str, Any], value: float) -> str:
+def signed(metric: Metric, value: float) -> str:
     """A difference with its sign; those of shares are in percentage points."""
-    text = f"{100 * value:+.1f}" if metric["percent"] else f"{value:+.{metric['digits']}f}"
+    text = f"{100 * value:+.1f}" if metric.percent else f"{value:+.{metric.digits}f}"
     return text.replace("-", "−")
 
 
-def real_pictures(content: ReportContent, metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What real pictures score: the judge has limits of its own."""
+def real_images(content: ReportContent) -> list[str]:
+    """What real images score: the scorer has limits of its own."""
     sentences = []
     for row in content.figures:
-        if row["kind"] != "real":
+        if row.kind != "real":
             continue
-        known = [(metrics[name], value) for name, (value, *_) in row["values"].items() if name in metrics]
-        figures = ", ".join(f"{metric['title']} {show(metric, value)}" for metric, value in known)
+        figures = ", ".join(
+            f"{METRICS[name].title} {METRICS[name].show(found.value)}" for name, found in row.values.items()
+        )
         sentences.append(
-            f"For scale, what the same judge says of real ones: {row['name']} ({row['images']:,}), {figures}."
+            f"For scale, the same scores of real images: {row.name} ({row.images:,}), {figures}."
         )
     return sentences
 
@@ -120,13 +115,13 @@ def real_pictures(content: ReportContent, metrics: Mapping[str, Mapping[str, Any
 def cautions(content: ReportContent) -> list[str]:
     """What keeps these numbers from saying more."""
     sentences = []
-    counts = sorted({int(row["images"]) for row in content.figures})
+    counts = sorted({row.images for row in content.figures})
     if len(counts) > 1:
         sentences.append(
-            f"The rows rest on different numbers of pictures ({', '.join(map(str, counts))}); a Fréchet "
-            "distance is larger with fewer pictures, so compare it only between rows of the same number."
+            f"The rows rest on different numbers of images ({', '.join(map(str, counts))}); a Fréchet "
+            "distance is larger with fewer images, so compare it only between rows of the same number."
         )
-    rounds = min((int(timing["rounds"]) for timing in content.timings), default=FEWEST_ROUNDS)
+    rounds = min((timing.rounds for timing in content.timings), default=FEWEST_ROUNDS)
     if rounds < FEWEST_ROUNDS:
         sentences.append(
             f"Times rest on {rounds} round{'s' if rounds > 1 else ''}, so their intervals are plain ranges "
@@ -150,7 +145,7 @@ def training(content: ReportContent) -> list[str]:
     if (ends := first_and_last(content.log, "x0/beyond_4_sigma")) and ends[1] > max(0.001, 2 * ends[0]):
         sentences.append(
             f"The student's latents have drifted: {ends[1]:.2%} of their values lie beyond four standard "
-            f"deviations of real ones, against {ends[0]:.2%} at the start. Expect oversaturated pictures."
+            f"deviations of real ones, against {ends[0]:.2%} at the start. Expect oversaturated images."
         )
     return sentences
 
