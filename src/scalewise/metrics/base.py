@@ -110,13 +110,22 @@ class Gaussian:
     @classmethod
     def fit(cls, features: Tensor) -> Gaussian:
         """Fit features [N, D]."""
-        if len(features) < 2:
-            raise ValueError(
-                f"A Frechet distance needs at least 2 images on each side, not {len(features)}; give more."
-            )
-        rows = features.double()
-        mean = rows.mean(0)
-        return cls(mean, (rows - mean).T @ (rows - mean) / (len(rows) - 1), len(rows))
+        mean, rows = centered(features)
+        return cls(mean, rows.T @ rows, len(rows))
+
+
+def centered(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean [D] and deviations [N, D] of features [N, D] in float64, these over sqrt(N - 1).
+
+    X^T X of the deviations X is the covariance. Raises ValueError for fewer than two rows.
+    """
+    if len(features) < 2:
+        raise ValueError(
+            f"A Frechet distance needs at least 2 images on each side, not {len(features)}; give more."
+        )
+    rows = features.double()
+    mean = rows.mean(0)
+    return mean, (rows - mean) / (len(rows) - 1) ** 0.5
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scalewise.metrics.base import Gaussian, Metric, Seen, Statistic
+from scalewise.metrics.base import Gaussian, Metric, Seen, Statistic, centered
 
 
 def square_root(matrix: Tensor) -> Tensor:
@@ -30,13 +30,7 @@ def distance(features: Tensor, real: Gaussian, *, root: Tensor | None = None) ->
     sqrt(N - 1), S_a = X^T X, and S_b^1/2 X^T X S_b^1/2 has the same eigenvalues but zeros as X S_b X^T:
     whichever is smaller is decomposed.
     """
-    if len(features) < 2:
-        raise ValueError(
-            f"A Frechet distance needs at least 2 images on each side, not {len(features)}; give more."
-        )
-    rows = features.double()
-    mean = rows.mean(0)
-    rows = (rows - mean) / (len(rows) - 1) ** 0.5
+    mean, rows = centered(features)
     if len(rows) <= rows.shape[1]:
         product = rows @ real.covariance @ rows.T
     else:
