@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scalewise.common.checkpoint import write_json
+from scalewise.common.results import write_json
 from scalewise.metrics import Interval
 from scalewise.metrics.intervals import t_quantile
 from scalewise.studies import STUDIES, Effort, Outcome

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scalewise.common.checkpoint import write_json
+from scalewise.common.results import write_json
 from scalewise.evaluation.timing import Mark, Parts, Subject, bench, laps_of, timings_table
 from scalewise.metrics.intervals import Interval, median_interval
 

@@ -21,8 +21,8 @@ from video import MOTIONS, STYLE, Clip, Clips, filmstrip
 
 from scalewise import mini
 from scalewise.common import console
-from scalewise.common.checkpoint import write_json
 from scalewise.common.images import middle_frame, to_bytes
+from scalewise.common.results import write_json
 from scalewise.config.presets import find_recipe
 from scalewise.evaluation.compare import time_all
 from scalewise.evaluation.evaluate import Row, save_rows

@@ -15,8 +15,8 @@ import torch
 from scalewise import mini
 from scalewise.cli.run_making import follow
 from scalewise.common import console, distributed
-from scalewise.common.checkpoint import write_json
 from scalewise.common.errors import resumed_by_same_command
+from scalewise.common.results import write_json
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation import compare

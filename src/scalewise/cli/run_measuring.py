@@ -11,7 +11,7 @@ from rich.table import Table
 
 from scalewise.cli.inputs import check_out, folder_for, prompts_to_judge, read_prompts
 from scalewise.common import console, distributed
-from scalewise.common.checkpoint import write_json
+from scalewise.common.results import write_json
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation.sampling_speed import Protocol, measure_speed
 from scalewise.evaluation.scoring import Asked

@@ -9,7 +9,6 @@ hidden temporary folder, which is then renamed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -175,29 +174,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, whole or not at all; makes its folder.
-
-    A dataclass is written as its `to_list` or `to_dict` says, or by its fields.
-    """
-    write_text(path, json.dumps(value, indent=1, default=_plain) + "\n")
-
-
-def _plain(value: Any) -> object:
-    for form in ("to_list", "to_dict"):
-        if hasattr(value, form):
-            return getattr(value, form)()
-    if dataclasses.is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
-
-
 def delete_leftovers(folder: Path, *, pattern: str = "*") -> None:
     """Delete temporary files of killed `write_atomically` calls; no other process may be writing to `folder`.
 
@@ -261,7 +237,8 @@ def _write(folder: Path, texts: dict[str, str], tensors: dict[str, Tensor]) -> N
     for name in (TENSORS, *texts):
         _sync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
+    manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+    write_atomically(folder / MANIFEST, lambda path: path.write_text(manifest, encoding="utf-8"))
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:

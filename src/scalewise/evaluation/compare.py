@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from scalewise import mini
 from scalewise.common import distributed
-from scalewise.common.checkpoint import write_json
 from scalewise.common.progress import Progress
+from scalewise.common.results import write_json
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation import timing
 from scalewise.evaluation.drawings import Drawings, drawn_by

@@ -15,6 +15,7 @@ import numpy as np
 from scalewise.common import checkpoint, distributed
 from scalewise.common.contents import component_fingerprints, file_fingerprint
 from scalewise.common.images import read_image, save_image
+from scalewise.common.results import write_json
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation.samplers import Contender, Prompts
 from scalewise.evaluation.stored_images import DRAWN_FOR, number_of
@@ -40,7 +41,7 @@ class Drawings:
             told = {
                 "captions": self.prompts.captions, "seeds": self.prompts.seeds, "drawn_by": self.drawn_by,
             }  # fmt: skip
-            checkpoint.write_json(self.folder / DRAWN_FOR, told)
+            write_json(self.folder / DRAWN_FOR, told)
         distributed.barrier_without_timeout()
 
     def read(self, numbers: Sequence[int]) -> np.ndarray | None:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from scalewise.common import distributed, markdown
-from scalewise.common.checkpoint import write_json, write_text
 from scalewise.common.progress import Progress, ProgressCallback, silent
+from scalewise.common.results import write_json, write_text
 from scalewise.evaluation.drawings import Drawings
 from scalewise.evaluation.samplers import (
     Contender,

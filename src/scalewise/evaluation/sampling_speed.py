@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from scalewise.common import distributed, markdown
-from scalewise.common.checkpoint import write_json, write_text
 from scalewise.common.progress import Progress
+from scalewise.common.results import write_json, write_text
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation.evaluate import subject
 from scalewise.evaluation.samplers import Contender, check_fit, parse_contenders, passes_of

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scalewise.common import markdown
-from scalewise.common.checkpoint import write_json, write_text
 from scalewise.common.progress import Progress
+from scalewise.common.results import write_json, write_text
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation.sampling_speed import setting_of
 from scalewise.evaluation.timing import device_clock, in_turns, rounds_told

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from scalewise.common import markdown
-from scalewise.common.checkpoint import write_atomically, write_json, write_text
+from scalewise.common.checkpoint import write_atomically
+from scalewise.common.results import write_json, write_text
 from scalewise.data.shards import alone
 from scalewise.metrics import METRICS, Interval
 from scalewise.studies.base import Claim, Finding

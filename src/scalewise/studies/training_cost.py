@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from scalewise.common import markdown
-from scalewise.common.checkpoint import write_atomically, write_json, write_text
+from scalewise.common.checkpoint import write_atomically
 from scalewise.common.progress import Progress
+from scalewise.common.results import write_json, write_text
 from scalewise.config.presets import find_recipe
 from scalewise.data.shards import alone
 from scalewise.evaluation.training_cost import GB, TrainingCost, measure_training
