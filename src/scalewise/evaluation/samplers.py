@@ -179,7 +179,7 @@ def check_fit(model: PipelineAdapter, contenders: Sequence[Contender]) -> None:
             model.check_schedule(contender.schedule)
 
 
-def passes_of(model: ModelAdapter, contender: Contender) -> int:
+def passes_of(model: PipelineAdapter, contender: Contender) -> int:
     """Passes through the denoiser for one sample; under guidance each may be two forwards.
 
     A teacher's scheduler of second order (Heun's) takes two for all steps but the last.
