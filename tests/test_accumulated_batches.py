@@ -1,4 +1,4 @@
-"""Batches of several aspect buckets: what an update sees does not depend on how its batch is split."""
+"""Batches of several aspect buckets: the samples of an update do not depend on how its batch is split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalewise.method.scales import Scale, ScaleSchedule
 
 
 class Bucket:
-    """A set whose latents hold the number of their bucket and row."""
+    """A dataset whose latents contain the number of their bucket and row."""
 
     def __init__(self, number: int, count: int) -> None:
         self.number, self.count, self.scales = number, count, [Scale(1, 4, 4)]
@@ -53,7 +53,7 @@ def seen(parts: list[tuple[Batches, int]], update: int) -> list[tuple[float, flo
 
 
 @pytest.mark.parametrize("update", range(12))
-def test_an_update_sees_the_same_samples_and_noise_however_its_batch_is_split(update):
+def test_an_update_has_the_same_samples_and_noise_for_every_split_of_its_batch(update):
     whole = seen([(batches(4), update)], update)
     accumulated = seen([(batches(2), 2 * update), (batches(2), 2 * update + 1)], update)
     processes = seen([(batches(2, 0, 2), update), (batches(2, 1, 2), update)], update)

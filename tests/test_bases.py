@@ -32,7 +32,7 @@ from scalewise.models.folder import variants_of
 from scalewise.models.meta import configuration, skeleton
 from scalewise.planning.plan import make_plan
 from scalewise.training import setup
-from scalewise.training.origin import FREE, difference_of
+from scalewise.training.origin import FREE_KEYS, describe_difference
 
 PROMPTS = ["a dog", ""]
 
@@ -110,7 +110,7 @@ def test_sd3_without_t5_makes_a_set_trains_and_samples(tmp_path, monkeypatch):
 def test_embeddings_with_and_without_t5_are_cached_apart(tmp_path):
     SD3.tiny().save(tmp_path / "whole")
     without_t5(tmp_path / "base", kept=True)  # the same files
-    names = {setup.fingerprint(small(tmp_path / name)) for name in ("whole", "base")}
+    names = {setup.prompt_fingerprint(small(tmp_path / name)) for name in ("whole", "base")}
     assert len(names) == 2
 
 
@@ -159,7 +159,9 @@ def test_a_recipes_variant_decides_weights_caches_and_plan(tmp_path, monkeypatch
     plain, fp16 = small(base), small(base, "model.variant=fp16")
     weights = [next(setup.load(r, ["vae"]).pipeline.vae.parameters()) for r in (plain, fp16)]
     assert not torch.equal(*weights)
-    assert setup.fingerprint(plain) != setup.fingerprint(fp16) and setup.vae_key(plain) != setup.vae_key(fp16)
+    assert setup.prompt_fingerprint(plain) != setup.prompt_fingerprint(fp16) and setup.vae_key(
+        plain
+    ) != setup.vae_key(fp16)
     missing = small(base, "model.variant=bf16")
     for judge in (make_plan, setup.dry_run):
         with pytest.raises(ModelError, match=r"model.variant=bf16: .*base has no file .*, only fp16\. Set"):
@@ -354,11 +356,11 @@ def test_a_recipe_of_another_family_than_the_bases_is_refused_by_loading_and_pla
         pipeline = own.pipeline_class.__name__
         words = rf"for models of the family '{recipe.model.family}' .* is a {pipeline}, of the "
         words += rf"family '{saved.name}'.*recipe for '{saved.name}'"
-        for judge in (make_plan, setup.dry_run, setup.teacher, setup.fingerprint):
+        for judge in (make_plan, setup.dry_run, setup.teacher, setup.prompt_fingerprint):
             with pytest.raises(ModelError, match=words):
                 judge(recipe)
         anything = recipe.override(["model.family=null"])
-        assert setup.fingerprint(anything)
+        assert setup.prompt_fingerprint(anything)
 
 
 def test_known_models_are_judged_by_their_family_too():
@@ -369,7 +371,7 @@ def test_known_models_are_judged_by_their_family_too():
 def test_a_run_that_was_begun_before_recipes_had_a_family_goes_on():
     new = find_recipe("mini")
     old = new.override(["model.family=null"])
-    assert not difference_of(old.model_dump(mode="json"), new.model_dump(mode="json"), free=FREE)
+    assert not describe_difference(old.model_dump(mode="json"), new.model_dump(mode="json"), free=FREE_KEYS)
 
 
 # --- Schedulers ---

@@ -1,4 +1,4 @@
-"""Settings that a run could ignore without an error: each is told by the numbers that it changes.
+"""Settings that a run could silently ignore: each is tested by the numbers it changes.
 
 Every test here was seen to fail while what it is about was broken on purpose (docs/log.md lists the breaks).
 """
@@ -77,7 +77,7 @@ def test_the_average_follows_the_students_weights_by_its_decay(averaged) -> None
     assert (expected - seen[0]).abs().max() > 0.02, "four updates of 0.01 move a weight by up to 0.04"
 
 
-def test_the_file_of_a_run_holds_the_average_and_not_the_last_weights(averaged) -> None:
+def test_the_saved_student_is_the_average_and_not_the_last_weights(averaged) -> None:
     trainer, seen, out = averaged
     found = load_student(out).matched(trainer.backbone.model.denoiser).tensors
     shipped = torch.cat([found[name].float().flatten() for name in sorted(found)])
@@ -96,7 +96,7 @@ def test_without_an_average_the_last_weights_are_the_student(recipe: Recipe, tmp
 
 
 def first_moments(side: RoleOptimizer) -> float:
-    """Norm of AdamW's first moments, which after one update are (1 - beta1) times the gradient it got."""
+    """Norm of AdamW's first moments, which after one update are (1 - beta1) times the gradient."""
     states = side.optimizer.state.values()
     return float(torch.cat([state["exp_avg"].flatten() for state in states]).norm())
 
@@ -115,8 +115,8 @@ def test_gradients_are_clipped_for_both_optimizers_and_logged_as_they_were(
         assert first_moments(side) == pytest.approx(0.1 * min(norm, clip), rel=1e-3), name
 
 
-def test_student_and_fake_model_learn_at_a_rate_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
-    """AdamW's first update moves a weight by its rate, whatever the gradient."""
+def test_student_and_fake_model_have_their_own_learning_rates(recipe: Recipe, tmp_path: Path) -> None:
+    """AdamW's first update changes a weight by the learning rate, for any gradient."""
     recipe = recipe.override(
         ["optimizer.lr=1e-3", "optimizer.fake_lr=4e-3", "optimizer.weight_decay=0", "optimizer.warmup=0",
          "loss.fake.updates=1"]
@@ -135,7 +135,7 @@ def test_student_and_fake_model_learn_at_a_rate_of_their_own(recipe: Recipe, tmp
     assert same.fake is not None and same.fake.lr == 1e-3
 
 
-def test_sampled_steps_are_drawn_evenly_and_without_order(recipe: Recipe) -> None:
+def test_sampled_steps_are_uniform_and_independent(recipe: Recipe) -> None:
     batches = batches_of(recipe.override(["train.step_choice=sampled"]))
     steps = [batches.index_at(position) for position in range(4000)]
     counts = Counter(steps)
@@ -169,7 +169,7 @@ def rows_of(batch_rows: torch.Tensor, pool: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("downscale", ["latent", "pixel"])
-def test_latents_of_small_scales_come_from_where_the_recipe_says(recipe: Recipe, downscale: str) -> None:
+def test_latents_of_small_scales_follow_data_downscale(recipe: Recipe, downscale: str) -> None:
     """latent: the area average of the full latent, by torch; pixel: the set's own latents of that scale."""
     changed = recipe.override([f"data.downscale={downscale}"])
     data, batches = setup.prepare_data(changed, silent), batches_of(changed)

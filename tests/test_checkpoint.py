@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, and what was not finished is never taken for one."""
+"""Checkpoints: exact round trips, atomic writes, and rejection of incomplete or damaged ones."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def write_steps(root: Path, *steps: int) -> None:
 
 
 def truncate(path: Path, keep: float = 0.5) -> None:
-    """Cut a file short, as a kill in mid-write leaves it."""
+    """Cut a file short, like a killed write."""
     os.truncate(path, int(path.stat().st_size * keep))
 
 
-def test_every_kind_of_value_comes_back_exactly(tmp_path):
+def test_every_type_of_value_is_restored_exactly(tmp_path):
     wide = torch.arange(24.0).reshape(4, 6)
     state = {
         "plain": {"none": None, "yes": True, "number": 7, "large": 10**30, "text": 'é "/" \n'},
@@ -130,7 +130,7 @@ def test_only_safetensors_and_json_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), torch.eye(3).to_sparse()])
-def test_what_cannot_be_saved_is_named_with_its_place(tmp_path, value):
+def test_unsupported_values_are_rejected_with_their_path(tmp_path, value):
     with pytest.raises(CheckpointError, match="Cannot save fake/0/x"):
         checkpoint.save(tmp_path / "step-1", {"fake": [{"x": value}]}, meta={})
     assert list(tmp_path.iterdir()) == []
@@ -170,7 +170,7 @@ def test_a_missing_checkpoint_is_reported_as_missing(tmp_path):
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
-def test_latest_goes_by_number_and_passes_over_damaged_ones(tmp_path):
+def test_latest_returns_the_highest_step_that_is_not_damaged(tmp_path):
     write_steps(tmp_path, 9, 100, 1000000)
     (tmp_path / "step-final").mkdir()
     (tmp_path / "step-2000000").write_text("a file")
@@ -181,7 +181,7 @@ def test_latest_goes_by_number_and_passes_over_damaged_ones(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["save_file", "_write", "_swap_in"])
-def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path, moment):
+def test_a_half_written_checkpoint_is_never_loaded(tmp_path, moment):
     """A process is killed (SIGKILL) while it writes its second checkpoint, at three moments."""
     script = f"""
 import os, signal, torch
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path):
 @pytest.mark.parametrize("look", [checkpoint.latest, lambda root: root / "step-1"])
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path, monkeypatch, look):
     checkpoint.save(tmp_path / "step-1", some_state(1), meta={})
-    (tmp_path / "step-1").rename(tmp_path / ".step-1.old")  # what such a kill leaves
+    (tmp_path / "step-1").rename(tmp_path / ".step-1.old")  # the state after such a kill
     (tmp_path / ".step-1.tmp").mkdir()
     assert checkpoint.load(look(tmp_path))[0]["iteration"] == 1
 
@@ -261,7 +261,7 @@ def full_disk_in_fsync(monkeypatch):
 
 
 @pytest.mark.parametrize("fill", [full_disk_in_safetensors, full_disk_in_text, full_disk_in_fsync])
-def test_a_full_disk_is_said_and_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch, fill):
+def test_a_full_disk_is_reported_and_keeps_earlier_checkpoints(tmp_path, monkeypatch, fill):
     write_steps(tmp_path, 1)
     with monkeypatch.context() as patched:
         fill(patched)
@@ -284,9 +284,7 @@ def test_prune_keeps_the_newest_complete_ones(tmp_path):
         checkpoint.prune(tmp_path, 0)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_in_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_is_reported_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path / "step-000001", {"a": torch.ones(3)}, meta={})
 
     def too_large(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What is shown where nobody watches, and what an error looks like."""
+"""Console output without a terminal, and error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rich.console import Console
 from scalewise.common import console
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_a_terminal_prints_a_line_periodically(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress("drawing", 20) as done:
@@ -23,7 +25,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch:
     assert lines[-1] == "drawing: 20/20 after 200 s"
 
 
-def test_what_takes_no_time_says_nothing(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_work_prints_no_progress(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.time, "monotonic", lambda: 5.0)
     with console.progress("drawing", 2) as done:
         done(1)
@@ -31,17 +33,17 @@ def test_what_takes_no_time_says_nothing(capsys, monkeypatch: pytest.MonkeyPatch
     assert capsys.readouterr().err == ""
 
 
-def test_a_full_disk_is_explained_with_its_place(capsys) -> None:
+def test_a_full_disk_is_reported_with_its_path(capsys) -> None:
     assert console.print_error(OSError(errno.ENOSPC, "No space left on device", "/data/x")) == 1
     assert "The disk is full (/data/x)" in " ".join(capsys.readouterr().err.split())
 
 
-def test_stopping_by_hand_has_its_own_code() -> None:
+def test_ctrl_c_has_exit_code_130() -> None:
     assert console.print_error(KeyboardInterrupt()) == 130
 
 
 def test_names_in_square_brackets_are_shown_as_they_are(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rich would take them for markup: "[v2]" vanishes, "[/b]" ends a comparison after all its work."""
+    """Rich would parse them as markup: "[v2]" vanishes, "[/b]" ends a comparison after all its work."""
     clock = iter(range(0, 10_000, 60))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress("drawing: [v2] mine[/b]", 1) as done:
@@ -55,7 +57,7 @@ def test_names_in_square_brackets_are_shown_as_they_are(capsys, monkeypatch: pyt
     assert "[v2] mine[/b]" in shown.getvalue()
 
 
-def test_all_processes_but_one_show_errors_only(capsys) -> None:
+def test_only_errors_are_shown_when_not_verbose(capsys) -> None:
     console.set_verbose(False)
     try:
         with console.progress("drawing", 1) as done:

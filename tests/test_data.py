@@ -1,4 +1,4 @@
-"""Sets of latents and cached prompts on disk: exact, resumable, and honest about damage."""
+"""Latent datasets and prompt caches on disk: exact, resumable, damage is reported."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_latents_come_back_exactly_as_float16(tmp_path):
+def test_latents_are_restored_exactly_as_float16(tmp_path):
     data = LatentSet.open(make_set(tmp_path / "set"))
     assert len(data) == 10 and data.scales == SCALES and data.settings == {"guidance": 4.5, "steps": 28}
     chosen = [7, 0, 9, 0]
@@ -75,7 +75,7 @@ def test_latents_come_back_exactly_as_float16(tmp_path):
     assert torch.equal(data.latents(torch.tensor([7]), SCALES[0]), data.latents([7], SCALES[0]))
 
 
-def test_video_latents_keep_their_frames_even_where_there_is_one(tmp_path):
+def test_video_latents_keep_their_frame_axis_even_with_one_frame(tmp_path):
     scales = [Scale(1, 2, 3), Scale(3, 4, 6)]
     data = LatentSet.open(make_set(tmp_path / "set", scales=scales))
     assert data.latents([0, 1], scales[0]).shape == (2, CHANNELS, 1, 2, 3)
@@ -99,11 +99,11 @@ def test_thirty_two_rows_are_read_in_a_few_milliseconds(tmp_path):
     assert best < 0.02  # measured: 0.3 ms
 
 
-def test_a_killed_writer_goes_on_after_its_last_finished_shard(tmp_path):
+def test_a_killed_writer_resumes_after_its_last_finished_shard(tmp_path):
     path = tmp_path / "set"
-    add(writer_at(path), range(10))  # and no finish: all that a killed writer leaves is on the disk
+    add(writer_at(path), range(10))  # not finished, like a killed writer
     (path / ".shard-00002.arrow.tmp").write_text("half a shard")
-    with pytest.warns(UserWarning, match="not complete: using the 8 rows there are"):
+    with pytest.warns(UserWarning, match="incomplete: its 8 finished rows are used"):
         assert len(LatentSet.open(path)) == 8
     writer = writer_at(path)
     assert writer.done == 8 and writer.missing(11) == [8, 9, 10]
@@ -138,13 +138,16 @@ def test_a_shard_that_was_written_but_not_listed_is_made_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"settings": {"guidance": 7.0, "steps": 28}}, "settings.guidance is 4.5 there and 7.0 here"),
-        ({"settings": {"guidance": 4.5}}, "settings.steps is 28 there and None here"),
-        ({"scales": SCALES[:1]}, "scales is '4x6 8x12' there and '4x6' here"),
-        ({"base": "other"}, "base is 'mini' there and 'other' here"),
+        (
+            {"settings": {"guidance": 7.0, "steps": 28}},
+            "settings.guidance is 4.5 in the stored dataset and 7.0 now",
+        ),
+        ({"settings": {"guidance": 4.5}}, "settings.steps is 28 in the stored dataset and None now"),
+        ({"scales": SCALES[:1]}, "scales is '4x6 8x12' in the stored dataset and '4x6' now"),
+        ({"base": "other"}, "base is 'mini' in the stored dataset and 'other' now"),
     ],
 )
-def test_a_writer_with_other_settings_is_refused_and_told_which(tmp_path, change, words):
+def test_a_writer_with_other_settings_is_rejected_with_the_difference(tmp_path, change, words):
     make_set(tmp_path / "set")
     with pytest.raises(DataError, match=words):
         writer_at(tmp_path / "set", **change)
@@ -157,7 +160,7 @@ def test_a_finished_set_can_be_finished_again_and_extended(tmp_path):
     assert writer.done == 6
     add(writer, writer.missing(9))
     writer.flush()
-    with pytest.warns(UserWarning, match="9 rows"):
+    with pytest.warns(UserWarning, match="its 9 finished rows are used"):
         LatentSet.open(path)
     writer.finish()
     assert LatentSet.open(path).seeds(range(9)) == list(range(100, 109))
@@ -190,7 +193,7 @@ def test_a_truncated_shard_is_found_even_without_checksums(tmp_path):
         LatentSet.open(path, verify=False)
 
 
-def test_rows_keep_their_order_whatever_the_order_of_writing(tmp_path):
+def test_rows_are_ordered_by_index_not_by_the_order_of_writing(tmp_path):
     writer = writer_at(tmp_path / "set")
     for indices in ([5, 2], [7, 0, 1], [6], [3, 4]):
         add(writer, indices)
@@ -200,8 +203,8 @@ def test_rows_keep_their_order_whatever_the_order_of_writing(tmp_path):
     assert torch.equal(data.latents(range(8), SCALES[0]), latents_of(range(8))[SCALES[0]].half().float())
 
 
-def test_sets_that_are_not_there_or_lack_something_say_so(tmp_path):
-    with pytest.raises(DataError, match=r"There is no set .*nowhere"):
+def test_missing_and_incomplete_datasets_are_reported(tmp_path):
+    with pytest.raises(DataError, match=r"There is no dataset .*nowhere"):
         LatentSet.open(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"has no set\.json"):
         LatentSet.open(tmp_path)
@@ -209,7 +212,7 @@ def test_sets_that_are_not_there_or_lack_something_say_so(tmp_path):
     with pytest.raises(DataError, match="no latents at 16x16, only at 4x6, 8x12"):
         LatentSet.open(path).latents([0], Scale(1, 16, 16))
     (path / "set.json").write_text('{"format": 1, "shards"')
-    with pytest.raises(DataError, match=r"set\.json is no JSON"):
+    with pytest.raises(DataError, match=r"set\.json is not valid JSON"):
         LatentSet.open(path)
     writer_at(tmp_path / "empty").header.write(tmp_path)
     with pytest.raises(DataError, match=r"is empty; run .*generate"):
@@ -218,10 +221,10 @@ def test_sets_that_are_not_there_or_lack_something_say_so(tmp_path):
         writer_at(tmp_path / "empty").finish()
 
 
-def test_bad_samples_are_refused_before_they_are_written(tmp_path):
+def test_bad_samples_are_rejected_before_they_are_written(tmp_path):
     writer = writer_at(tmp_path / "set")
     add(writer, [0])
-    with pytest.raises(DataError, match=r"Samples \[0\] would be there twice"):
+    with pytest.raises(DataError, match=r"Samples \[0\] would be stored twice"):
         add(writer, [0, 1])
     with pytest.raises(DataError, match=r"8x12 have the shape \[1, 3, 8, 8\] instead of \[1, 3, 8, 12\]"):
         writer.add([1], [""], [1], latents_of([1]) | {SCALES[1]: torch.zeros(1, 3, 8, 8)})
@@ -234,7 +237,7 @@ def test_bad_samples_are_refused_before_they_are_written(tmp_path):
     assert len(LatentSet.open(tmp_path / "set")) == 2
 
 
-def test_a_full_disk_counts_nothing_half_written(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_half_written_shard_in_the_index(tmp_path, monkeypatch):
     path = tmp_path / "set"
     writer = writer_at(path)
     add(writer, range(6))
@@ -256,7 +259,7 @@ def test_a_full_disk_counts_nothing_half_written(tmp_path, monkeypatch):
 
 
 class Prompts:
-    """Encodes a prompt by its length, and counts what it was asked."""
+    """Encodes a prompt by its length, and records the prompts."""
 
     warned_once = staticmethod(nullcontext)
 
@@ -271,10 +274,12 @@ class Prompts:
         return Condition({"tokens": lengths.view(-1, 1, 1).expand(-1, 3, 2), "mask": mask})
 
 
-def test_each_prompt_is_encoded_once_and_comes_back_exactly(tmp_path):
+def test_each_prompt_is_encoded_once_and_restored_exactly(tmp_path):
     model, seen = Prompts(), []
     prompts, done = ["bb", "a", "bb", "cccc"], seen.append
-    cache = PromptCache.build(lambda: model, prompts, tmp_path / "p", fingerprint="f", batch=2, done=done)
+    cache = PromptCache.build(
+        lambda: model, prompts, tmp_path / "p", fingerprint="f", batch=2, on_progress=done
+    )
     assert model.asked == ["", "bb", "a", "cccc"] and seen == [2, 4] and len(cache) == 4
     cond = cache.condition(["cccc", "", "cccc", "a"])
     assert len(cond) == 4 and cond.tensors["tokens"].dtype == torch.bfloat16
@@ -286,7 +291,7 @@ def test_each_prompt_is_encoded_once_and_comes_back_exactly(tmp_path):
         cache.condition(["a", "dog"])
 
 
-def test_a_prompt_cache_is_reused_extended_and_made_anew(tmp_path):
+def test_a_prompt_cache_is_reused_extended_and_replaced(tmp_path):
     PromptCache.build(lambda: Prompts(), ["a", "bb"], tmp_path, fingerprint="f")
     again, more, other = Prompts(), Prompts(), Prompts(torch.float32)
     PromptCache.build(lambda: again, ["bb", "a"], tmp_path, fingerprint="f")
@@ -301,7 +306,7 @@ def test_a_prompt_cache_is_reused_extended_and_made_anew(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prompts-00000.safetensors", "prompts.json"]
 
 
-def test_a_damaged_prompt_file_is_encoded_again_and_a_killed_build_goes_on(tmp_path, monkeypatch):
+def test_a_damaged_prompt_file_is_encoded_again_and_a_killed_build_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr("scalewise.data.encode.SHARD_BYTES", 1)  # a file for every batch
     stopped = Prompts()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Caches under several processes, and under models whose files changed or moved."""
+"""Caches shared by several processes, and caches of models whose files changed or moved."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CAPTIONS = ["a", "bb", "ccc", "dddd"]
 
 
 class Slow:
-    """A model that takes its time, and leaves a line in a file for each thing that it encoded."""
+    """A slow model that appends a line to a file for everything it encodes."""
 
     base, vae_factor, patch, channels = "fake", 2, 2, 3
 
@@ -57,7 +57,7 @@ class Slow:
 
 
 def slow_disk() -> None:
-    """Every file takes a while to reach the disk: what another process could disturb lies open for long."""
+    """Delay every flush to disk, so that other processes have time to interfere."""
     sync = checkpoint._sync
     checkpoint._sync = lambda path: (time.sleep(0.05), sync(path))[1]  # type: ignore[func-returns-value]
 
@@ -95,7 +95,7 @@ def work(job: Callable[[Path], list[float]], folder: Path, start: Any, results: 
 
 
 def at_once(job: Callable[[Path], list[float]], folder: Path) -> list[Any]:
-    """What the job gives in each of several processes that begin it at one moment.
+    """Return a job's results in several processes that start it at the same moment.
 
     Forked, since each would import torch for seconds otherwise.
     """
@@ -110,13 +110,13 @@ def at_once(job: Callable[[Path], list[float]], folder: Path) -> list[Any]:
     return found
 
 
-def test_of_several_processes_on_an_empty_cache_of_prompts_one_builds_and_the_others_wait(tmp_path):
+def test_one_of_several_processes_builds_the_prompt_cache_and_the_others_wait(tmp_path):
     assert at_once(build_prompts, tmp_path) == [[1.0, 2.0, 3.0, 4.0]] * PROCESSES
     assert len((tmp_path / "ledger").read_text().split()) == len(CAPTIONS) + 1  # "" among them
     assert [path.name for path in (tmp_path / "prompts").glob(".*")] == []
 
 
-def test_of_several_processes_on_an_unencoded_folder_one_encodes_and_the_others_wait(tmp_path):
+def test_one_of_several_processes_encodes_a_folder_and_the_others_wait(tmp_path):
     (tmp_path / "in").mkdir()
     for number, level in enumerate((0, 51, 204, 255)):
         Image.fromarray(np.full((16, 16, 3), level, np.uint8)).save(tmp_path / "in" / f"{number}.png")
@@ -125,7 +125,7 @@ def test_of_several_processes_on_an_unencoded_folder_one_encodes_and_the_others_
     assert len((tmp_path / "ledger").read_text().split()) == 4
 
 
-def test_waiting_for_another_process_is_said(tmp_path):
+def test_waiting_for_another_process_warns(tmp_path):
     held = multiprocessing.get_context("fork").Event()
 
     def hold() -> None:
@@ -136,7 +136,7 @@ def test_waiting_for_another_process_is_said(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=hold)
     process.start()
     held.wait()
-    with pytest.warns(UserWarning, match=r"Another process is making .*prompts; waiting until it is done"):
+    with pytest.warns(UserWarning, match=r"Another process is writing .*prompts; waiting for it"):
         assert build_prompts(tmp_path) == [1.0, 2.0, 3.0, 4.0]
     process.join()
 
@@ -195,7 +195,7 @@ def test_other_text_encoders_under_the_same_path_are_noticed(tmp_path, recipe):
     assert not torch.allclose(embedded(), before, atol=1e-3)
 
 
-def test_a_base_that_was_moved_or_retrained_in_its_denoiser_alone_uses_the_same_caches(tmp_path, recipe):
+def test_a_base_with_a_new_path_or_a_new_denoiser_uses_the_same_caches(tmp_path, recipe):
     before = latents(recipe)
     made = sorted((tmp_path / "cache").rglob("*.*"))
     moved = shutil.move(tmp_path / "base", tmp_path / "moved")
@@ -204,13 +204,13 @@ def test_a_base_that_was_moved_or_retrained_in_its_denoiser_alone_uses_the_same_
     assert sorted((tmp_path / "cache").rglob("*.*")) == made
 
 
-def test_in_crops_the_size_of_a_batch_does_not_encode_a_folder_anew(recipe, monkeypatch):
+def test_with_crops_another_batch_size_does_not_encode_a_folder_again(recipe, monkeypatch):
     before = latents(recipe)
     monkeypatch.setattr(SD3, "encode", lambda *_: pytest.fail("encoded again"))
     assert torch.equal(latents(recipe.with_values({"train.batch": 2})), before)
 
 
-def test_two_writers_of_one_set_do_not_spoil_it(tmp_path):
+def test_two_writers_of_one_dataset_do_not_damage_it(tmp_path):
     def writer() -> LatentSetWriter:
         return LatentSetWriter(
             tmp_path / "set", scales=[Scale(1, 2, 2)], channels=1, kind="synthetic", base="b", settings={},
@@ -222,7 +222,7 @@ def test_two_writers_of_one_set_do_not_spoil_it(tmp_path):
 
     one, two = writer(), writer()
     add(one, 0, 1)
-    with pytest.raises(DataError, match="Another process is writing the set"):
+    with pytest.raises(DataError, match="Another process is writing the dataset"):
         add(two, 0, 1)
     add(one, 2)
     one.finish()

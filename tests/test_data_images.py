@@ -1,4 +1,4 @@
-"""Image folders: every image is used or accounted for, at the right size, upright, and encoded once."""
+"""Image folders: every image is used or reported, at the right size, upright, and encoded once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def entry(width: int, height: int) -> ImageEntry:
 
 
 def close(pixels: torch.Tensor, color: tuple[int, int, int], tolerance: float = 0.05) -> bool:
-    """Tell whether pixels [3] in [-1, 1] are a colour of 0 to 255."""
+    """Return whether pixels [3] in [-1, 1] have a color given in 0 to 255."""
     return bool((pixels - (torch.tensor(color) / 127.5 - 1)).abs().max() < tolerance)
 
 
@@ -81,7 +81,7 @@ def test_every_common_extension_is_read_in_either_case(tmp_path):
         assert close(pixels[:, 12, 4], RED, 0.2) and close(pixels[:, 12, 36], BLUE, 0.2), image.path.name
 
 
-def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
+def test_unusable_images_are_counted_by_reason_and_named(tmp_path):
     paint(tmp_path / "good.png")
     paint(tmp_path / "bare.png", caption=None)
     paint(tmp_path / "blank.png", caption=" \n")
@@ -106,7 +106,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
     assert "4 unreadable (cut.jpg, cut.png, cut.webp, ...)" in skipped.summary
 
 
-def test_folders_without_usable_images_say_why(tmp_path):
+def test_folders_without_usable_images_are_rejected_with_the_reason(tmp_path):
     with pytest.raises(DataError, match=r"There is no folder .*nowhere"):
         scan_images(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"No usable image in .*: 0 images used, none skipped"):
@@ -152,10 +152,10 @@ def test_captions_come_from_metadata_files_too(tmp_path, write):
     entries, skipped = scan_images(tmp_path)
     captions = {image.path.name: image.caption for image in entries}
     assert captions == {"a.png": 'a "red", and blue é', "b.png": "second", "c.png": "from beside"}
-    assert skipped.counts == {"named in the metadata but not there": 1}
+    assert skipped.counts == {"named in the metadata but missing": 1}
 
 
-def test_captions_come_from_names_only_when_asked(tmp_path):
+def test_captions_come_from_names_only_on_request(tmp_path):
     paint(tmp_path / "a_red-blue_flag.png", caption=None)
     paint(tmp_path / "other.png", caption="its own")
     entries, _ = scan_images(tmp_path, caption_from_name=True)
@@ -169,22 +169,22 @@ def test_captions_come_from_names_only_when_asked(tmp_path):
         (
             "metadata.jsonl",
             '{"file_name": "a.png", "text": "x"}\n{"file_name"',
-            r"metadata.jsonl, line 2, is no JSON",
+            r"metadata.jsonl, line 2, is not valid JSON",
         ),
         ("metadata.jsonl", '{"name": "a.png"}', r"line 1, has no file_name"),
-        ("captions.json", '{"a.png": ["x", "y"]}', r"entry 1, has a caption that is no text"),
+        ("captions.json", '{"a.png": ["x", "y"]}', r"entry 1, has a caption that is not text"),
         ("captions.json", '"a.png"', r"must hold \{image: caption\}"),
         ("metadata.csv", "image,text\na.png,x\n", r"metadata.csv, row 1, has no file_name"),
     ],
 )
-def test_bad_metadata_is_reported_with_its_place(tmp_path, name, text, words):
+def test_bad_metadata_is_reported_with_its_location(tmp_path, name, text, words):
     paint(tmp_path / "a.png")
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
         scan_images(tmp_path)
 
 
-def test_exif_orientation_turns_the_picture_and_its_size(tmp_path):
+def test_exif_orientation_is_applied_to_pixels_and_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned clockwise: the left half is at the top
     paint(tmp_path / "a.jpg", (64, 32), exif=exif, quality=95)
@@ -215,7 +215,7 @@ def test_transparency_shows_white_and_other_modes_keep_their_colors(tmp_path):
 @pytest.mark.parametrize(
     ("size", "shown"), [((96, 32), (32, 16)), ((32, 96), (32, 16)), ((20, 20), (32, 48))]
 )
-def test_pixels_cover_the_size_and_are_cropped_at_the_centre_without_distortion(tmp_path, size, shown):
+def test_pixels_cover_the_size_and_are_center_cropped_without_distortion(tmp_path, size, shown):
     """A ramp along each axis must come out with the slope of one uniform scale factor."""
     width, height = size
     ramp = np.zeros((height, width, 3), np.uint8)
@@ -252,7 +252,7 @@ def test_buckets_have_about_equal_area_and_fit_the_patch():
             assert 0.8 < size.cells / full.cells < 1.25
 
 
-def test_images_go_to_the_bucket_of_their_aspect_and_crops_all_to_one():
+def test_images_go_to_the_bucket_of_their_aspect_and_crop_uses_one_bucket():
     full = Scale(1, 64, 64)
     images = [entry(640, 480), entry(480, 640), entry(1000, 1000), entry(1920, 1080), entry(512, 500)]
     assert assign_buckets(images, full, patch=2) == {full: images}
@@ -269,17 +269,17 @@ def test_images_go_to_the_bucket_of_their_aspect_and_crops_all_to_one():
         assign_buckets(images, full, patch=2, mode="stretch")
 
 
-def test_buckets_too_small_for_a_batch_give_their_images_to_the_next():
+def test_images_of_buckets_too_small_for_a_batch_go_to_the_nearest_other_bucket():
     full = Scale(1, 64, 64)
     images = [entry(500, 500)] * 6 + [entry(640, 480)] * 5 + [entry(1920, 1080)] * 2 + [entry(100, 200)]
-    buckets = assign_buckets(images, full, patch=2, mode="buckets", least=5)
+    buckets = assign_buckets(images, full, patch=2, mode="buckets", min_images=5)
     assert {str(size): len(members) for size, members in buckets.items()} == {"56x74": 7, "64x64": 7}
-    alone = assign_buckets(images[:3], full, patch=2, mode="buckets", least=5)
+    alone = assign_buckets(images[:3], full, patch=2, mode="buckets", min_images=5)
     assert list(alone.values()) == [images[:3]]
 
 
 class Pixels:
-    """An adapter whose VAE is area pooling by 2, so that a latent tells which pixels it came from."""
+    """An adapter whose VAE is area pooling by 2, so that a latent shows which pixels it came from."""
 
     base, vae_factor, patch, channels = "fake", 2, 2, 3
 
@@ -314,7 +314,7 @@ def test_latents_of_every_scale_are_made_by_downscaling_pixels(tmp_path):
         vae_key="v",
         scales_for=halves,
         batch=2,
-        done=seen.append,
+        on_progress=seen.append,
     )
     assert seen == [0, 2, 4, 5] and model.encoded == 6
     assert data.scales == [Scale(1, 8, 8), FULL] and data.captions([3]) == ["picture 3"]
@@ -345,7 +345,7 @@ def test_a_folder_is_encoded_once_until_something_changes(tmp_path):
     assert encode(lambda full: [full], vae_key="another")[1] == 1
 
 
-def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_encoding_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(LatentSetWriter.__init__, "__kwdefaults__", {"shard_rows": 2})
     folder, out = fill(tmp_path / "in"), tmp_path / "out"
 
@@ -367,7 +367,7 @@ def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
     assert model.encoded == 4 and data.unique_captions() == [f"picture {i}" for i in range(5)]
 
 
-def test_buckets_become_sets_of_their_own_size(tmp_path):
+def test_every_bucket_becomes_a_dataset_of_its_size(tmp_path):
     fill(tmp_path / "in", 3, (80, 40))
     paint(tmp_path / "in" / "tall.png", (50, 100))
     sets = encode_folder(
@@ -386,12 +386,12 @@ def test_buckets_become_sets_of_their_own_size(tmp_path):
         vae_key="v",
         scales_for=halves,
         mode="buckets",
-        least=2,
+        min_images=2,
     )
     assert [len(data) for data in sets] == [4]
 
 
-def test_skipped_and_enlarged_images_are_warned_of(tmp_path):
+def test_skipped_and_enlarged_images_cause_warnings(tmp_path):
     fill(tmp_path / "in", 2)
     paint(tmp_path / "in" / "small.png", (20, 20))
     paint(tmp_path / "in" / "bare.png", caption=None)
@@ -400,4 +400,4 @@ def test_skipped_and_enlarged_images_are_warned_of(tmp_path):
         encode_folder(Pixels(), tmp_path / "in", tmp_path / "out", full=FULL, vae_key="v", scales_for=halves)
     words = [str(warning.message) for warning in caught]
     assert any("3 images used, 1 skipped: 1 without a caption (bare.png)" in text for text in words)
-    assert any("1 of 3 images are smaller than the size they get" in text for text in words)
+    assert any("1 of 3 images are smaller than the training size" in text for text in words)

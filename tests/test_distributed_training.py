@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def start(rank: int, folder: Path, recipes: dict[str, Recipe], port: int) -> None:
-    """What torchrun does for each process."""
+    """Start one process as torchrun does."""
     torch.set_num_threads(1)
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"})
@@ -80,13 +80,13 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-# Six iterations with a rate that rises to 1.8e-4 can move a weight by 6.3e-4. Measured: 2.4e-7 at most; with
-# MMD summed over images and channels 1e-4 and more in the paper's form.
+# Six iterations with a learning rate rising to 1.8e-4 can change a weight by 6.3e-4. Measured: at most
+# 2.4e-7, but at least 1e-4 in the paper's form if MMD is summed over images and channels.
 ROUNDING = 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_two_processes_train_like_one_of_twice_the_batch(form, whole, halves):
+def test_two_processes_train_like_one_with_twice_the_batch(form, whole, halves):
     assert distance(whole[form], halves[form]) < ROUNDING
 
 

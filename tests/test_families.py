@@ -223,7 +223,7 @@ def test_a_folder_of_pictures_is_refused_for_a_video_model(tmp_path):
         f"model.base={tmp_path / 'base'}", "schedule.scales=['2x4x4', '3x8x8']",
         "schedule.timesteps=[1000.0, 600.0]", "model.family=wan",
     ])  # fmt: skip
-    with pytest.raises(RecipeError, match=r"is a folder of pictures, but .* makes videos"):
+    with pytest.raises(RecipeError, match=r"is a folder of images, but .* generates videos"):
         setup._encode_images(recipe, tmp_path, console.progress)
     with pytest.raises(ModelError, match=r"takes videos \[N, 3, F, H, W\], not pictures of"):
         Wan.tiny().encode(torch.zeros(1, 3, 32, 32))

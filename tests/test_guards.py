@@ -252,9 +252,9 @@ def test_a_schedule_that_cannot_be_read_is_said_so(text: str) -> None:
         (["study", "losses", "--count", "500"], "There are 299 held-out captions, not 500"),
         (
             ["bench", "mini", "--training", "--set", "model.dtype=float16"],
-            "model.dtype=float16 is for sampling",
+            "model.dtype=float16 is only for sampling",
         ),
-        (["bench", "mini", "model.dtype=float16", "--training"], "model.dtype=float16 is for sampling"),
+        (["bench", "mini", "model.dtype=float16", "--training"], "model.dtype=float16 is only for sampling"),
         (["evaluate", "mini", "model.base=x"], "No sampler given"),
         (["evaluate", "mini", "teacher", "train.iteration=5"], "did you mean 'train.iterations'"),
         (["bench", "mini", "teacher", "loss.gan=5"], "'loss.gan' is a group of keys"),

@@ -26,7 +26,7 @@ def test_the_widths_of_the_head_are_those_of_the_released_trainer(width, expecte
     assert expected == torch.linspace(width, 1, 5).int().tolist()  # as the released trainer computes them
 
 
-def test_a_checkpoints_head_with_other_widths_is_refused_with_both():
+def test_a_checkpoints_head_with_other_widths_is_rejected_with_both():
     old = nn.Sequential(
         *[layer for a, b in ((8, 7), (7, 1)) for layer in (nn.LayerNorm(a), nn.GELU(), nn.Linear(a, b))]
     )

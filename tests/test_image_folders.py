@@ -1,4 +1,4 @@
-"""Folders of images as people keep them: links, camera files, scans, captions of many tools, any names."""
+"""Image folders of real users: links, camera files, large scans, caption formats, Unicode names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scalewise.common import images as pictures
 from scalewise.common.images import read_image
 from scalewise.config.presets import find_recipe
 from scalewise.data import DataError, assign_buckets, encode_folder, load_pixels, scan_images
-from scalewise.data.image_folder import ImageEntry, bucket_faults, bucket_line
+from scalewise.data.image_folder import ImageEntry, bucket_warnings, describe_buckets
 from scalewise.evaluation.samplers import parse_contender
 from scalewise.evaluation.stored_images import ContenderError, read_folder
 from scalewise.method.scales import Scale
@@ -40,10 +40,10 @@ def captions(folder: Path) -> dict[str, str]:
     return {image.path.name: image.caption for image in scan_images(folder)[0]}
 
 
-# --- Which files there are ---
+# --- Finding files ---
 
 
-def test_linked_folders_and_files_are_read_and_loops_end(tmp_path):
+def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path):
     root = tmp_path / "in"
     paint(root / "own.png", "own")
     paint(tmp_path / "store" / "deep" / "far.png", "far")
@@ -61,20 +61,20 @@ def test_linked_folders_and_files_are_read_and_loops_end(tmp_path):
         "near.png": "near",
         "file.png": "a linked file",
     }
-    assert len(scan_images(root)[0]) == 4  # a folder that is linked twice is read once
+    assert len(scan_images(root)[0]) == 4  # a folder with two links is read once
     (tmp_path / "link").symlink_to(root)
     assert len(scan_images(tmp_path / "link")[0]) == 4
 
 
-def test_links_to_nothing_are_counted_and_named(tmp_path):
+def test_broken_links_are_counted_and_named(tmp_path):
     paint(tmp_path / "a.png", "a")
     (tmp_path / "gone.png").symlink_to(tmp_path / "unmounted" / "gone.png")
     (tmp_path / "disk").symlink_to(tmp_path / "unmounted")
     _, skipped = scan_images(tmp_path)
-    assert skipped.others == ("2 links to nothing, or folders that may not be opened (disk, gone.png)",)
+    assert skipped.others == ("2 broken links or folders that cannot be opened (disk, gone.png)",)
 
 
-def test_files_that_are_not_read_are_counted_by_kind_on_every_call(tmp_path):
+def test_files_that_are_not_read_are_counted_by_suffix_on_every_call(tmp_path):
     paint(tmp_path / "in" / "a.png", "a")
     kinds = {".CR2": 9, ".mov": 2, ".psd": 1, ".HEIC": 3, "": 1, ".zip": 1, ".json": 5, ".npz": 5, ".xmp": 9}
     for suffix, count in kinds.items():
@@ -98,7 +98,7 @@ def test_files_that_are_not_read_are_counted_by_kind_on_every_call(tmp_path):
 
 
 @pytest.mark.parametrize(("on_disk", "written"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
-def test_names_are_the_same_in_either_unicode_form(tmp_path, on_disk, written):
+def test_names_match_in_either_unicode_form(tmp_path, on_disk, written):
     for number, place in enumerate(("jsonl", "beside", "folder")):
         inside = on_disk if place == "folder" else "x"
         paint(tmp_path / place / inside / f"{on_disk}.png")
@@ -126,7 +126,7 @@ def test_images_to_judge_are_found_by_their_prompt_in_either_unicode_form(tmp_pa
 
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("linked", [True, False])
-def test_metadata_may_name_images_absolutely_wherever_the_folder_is_named_from(
+def test_metadata_may_have_absolute_paths_even_if_the_folder_is_given_as_a_relative_one(
     tmp_path, monkeypatch, relative, linked
 ):
     root = tmp_path / "in"
@@ -147,20 +147,20 @@ def test_metadata_may_name_images_absolutely_wherever_the_folder_is_named_from(
     assert scan_images(folder)[1].reasons == {}
 
 
-def test_images_named_in_the_metadata_that_are_elsewhere_or_nowhere_are_counted(tmp_path):
+def test_images_in_the_metadata_but_not_in_the_folder_are_counted(tmp_path):
     paint(tmp_path / "in" / "a.png")
     paint(tmp_path / "other" / "b.png")
     rows = {"a.png": "a", str(tmp_path / "other" / "b.png"): "b", "c.png": "c", "d.png": "d"}
     (tmp_path / "in" / "captions.json").write_text(json.dumps(rows))
     assert scan_images(tmp_path / "in")[1].counts == {
-        "named in the metadata but outside the folder or of another kind": 1,
-        "named in the metadata but not there": 2,
+        "named in the metadata but outside the folder or not an image": 1,
+        "named in the metadata but missing": 2,
     }
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt", "Prompt", " TEXT"])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
-def test_a_caption_may_stand_in_a_column_text_caption_or_prompt(tmp_path, column, kind):
+def test_the_caption_column_may_be_named_text_caption_or_prompt(tmp_path, column, kind):
     paint(tmp_path / "a.png")
     paint(tmp_path / "b.png")
     rows = [{"file_name": "a.png", column: "a cat"}, {"file_name": "b.png", column: "a \u00e9 dog"}]
@@ -176,7 +176,7 @@ def test_a_caption_may_stand_in_a_column_text_caption_or_prompt(tmp_path, column
     assert captions(tmp_path) == {"a.png": "a cat", "b.png": "a \u00e9 dog"}
 
 
-def test_metadata_without_a_column_of_captions_names_those_it_has(tmp_path):
+def test_metadata_without_a_caption_column_warns_with_its_columns(tmp_path):
     paint(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,description\na.png,a cat\n")
     with (
@@ -188,17 +188,17 @@ def test_metadata_without_a_column_of_captions_names_those_it_has(tmp_path):
         scan_images(tmp_path)
 
 
-def test_tables_that_cannot_be_read_are_refused_by_name(tmp_path):
+def test_unreadable_tables_are_rejected_by_name(tmp_path):
     paint(tmp_path / "a.png")
     table = tmp_path / "metadata.parquet"
     table.write_bytes(b"no table")
-    with pytest.raises(DataError, match=r"metadata.parquet is no Parquet table"):
+    with pytest.raises(DataError, match=r"metadata.parquet is not a Parquet table"):
         scan_images(tmp_path)
     pq.write_table(pa.Table.from_pylist([{"image": b"...", "label": 3}]), table)
     with pytest.raises(DataError, match=r"has no column file_name, only image, label; images inside a table"):
         scan_images(tmp_path)
     pq.write_table(pa.Table.from_pylist([{"file_name": "a.png", "text": 3}]), table)
-    with pytest.raises(DataError, match=r"metadata.parquet, row 1, has a caption that is no text, 3"):
+    with pytest.raises(DataError, match=r"metadata.parquet, row 1, has a caption that is not text, 3"):
         scan_images(tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_caption_files_of_kohya_are_read_and_txt_comes_first(tmp_path):
 # --- Large scans ---
 
 
-def test_a_scan_beyond_pillows_limit_is_read_and_the_limit_is_left_as_it_was(tmp_path, monkeypatch):
+def test_an_image_beyond_pillows_limit_is_read_and_the_limit_is_restored(tmp_path, monkeypatch):
     path = paint(tmp_path / "scan.png", "a scan", (100, 80))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # 8,000 pixels are more than twice as many
     monkeypatch.setattr(pictures, "MAX_PARALLEL_PIXELS", 3000)
@@ -228,13 +228,13 @@ def test_a_scan_beyond_pillows_limit_is_read_and_the_limit_is_left_as_it_was(tmp
     assert Image.MAX_IMAGE_PIXELS == 3000
 
 
-def test_an_image_too_large_for_memory_is_refused_by_name_and_size(tmp_path, monkeypatch):
+def test_an_image_too_large_for_memory_is_rejected_with_its_name_and_size(tmp_path, monkeypatch):
     path = paint(tmp_path / "poster.png", "a poster", (3000, 2000))
     paint(tmp_path / "a.png", "a")
     monkeypatch.setattr(pictures, "MAX_PIXELS", 5_000_000)
     _, skipped = scan_images(tmp_path)
     ((reason, files),) = skipped.reasons.items()
-    assert files == [path] and "megapixels, which have to be saved smaller" in reason
+    assert files == [path] and "megapixels (save a smaller copy)" in reason
     with pytest.raises(
         DataError, match=r"poster.png has 6 megapixels, more than the maximum of 5; save a smaller copy"
     ):
@@ -262,7 +262,7 @@ def encode(folder: Path, out: Path, **options) -> list[str]:
         full=FULL,
         vae_key="v",
         scales_for=lambda full: [full],
-        say=said.append,
+        on_note=said.append,
         **options,
     )
     return said
@@ -272,43 +272,43 @@ def entries(*sizes: tuple[int, int, int]) -> list[ImageEntry]:
     return [ImageEntry(Path("x.png"), "", w, h) for w, h, count in sizes for _ in range(count)]
 
 
-def test_the_line_about_buckets_counts_images_and_what_is_left_of_them():
+def test_the_line_about_buckets_has_their_images_and_the_area_kept():
     full = Scale(1, 64, 64)
     images = entries((500, 500, 6), (600, 500, 1), (1920, 1080, 4))
     buckets = assign_buckets(images, full, patch=2, mode="buckets")
-    # 600x500 in 74x56 (1.32) keeps 1.2 / 1.3214; 1920x1080 (1.778) in 86x48 (1.792) 99 %.
-    assert bucket_line(buckets) == (
+    # 600x500 in 74x56 (1.32) keeps 1.2 / 1.3214; 1920x1080 (1.778) in 86x48 (1.792) 99%.
+    assert describe_buckets(buckets) == (
         "3 aspect buckets: 48x86 keeps 4 images and 99% of their area, 58x72 1 and 97%, 64x64 6 and 100%"
     )
-    assert bucket_faults(buckets, full, patch=2, least=1) == []
+    assert bucket_warnings(buckets, full, patch=2, min_images=1) == []
 
 
-def test_dissolved_buckets_are_named_with_their_images():
+def test_removed_buckets_are_named_with_their_images():
     full = Scale(1, 64, 64)
     images = entries((500, 500, 6), (640, 480, 5), (1920, 1080, 2), (100, 200, 1))
-    buckets = assign_buckets(images, full, patch=2, mode="buckets", least=5)
-    (told,) = bucket_faults(buckets, full, patch=2, least=5)
+    buckets = assign_buckets(images, full, patch=2, mode="buckets", min_images=5)
+    (told,) = bucket_warnings(buckets, full, patch=2, min_images=5)
     assert told == (
-        "3 images are cropped to the next aspect bucket, since their own ones have fewer than a batch of 5: "
-        "48x86 (2), 90x46 (1)"
+        "3 images are cropped to the next aspect bucket, because their nearest one has fewer images than a "
+        "batch of 5: 48x86 (2), 90x46 (1)"
     )
 
 
-def test_a_lost_full_size_is_warned_of_whether_images_had_its_shape_or_not():
+def test_a_full_size_without_images_causes_a_warning():
     full = Scale(1, 64, 64)
     images = entries((500, 500, 2), (1920, 1080, 9))
-    buckets = assign_buckets(images, full, patch=2, mode="buckets", least=5)
+    buckets = assign_buckets(images, full, patch=2, mode="buckets", min_images=5)
     assert full not in buckets
-    dissolved, lost = bucket_faults(buckets, full, patch=2, least=5)
+    dissolved, lost = bucket_warnings(buckets, full, patch=2, min_images=5)
     assert dissolved.startswith("2 images are cropped") and dissolved.endswith("64x64 (2)")
     assert lost.startswith("no image is trained at the full size 64x64") and "only 2 have its shape" in lost
     images = entries((1920, 1080, 9))
-    buckets = assign_buckets(images, full, patch=2, mode="buckets", least=5)
-    (lost,) = bucket_faults(buckets, full, patch=2, least=5)
+    buckets = assign_buckets(images, full, patch=2, mode="buckets", min_images=5)
+    (lost,) = bucket_warnings(buckets, full, patch=2, min_images=5)
     assert "none has its shape. Add such images, set data.shape=crop, or lower train.batch" in lost
 
 
-def test_buckets_and_their_losses_are_told_at_every_opening_of_the_cache(tmp_path):
+def test_buckets_and_warnings_are_reported_whenever_the_cache_is_opened(tmp_path):
     folder = tmp_path / "in"
     for number in range(3):
         paint(folder / f"{number}.png", "wide", (96, 48))
@@ -316,7 +316,7 @@ def test_buckets_and_their_losses_are_told_at_every_opening_of_the_cache(tmp_pat
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            said = encode(folder, tmp_path / "out", mode="buckets", least=2)
+            said = encode(folder, tmp_path / "out", mode="buckets", min_images=2)
         words = [str(w.message) for w in caught]
         assert len([w for w in words if "no image is trained at the full size 16x16" in w]) == 1
         assert len([w for w in words if "1 image is cropped" in w and "16x16 (1)" in w]) == 1
@@ -325,7 +325,7 @@ def test_buckets_and_their_losses_are_told_at_every_opening_of_the_cache(tmp_pat
     assert encode(folder, tmp_path / "cropped") == []  # crop has no buckets
 
 
-def test_a_folder_read_with_links_is_encoded_again_when_a_linked_image_changes(tmp_path):
+def test_a_folder_is_encoded_again_when_a_linked_image_changes(tmp_path):
     paint(tmp_path / "store" / "a.png", "a")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path / "store")

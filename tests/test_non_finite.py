@@ -1,4 +1,4 @@
-"""Weights, latents and pixels that are no numbers are refused wherever they are read or written."""
+"""Weights, latents and pixels with NaN or infinity are rejected when read and when written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALE = Scale(1, 4, 4)
 
 
 def broken_student(path: Path, value: float = float("nan")) -> Path:
-    """The mini's student with one weight of one layer replaced, as the file of any program may be."""
+    """The mini's student with one weight of one layer replaced."""
     with safe_open(mini.STUDENT, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(mini.STUDENT)
@@ -36,7 +36,7 @@ def broken_student(path: Path, value: float = float("nan")) -> Path:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_student_with_a_number_that_is_none_is_refused_by_all_who_load_one(tmp_path, value, capsys):
+def test_a_student_with_nan_or_infinity_is_rejected_by_every_loader(tmp_path, value, capsys):
     path = broken_student(tmp_path / "student.safetensors", value)
     words = rf"student {path} has NaN or infinity in 1 of its \d+ weights, for example "
     with pytest.raises(StudentError, match=words):
@@ -54,7 +54,7 @@ def test_a_student_with_a_number_that_is_none_is_refused_by_all_who_load_one(tmp
     assert not (tmp_path / "out.safetensors").exists() and not list(tmp_path.rglob("*.png"))
 
 
-def test_a_student_that_half_precision_cannot_hold_is_not_saved(tmp_path):
+def test_a_student_that_overflows_half_precision_is_not_saved(tmp_path):
     good = load_student(mini.STUDENT)
     name = max(good.tensors)
     large = replace(good, tensors=good.tensors | {name: good.tensors[name] + 1e5})
@@ -67,7 +67,7 @@ def test_a_student_that_half_precision_cannot_hold_is_not_saved(tmp_path):
         replace(good, tensors=good.tensors | {name: good.tensors[name] * float("nan")})
 
 
-def test_a_set_with_a_number_that_is_none_is_refused_on_loading(tmp_path, monkeypatch):
+def test_a_dataset_with_nan_or_infinity_is_rejected_when_opened(tmp_path, monkeypatch):
     def write(path: Path, spoil: bool) -> Path:
         writer = LatentSetWriter(
             path, scales=[SCALE], channels=2, kind="synthetic", base="b", settings={}, shard_rows=2
@@ -82,18 +82,18 @@ def test_a_set_with_a_number_that_is_none_is_refused_on_loading(tmp_path, monkey
         return path
 
     assert len(LatentSet.open(write(tmp_path / "good", spoil=False))) == 4
-    with pytest.raises(DataError, match=r"shard-00001.arrow holds NaN or infinity in its latents at 4x4"):
+    with pytest.raises(DataError, match=r"shard-00001.arrow has NaN or infinity in its latents at 4x4"):
         LatentSet.open(write(tmp_path / "bad", spoil=True))
 
 
-def test_a_teacher_that_draws_nan_leaves_the_samples_from_before_in_the_set(tmp_path):
+def test_a_teacher_that_generates_nan_keeps_the_earlier_samples_of_the_dataset(tmp_path):
     writer = LatentSetWriter(
         tmp_path, scales=[SCALE], channels=2, kind="synthetic", base="b", settings={}, shard_rows=8
     )
     writer.add([0], ["a"], [0], {SCALE: torch.zeros(1, 2, 4, 4)})
     values = torch.zeros(3, 2, 4, 4)
     values[1, 0, 0, 0] = float("nan")
-    with pytest.raises(DataError, match=r"at 4x4 of 1 of 3 samples hold NaN, infinity"):
+    with pytest.raises(DataError, match=r"at 4x4 of 1 of 3 samples have NaN, infinity"):
         writer.add([1, 2, 3], ["a"] * 3, [1, 2, 3], {SCALE: values})
     writer.finish()
     assert LatentSet.open(tmp_path).seeds([0]) == [0]
@@ -114,7 +114,7 @@ def test_embeddings_with_nan_are_not_cached(tmp_path):
     assert PromptCache.open(tmp_path / "p", fingerprint="f").missing(["a"]) == ["", "a"]
 
 
-def test_pixels_that_are_no_numbers_are_not_drawn_black():
+def test_pixels_with_nan_do_not_become_black_images():
     pixels = torch.zeros(3, 3, 2, 2)
     assert (to_bytes(pixels) == 128).all()
     pixels[1, 0, 0, 0] = float("nan")

@@ -10,7 +10,7 @@ from tiny_run import make_tiny
 from torch import Tensor, nn
 
 from scalewise.config.recipe import Recipe
-from scalewise.data.synthetic import latents_of_all_scales
+from scalewise.data.synthetic import encode_all_scales
 from scalewise.evaluation.samplers import Contender, enter
 from scalewise.method.backbone import Backbone
 from scalewise.method.roles import Roles
@@ -32,7 +32,7 @@ def drawn(model: PipelineAdapter) -> Tensor:
     schedule = ScaleSchedule.build((1000, 600), (str(small), str(full)))
     cond = model.encode_prompts(["a dog", "a cat"])
     x0 = sample_student(Backbone(model), schedule, cond, [1, 2], role="teacher")
-    kept = latents_of_all_scales(model, x0, [small, full])
+    kept = encode_all_scales(model, x0, [small, full])
     return torch.cat([model.decode(x0).flatten(), *(kept[s].flatten() for s in (small, full))])
 
 

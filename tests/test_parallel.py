@@ -1,4 +1,4 @@
-"""Two gloo processes do what one does."""
+"""Two gloo processes give the same results as one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def start(rank: int, folder: Path, port: int, port_later: int) -> None:
-    """Run in each process: what torchrun sets, then the work, whose results are saved."""
+    """Run in each process: set torchrun's variables, do the work, save its results."""
     with pytest.MonkeyPatch.context() as patch:
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
         for name, value in environment.items():
@@ -46,13 +46,13 @@ def start(rank: int, folder: Path, port: int, port_later: int) -> None:
             folder / f"{rank}.pt",
         )
         distributed.barrier()
-        evaluate(folder / "evaluation")  # leaves the group
+        evaluate(folder / "evaluation")  # destroys the group
         patch.setenv("MASTER_PORT", str(port_later))
         generate(folder / "set")
 
 
 FLOAT32 = "train.precision=float32"
-"""Processes draw batches of other sizes, and bfloat16 products round each size of batch in their own way."""
+"""Batch sizes differ between processes, and bfloat16 products are rounded differently for each batch size."""
 
 
 def evaluate(out: Path) -> None:
@@ -65,7 +65,7 @@ def generate(out: Path) -> None:
 
 
 def run(*arguments: str) -> None:
-    """What a command does, in as many processes as there are."""
+    """The work of a command in any number of processes."""
     with pytest.raises(SystemExit) as end:
         main(list(arguments))
     assert not end.value.code
@@ -73,7 +73,7 @@ def run(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes got; they start once, since that takes seconds."""
+    """The results of two processes, which are started once because that takes seconds."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(start, (folder, free_port(), free_port()), nprocs=WORLD)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
@@ -126,10 +126,10 @@ def test_missing_gradients_count_as_zero_and_numbers_are_averaged(results):
         assert both.shape == (2, 3) and torch.equal(both, torch.full((2, 3), 0.5))
         assert torch.equal(first, torch.full((2, 3), 4.0))
         assert half.dtype == torch.bfloat16 and half.tolist() == [1.5] * 4
-        assert result["none"]  # missing everywhere: it stays missing, as in one process
+        assert result["none"]  # None in every process stays None, as in one process
         numbers = result["numbers"]
         assert list(numbers) == ["b", "a", "nan"] and numbers["b"] == 0.5 and numbers["a"] == 5.0
-        assert numbers["nan"] != numbers["nan"]  # every process learns of one process's NaN
+        assert numbers["nan"] != numbers["nan"]  # every process gets the NaN of one process
         assert result["who"] == (rank, 2, rank == 0)
         assert result["split"] == [[0, 2, 4], [1, 3]][rank]
 
@@ -154,7 +154,7 @@ def test_torchrun_with_one_process_needs_no_group(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_more_processes_than_gpus_is_said_with_the_remedy(monkeypatch):
+def test_more_processes_than_gpus_are_rejected_with_the_remedy(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -170,19 +170,19 @@ def test_a_process_has_the_gpu_of_its_number_and_without_gpus_the_cpu(monkeypatc
         assert distributed.device() == expected
 
 
-def test_what_happens_in_one_process_is_known_to_all(results):
+def test_any_of_reports_a_flag_of_one_process_to_all(results):
     assert [found["any"] for found in results] == [[True, False]] * WORLD
     assert distributed.any_of(True) and not distributed.any_of(False)
 
 
-def test_rows_of_all_processes_come_in_order_to_the_first_one(results):
+def test_rows_of_all_processes_are_gathered_in_order_in_the_first_one(results):
     assert results[0]["rows"]["n"].flatten().tolist() == [0, 1, 2, 3, 4]
     assert results[1]["rows"] is None
     alone = distributed.gather_rows({"n": torch.arange(3)})
     assert alone is not None and alone["n"].tolist() == [0, 1, 2]
 
 
-def test_an_evaluation_by_two_processes_is_that_of_one(results, tmp_path, capsys):
+def test_an_evaluation_by_two_processes_equals_that_of_one(results, tmp_path, capsys):
     evaluate(tmp_path)
     there = results[0]["folder"] / "evaluation"
     ours, theirs = (json.loads((folder / "figures.json").read_text()) for folder in (tmp_path, there))
@@ -199,11 +199,11 @@ def test_an_evaluation_by_two_processes_is_that_of_one(results, tmp_path, capsys
         a, b = (folder / "pictures" / name for folder in (tmp_path, there))
         for file in [f"{i}.png" for i in range(10)]:
             apart = read_image(a / file).astype(int) - read_image(b / file)
-            assert abs(apart).max() <= 1  # other neighbours in a batch, other rounding
+            assert abs(apart).max() <= 1  # rounding depends on the other samples of a batch
         assert (a / "prompts.json").read_text() == (b / "prompts.json").read_text()
 
 
-def test_a_set_made_by_two_processes_is_that_of_one(results, tmp_path):
+def test_a_dataset_made_by_two_processes_equals_that_of_one(results, tmp_path):
     """Five samples in batches of two: the second process has two, then none."""
     generate(tmp_path / "set")
     ours, theirs = LatentSet.open(tmp_path / "set"), LatentSet.open(results[0]["folder"] / "set")

@@ -216,7 +216,7 @@ def test_a_checkpoint_of_before_a_key_came_is_resumed_with_its_default(tiny: Rec
     trainer = setup.build_trainer(
         recipe.override(["train.precision=float32"]), setup.prepare_data(recipe, console.progress), tmp_path
     )
-    from scalewise.training.origin import difference_of
+    from scalewise.training.origin import describe_difference
 
     there = Recipe.from_mapping(content["recipe"]).model_dump(mode="json")
-    assert difference_of(there, trainer.recipe.model_dump(mode="json")) == ""
+    assert describe_difference(there, trainer.recipe.model_dump(mode="json")) == ""

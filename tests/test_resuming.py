@@ -1,4 +1,4 @@
-"""Going on with a run: by one command at a time, and only with what it was begun with."""
+"""Resuming a run: one command at a time, and only with the recipe, dataset and base it was started with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> list[dict[str, 
 
 
 def start(recipe: Recipe, out: Path, *options: str, ignored: int | None = None) -> subprocess.Popen[str]:
-    """`scalewise distill` in a process of its own, with signals as a terminal would give them."""
+    """`scalewise distill` in its own process, with signals as sent by a terminal."""
     file = out.parent / f"{out.name}.yaml"
     file.write_text(recipe.to_yaml(), encoding="utf-8")
 
@@ -90,7 +90,7 @@ def test_a_second_resume_is_refused_while_the_first_one_runs(recipe: Recipe, tmp
     train(recipe.override([f"train.iterations={len(rows) + 1}"]), out, resume=True)  # free again
 
 
-def test_the_folder_is_held_before_data_are_prepared(recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
+def test_the_folder_is_locked_before_data_are_prepared(recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data were prepared"))
     with locked(tmp_path / "run"), pytest.raises(FolderInUse):
         train(recipe, tmp_path / "run")
@@ -104,10 +104,10 @@ def test_a_closed_terminal_saves_as_sigterm_does(recipe: Recipe, tmp_path: Path)
     assert "Stopped by SIGHUP" in process.communicate(timeout=60)[0]
     assert process.returncode == 129
     newest = checkpoint.latest(out / "checkpoints")
-    assert newest is not None and run.step_of(newest) >= 2
+    assert newest is not None and run.iteration_of(newest) >= 2
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing(recipe: Recipe, tmp_path: Path) -> None:
+def test_under_nohup_a_closed_terminal_does_not_stop_a_run(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(endless(recipe), out, ignored=signal.SIGHUP)
     wait_for_rows(out, 2, process)
@@ -118,8 +118,8 @@ def test_under_nohup_a_closed_terminal_stops_nothing(recipe: Recipe, tmp_path: P
     assert process.returncode == 143
 
 
-def test_ctrl_c_has_its_exit_code_wherever_it_comes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """In a study's training, which ends after an iteration, and between the commands' other work."""
+def test_ctrl_c_always_ends_with_its_exit_code(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """During a study's training, which stops after an iteration, and during other work of a command."""
     from scalewise.cli import run_measuring
 
     for stops, code in (
@@ -155,13 +155,13 @@ def test_a_kill_ends_other_commands_with_its_own_code(monkeypatch: pytest.Monkey
 def test_resuming_a_finished_run_changes_nothing(recipe: Recipe, tmp_path: Path, change: str) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
     before = contents(tmp_path)
-    with pytest.warns(UserWarning, match="is finished, 2 iterations are trained, and nothing was changed"):
+    with pytest.warns(UserWarning, match="is finished after 2 iterations and nothing was changed"):
         rows = train(recipe.override(["train.iterations=2", change]), tmp_path, resume=True)
     assert rows == [{"iteration": 2}]
     assert contents(tmp_path) == before
 
 
-def test_a_student_that_was_not_written_gets_the_rate_that_it_was_trained_with(
+def test_a_student_written_later_has_the_learning_rate_it_was_trained_with(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
@@ -173,8 +173,8 @@ def test_a_student_that_was_not_written_gets_the_rate_that_it_was_trained_with(
     assert Recipe.from_yaml(tmp_path / "recipe.yaml").optimizer == recipe.optimizer
 
 
-def test_a_moved_set_and_a_moved_base_may_be_named_anew(recipe: Recipe, tmp_path: Path) -> None:
-    """The run ends in the same bits."""
+def test_a_run_resumes_with_a_moved_dataset_and_a_moved_base(recipe: Recipe, tmp_path: Path) -> None:
+    """The result is bit-identical."""
     train(recipe.override(["train.iterations=4"]), tmp_path / "whole")
     train(recipe.override(["train.iterations=2"]), tmp_path / "run")
     shutil.copytree(recipe.model.base, tmp_path / "base")
@@ -188,7 +188,7 @@ def test_a_moved_set_and_a_moved_base_may_be_named_anew(recipe: Recipe, tmp_path
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
-def test_a_remade_set_under_the_same_path_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+def test_another_dataset_at_the_same_path_is_rejected(recipe: Recipe, tmp_path: Path) -> None:
     shutil.copytree(recipe.data.path, tmp_path / "set")
     own = recipe.with_values({"data.path": str(tmp_path / "set"), "train.iterations": 2})
     train(own, tmp_path / "run")
@@ -199,7 +199,7 @@ def test_a_remade_set_under_the_same_path_is_refused(recipe: Recipe, tmp_path: P
         train(own.override(["train.iterations=3"]), tmp_path / "run", resume=True)
 
 
-def test_an_exchanged_base_is_refused_with_the_components_that_differ(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_changed_base_is_rejected_with_the_components_that_differ(recipe: Recipe, tmp_path: Path) -> None:
     shutil.copytree(recipe.model.base, tmp_path / "base")
     own = recipe.with_values({"model.base": str(tmp_path / "base"), "train.iterations": 2})
     train(own, tmp_path / "run")
@@ -211,9 +211,7 @@ def test_an_exchanged_base_is_refused_with_the_components_that_differ(recipe: Re
         train(own.override(["train.iterations=3"]), tmp_path / "run", resume=True)
 
 
-def test_another_number_of_processes_keeps_the_samples_of_an_update_or_is_refused(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_another_number_of_processes_must_keep_the_samples_per_update(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
     path = tmp_path / "checkpoints" / "step-000002"
     state, meta = checkpoint.load(path)
@@ -221,28 +219,28 @@ def test_another_number_of_processes_keeps_the_samples_of_an_update_or_is_refuse
     meta["origin"]["processes"] = 2
     checkpoint.save(path, state, meta=meta)
     longer = recipe.override(["train.iterations=3"])
-    with pytest.raises(CheckpointError, match=r"trained on 8 samples an update \(2 processes .*, and here "
-                                              r"they are 4 .*Start 2 processes"):  # fmt: skip
+    message = r"8 samples per update \(2 processes .*, but this run has 4 .*Start 2 processes"
+    with pytest.raises(CheckpointError, match=message):
         train(longer, tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match=r"here they are 16"):
+    with pytest.raises(CheckpointError, match=r"this run has 16"):
         train(longer.override(["train.accumulate=4"]), tmp_path, resume=True)
     with pytest.warns(UserWarning, match="the samples of an update are the same"):
         rows = train(longer.override(["train.accumulate=2"]), tmp_path, resume=True)
     assert [row["iteration"] for row in rows] == [2, 3]
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
     path = tmp_path / "checkpoints" / "step-000002"
     state, meta = checkpoint.load(path)
     del meta["origin"]
     checkpoint.save(path, state, meta=meta)
-    with pytest.warns(UserWarning, match="does not say which dataset and base it was trained on"):
+    with pytest.warns(UserWarning, match="does not record which dataset and base it was trained on"):
         train(recipe.override(["train.iterations=3"]), tmp_path, resume=True)
 
 
-def test_other_images_under_the_same_path_are_warned_of(tmp_path: Path) -> None:
-    """Encoding them on another device gives other latents of the same images, so the run may go on."""
+def test_other_images_at_the_same_path_cause_a_warning(tmp_path: Path) -> None:
+    """Encoding on another device changes the latents of the same images, so the run is allowed to resume."""
     from scalewise.config.presets import find_recipe
     from scalewise.training.origin import Origin, check_resume
 

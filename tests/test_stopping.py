@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with code 130 and one sentence wherever it comes; no library can swallow it."""
+"""Ctrl-C ends a command at any time with code 130 and one sentence; no library can swallow it."""
 
 from __future__ import annotations
 

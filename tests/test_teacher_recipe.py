@@ -97,7 +97,7 @@ def test_a_set_begun_with_another_shift_is_not_gone_on_with(recipe, tmp_path: Pa
     model = setup.teacher(recipe)
     out = tmp_path / "set"
     list(generate(model, recipe, PROMPTS, out, count=2, batch=2))
-    with pytest.raises(DataError, match=r"settings\.shift is None there and 8\.0 here"):
+    with pytest.raises(DataError, match=r"settings\.shift is None in the stored dataset and 8\.0 now"):
         list(generate(model, recipe.override(["teacher.shift=8"]), PROMPTS, out, count=3, batch=2))
 
 

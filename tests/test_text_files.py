@@ -1,4 +1,4 @@
-"""Text files of users: prompt files of every kind, recipes in other encodings, and no call without one."""
+"""User-supplied text files: prompt formats, encodings of recipes, and an explicit encoding in every call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WANTED = ["a red apple", 'a dog, "Rex"', "ein Bär"]
 
 
 def text_calls_without_encoding(tree: ast.AST) -> list[int]:
-    """Lines of calls that read or write text in the machine's own encoding."""
+    """Return the lines of calls that read or write text in the platform's default encoding."""
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -67,37 +67,37 @@ def test_every_call_that_reads_or_writes_text_names_its_encoding():
     ("parti.tsv", 'Prompt\tCategory\na red apple\tx\n"a dog, ""Rex"""\ty\nein Bär\tz\n'),
 ])  # fmt: skip
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_prompt_files_of_every_kind_give_the_same_prompts(tmp_path, name, text, mark):
+def test_prompt_files_of_every_format_give_the_same_prompts(tmp_path, name, text, mark):
     (tmp_path / name).write_bytes((mark + text).encode())
     assert read_prompts(tmp_path / name, "mini", "test") == WANTED
 
 
-def test_a_quotation_mark_that_begins_a_prompt_of_a_tsv_stays(tmp_path):
+def test_a_quotation_mark_at_the_start_of_a_tsv_prompt_is_kept(tmp_path):
     (tmp_path / "parti.tsv").write_text('Prompt\tNote\n"EAT" on a wall\tx\na cat\ty\n', encoding="utf-8")
     assert read_prompt_file(tmp_path / "parti.tsv") == ['"EAT" on a wall', "a cat"]
 
 
 @pytest.mark.parametrize("sign", ["\f", "\v", "\x1c", "\x85", "\u2028", "\u2029"])
-def test_a_page_or_line_separator_within_a_line_does_not_cut_the_prompt(tmp_path, sign):
+def test_a_page_or_line_separator_within_a_line_does_not_split_the_prompt(tmp_path, sign):
     (tmp_path / "p.txt").write_text(f"a red{sign}apple\na dog{sign}\n", encoding="utf-8")
     assert read_prompt_file(tmp_path / "p.txt") == ["a red apple", "a dog"]
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
-    ("p.txt", '{"prompt": "a"}\n', "holds JSON; give it a name in .jsonl"),
-    ("p.txt", '[\n"a"\n]', "holds JSON; give it a name in .jsonl"),
-    ("p.jsonl", '{"prompt": "a"}\n{"tag": "b"}\n', "line 2, has no field prompt, .* but tag"),
-    ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2, is not JSON"),
+    ("p.txt", '{"prompt": "a"}\n', "contains JSON; rename it to end in .jsonl"),
+    ("p.txt", '[\n"a"\n]', "contains JSON; rename it to end in .jsonl"),
+    ("p.jsonl", '{"prompt": "a"}\n{"tag": "b"}\n', "line 2, has the fields tag, but needs one of prompt, "),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2, is not valid JSON"),
     ("p.jsonl", '{"prompt": 3}\n', "line 1, has a prompt that is not text, 3"),
-    ("p.json", '{"train": ["a"], "test": ["b"]}', "holds 2 lists"),
-    ("p.json", "3", "must hold a list of prompts"),
-    ("p.csv", "a red apple\na dog\n", "no column prompt, .* but a red apple; name the column"),
-    ("p.csv", "prompt,id\na red, round apple,1\n", "row 2, has another number of columns"),
-    ("p.csv", "", "no column prompt, .* but none"),
-    ("p.parquet", "", "of a kind that is not read"),
-    ("p.yaml", "- a", "of a kind that is not read"),
+    ("p.json", '{"train": ["a"], "test": ["b"]}', "has 2 lists"),
+    ("p.json", "3", "must contain a list of prompts"),
+    ("p.csv", "a red apple\na dog\n", "columns a red apple, but .* prompt, .*; rename the prompt column"),
+    ("p.csv", "prompt,id\na red, round apple,1\n", "row 2, does not have as many columns as the header"),
+    ("p.csv", "", "has the columns none, but needs one of prompt"),
+    ("p.parquet", "", "has an unsupported format"),
+    ("p.yaml", "- a", "has an unsupported format"),
 ])  # fmt: skip
-def test_a_prompt_file_that_cannot_be_meant_is_refused(tmp_path, name, text, said):
+def test_an_invalid_prompt_file_is_rejected_with_the_reason(tmp_path, name, text, said):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=said) as raised:
         read_prompt_file(tmp_path / name)
@@ -137,7 +137,7 @@ def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path):
     (b"\x89PNG\r\n", "is not a text file but a PNG image"),
 ])  # fmt: skip
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".docx", ""])
-def test_what_is_no_text_in_utf8_is_refused_by_file_and_remedy(tmp_path, content, said, suffix):
+def test_files_that_are_not_utf8_text_are_rejected_with_the_remedy(tmp_path, content, said, suffix):
     (tmp_path / f"p{suffix}").write_bytes(content)
     with pytest.raises(DataError, match=said) as raised:
         read_prompt_file(tmp_path / f"p{suffix}")
@@ -152,7 +152,7 @@ def test_line_ends_of_every_system_are_read(tmp_path):
 @pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.txt"])
 def test_deeply_nested_json_is_refused_in_one_sentence(tmp_path, name):
     (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
-    with pytest.raises(DataError, match=r"too deeply to be read; give a list|holds JSON; give it a name"):
+    with pytest.raises(DataError, match=r"nested too deeply; give a list|contains JSON; rename it"):
         read_prompt_file(tmp_path / name)
 
 
@@ -167,7 +167,7 @@ def test_one_object_with_a_prompt_is_one_prompt(tmp_path, field):
     ({"a": "b", "c": {"prompt": "d"}}, "a, c"),
     ({f"k{i}": "v" for i in range(10)}, "k0, k1, k2, k3, k4, k5, k6, k7 and 2 more"),
 ])  # fmt: skip
-def test_an_object_without_a_prompt_is_refused_by_its_keys(tmp_path, value, keys):
+def test_an_object_without_a_prompt_is_rejected_with_its_keys(tmp_path, value, keys):
     (tmp_path / "p.json").write_text(json.dumps(value))
-    with pytest.raises(DataError, match=f"with the keys {keys}, of which none is one of prompt, .*a list of"):
+    with pytest.raises(DataError, match=f"with the keys {keys}, but needs one of prompt, .*a list of"):
         read_prompt_file(tmp_path / "p.json")

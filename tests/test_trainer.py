@@ -1,4 +1,4 @@
-"""The loop: exact resume, stopping, what is written, what is refused."""
+"""The training loop: exact resume, stopping, output files, rejected input."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def wait_for_iteration(out: Path, iteration: int, process: subprocess.Popen[str]
     raise AssertionError("the run did not get going")
 
 
-def test_a_killed_run_resumes_and_ends_in_the_same_bits(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_identically(recipe: Recipe, tmp_path: Path) -> None:
     whole = run_as_a_process(recipe, tmp_path / "whole")
     assert whole.wait() == 0, whole.communicate()[0]
     killed = run_as_a_process(recipe, tmp_path / "killed")
@@ -154,11 +154,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
     assert all(torch.isfinite(v).all() for v in state["student"].values())
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(
+def test_a_checkpoint_of_another_recipe_is_rejected_with_the_difference(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
-    with pytest.raises(ValueError, match=r"optimizer\.weight_decay is 0\.01 there and 0\.5 here"):
+    with pytest.raises(ValueError, match=r"optimizer\.weight_decay is 0\.01 in the checkpoint and 0\.5 now"):
         train(recipe.override(["optimizer.weight_decay=0.5"]), tmp_path, resume=True)
 
 
@@ -168,7 +168,7 @@ def test_a_finished_folder_is_not_overwritten(recipe: Recipe, tmp_path: Path) ->
         train(recipe, tmp_path)
 
 
-def test_a_run_leaves_recipe_versions_log_samples_and_a_student_with_its_schedule(
+def test_a_run_writes_recipe_versions_log_samples_and_a_student_with_its_schedule(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     train(recipe, tmp_path)
@@ -258,7 +258,7 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(recipe: Recipe, tmp_path: 
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
-def test_a_checkpoint_that_led_to_a_broken_loss_is_set_aside_and_a_lower_rate_goes_on(
+def test_a_checkpoint_before_a_nan_loss_is_renamed_and_a_lower_learning_rate_resumes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest, calls = losses.mmd_linear, []
@@ -269,15 +269,17 @@ def test_a_checkpoint_that_led_to_a_broken_loss_is_set_aside_and_a_lower_rate_go
 
     monkeypatch.setattr(losses, "mmd_linear", breaks_fifth)
     longer = recipe.override(["train.iterations=6"])
-    with pytest.raises(TrainingStopped, match=r"iteration 5; .*called nan-step-000004; .*good .*step-000002"):
+    with pytest.raises(
+        TrainingStopped, match=r"iteration 5; .*renamed to nan-step-000004; .*good .*step-000002"
+    ):
         train(longer, tmp_path)
     assert (tmp_path / "checkpoints" / "nan-step-000004").is_dir()
-    with pytest.warns(UserWarning, match=r"optimizer.lr was .* up to step-000002 and is 1e-06"):
+    with pytest.warns(UserWarning, match=r"optimizer.lr was .* up to step-000002 and is now 1e-06"):
         rows = train(longer.override(["optimizer.lr=1e-6"]), tmp_path, resume=True)
     assert [row["iteration"] for row in rows] == [2, 3, 4, 5, 6]
 
 
-def test_a_log_whose_last_line_was_cut_off_stops_no_run(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_truncated_last_line_of_the_log_does_not_prevent_resuming(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe.override(["train.iterations=2"]), tmp_path)
     log = tmp_path / "log.jsonl"
     whole = log.read_text()
@@ -289,14 +291,14 @@ def test_a_log_whose_last_line_was_cut_off_stops_no_run(recipe: Recipe, tmp_path
         train(recipe, tmp_path, resume=True)
 
 
-def test_samples_that_cannot_be_drawn_cost_no_checkpoint(
+def test_an_error_while_sampling_does_not_lose_a_checkpoint(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(*_: object) -> None:
-        raise OSError("no picture today")
+        raise OSError("the VAE failed")
 
-    monkeypatch.setattr(run, "draw_samples", breaks)
-    with pytest.raises(OSError, match="no picture today"):
+    monkeypatch.setattr(run, "save_sample_grid", breaks)
+    with pytest.raises(OSError, match="the VAE failed"):
         train(recipe.override(["train.sample_every=2"]), tmp_path)
     newest = checkpoint.latest(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000002"
@@ -309,7 +311,7 @@ def test_a_run_that_could_not_be_built_leaves_nothing_to_resume(recipe: Recipe, 
     train(recipe.override(["train.iterations=1"]), tmp_path / "run")
 
 
-def test_precision_auto_is_settled_once_and_kept_on_another_machine(recipe, tmp_path, monkeypatch):
+def test_precision_auto_is_resolved_once_and_kept_on_another_machine(recipe, tmp_path, monkeypatch):
     auto = recipe.override(["train.precision=auto", "train.iterations=1"])
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     train(auto, tmp_path)
@@ -320,7 +322,7 @@ def test_precision_auto_is_settled_once_and_kept_on_another_machine(recipe, tmp_
     assert Recipe.from_yaml(tmp_path / "recipe.yaml").train.precision == "bf16"
 
 
-def test_a_loss_that_breaks_in_another_process_stops_this_one_too(recipe, tmp_path, monkeypatch):
+def test_a_nan_loss_in_another_process_stops_this_one_too(recipe, tmp_path, monkeypatch):
     trainer = setup.build_trainer(recipe, setup.prepare_data(recipe, silent), tmp_path)
     monkeypatch.setattr("scalewise.common.distributed.any_of", lambda flag: True)
     with pytest.raises(TrainingStopped, match="'a term of another process' became nan at iteration 1"):
@@ -328,8 +330,10 @@ def test_a_loss_that_breaks_in_another_process_stops_this_one_too(recipe, tmp_pa
 
 
 @pytest.mark.parametrize("timesteps", [[1000, 500], [1000, 700, 400], [1000, 900, 800, 700, 600, 500]])
-def test_all_updates_of_an_iteration_train_its_step_and_every_step_gets_as_many(recipe, tmp_path, timesteps):
-    """With five fake updates and six steps, say, counting batches instead never came to the last step."""
+def test_all_updates_of_an_iteration_train_one_step_and_all_steps_are_trained_equally(
+    recipe, tmp_path, timesteps
+):
+    """If the batch number chose the step, five fake updates would never train the last of six steps."""
     scales = ["4", *["6"] * (len(timesteps) - 2), "8"]
     changed = recipe.override(
         [f"schedule.timesteps={timesteps}", f"schedule.scales={scales}", "loss.fake.updates=5"]

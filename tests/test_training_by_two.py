@@ -1,4 +1,4 @@
-"""`scalewise distill` by two gloo processes: who reads what, who writes, and that both hold one student."""
+"""`scalewise distill` in two gloo processes: rows read by each, files written by one, and equal students."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def start(rank: int, folder: Path, port: int) -> None:
-    """What torchrun sets, then the command; rows read and weights at every checkpoint are noted."""
+    """Set torchrun's variables and run the command; record rows read and weights at every checkpoint."""
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ["SCALEWISE_CACHE"] = str(folder / "cache")
@@ -38,7 +38,7 @@ def start(rank: int, folder: Path, port: int) -> None:
     captions, save = LatentSet.captions, Trainer.save
 
     def note_rows(self: LatentSet, indices: Any) -> list[str]:
-        if len(indices) != ROWS:  # all of them are asked for once, to embed their captions
+        if len(indices) != ROWS:  # all rows are read once, to embed their captions
             read.append(list(map(int, indices)))
         return captions(self, indices)
 
@@ -73,7 +73,7 @@ def ranks(run: Path) -> list[dict[str, Any]]:
     return [torch.load(run / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-def test_two_training_processes_read_other_rows_and_together_all_of_them(ranks) -> None:
+def test_two_training_processes_read_different_rows_and_together_all_of_them(ranks) -> None:
     """Six batches of two rows by two processes: two passes over twelve rows."""
     first, second = (found["read"] for found in ranks)
     assert [len(rows) for rows in first + second] == [BATCH] * 4 * ITERATIONS
@@ -83,7 +83,7 @@ def test_two_training_processes_read_other_rows_and_together_all_of_them(ranks) 
         assert sorted(row for rows in part for row in rows) == [*range(ROWS)]
 
 
-def test_two_training_processes_hold_the_same_student_bit_by_bit(ranks) -> None:
+def test_two_training_processes_have_bit_identical_students(ranks) -> None:
     one, other = (found["weights"] for found in ranks)
     assert one.keys() == other.keys() and len(one) > 10
     assert all(torch.equal(one[name], other[name]) for name in one)

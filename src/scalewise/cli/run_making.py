@@ -250,9 +250,11 @@ def run_generate(
     console.set_verbose(distributed.is_main())
     texts = read_prompts(prompts, recipe.model.base, "train")
     teacher = setup.teacher(recipe)
-    setup.check(recipe, teacher)
+    setup.check_recipe(recipe, teacher)
     with console.progress("generating", count) as done:
-        drawing = generate(teacher, recipe, texts, out, count=count, batch=batch, seed=seed, also=also)
+        drawing = generate(
+            teacher, recipe, texts, out, count=count, batch=batch, seed=seed, extra_scales=also
+        )
         for number in drawing:
             done(number)
     if distributed.is_main():

@@ -1,4 +1,4 @@
-"""Data on disk: sets of latents at every scale, image folders, cached prompts."""
+"""Datasets on disk: latents at every scale, image folders, cached prompt embeddings."""
 
 from __future__ import annotations
 

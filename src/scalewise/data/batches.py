@@ -1,4 +1,4 @@
-"""From latents on disk to what an update sees. A batch is a function of its position: nothing is saved."""
+"""Training batches from latents on disk. A batch is a function of its number, so no loader state is saved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from scalewise.method.scales import Scale, ScaleSchedule, downscale_area, upscal
 
 
 class Batches:
-    """Batch number `position` of a run: the schedule's step, the samples and their conditions.
+    """Training batches by number: the schedule's step, latents and conditions of the samples.
 
-    Samples come in shuffled passes over all sets; with several sets (aspect buckets) a batch is drawn from
-    one of them, in proportion to their sizes. Each process takes its own part of the global batch.
+    Samples come from shuffled passes over a dataset. With several datasets (aspect buckets), each batch comes
+    from one of them, chosen at random in proportion to their sizes. Every process takes its share of the
+    global batch.
     """
 
     def __init__(
@@ -37,9 +38,13 @@ class Batches:
         device: torch.device | str = "cpu",
         negative: str = "",
     ) -> None:
-        """`negative` is the teacher's negative prompt, whose encoding is the unconditional condition.
+        """Combine datasets, schedule and prompt embeddings.
 
-        `downscale` "latent" makes every scale from the full latent (ablation) instead of from pixels."""
+        `negative` is the teacher's negative prompt; its embedding is the unconditional condition. `downscale`
+        is "pixel" for the stored latents of every scale, or "latent" to downscale the full latents (an
+        ablation). Raises DataError if a dataset is smaller than one global batch or does not have the
+        schedule's scales.
+        """
         self.sets, self.prompts, self.batch, self.seed = list(sets), prompts, batch, seed
         self.latent_downscale, self.step_choice = downscale == "latent", step_choice
         self.rank, self.world, self.device, self.negative = rank, world, device, negative
@@ -51,28 +56,29 @@ class Batches:
     def _check(self, schedule: ScaleSchedule, data: LatentSet) -> None:
         if len(data) < self.batch * self.world:
             raise DataError(
-                f"The set has {len(data)} samples, fewer than one batch of {self.batch * self.world}; "
-                "add data or lower train.batch."
+                f"The dataset {data.folder} has {len(data)} samples, fewer than one batch of "
+                f"{self.batch * self.world}; add data or lower train.batch."
             )
         if not self.latent_downscale:
             data.require(schedule.scales)
 
     @property
     def steps(self) -> int:
-        """Number of steps of the schedule."""
+        """Number of steps in the schedule."""
         return len(self.schedules[0])
 
     def index_at(self, position: int) -> int:
-        """Step of the schedule that iteration `position` trains; equal on every process."""
+        """Return the step of the schedule that iteration `position` trains, equal in all processes."""
         if self.step_choice == "round-robin":
             return position % self.steps
         return derive(self.seed, "step", position) % self.steps
 
     def at(self, position: int, index: int | None = None, *, update: int | None = None) -> Batch:
-        """Return batch number `position`, for step `index` of the schedule (default: the position's own).
+        """Return batch number `position` for step `index` of the schedule (default: `index_at(position)`).
 
-        `update` is the number of the optimizer's update that it belongs to (default: the position); all
-        batches of one update come from the same aspect bucket.
+        Its source and target are latents [N, C, (T,) H, W] at the target scale of the step. `update` is the
+        number of the optimizer update that the batch belongs to (default: `position`); all batches of an
+        update come from the same aspect bucket.
         """
         index = self.index_at(position) if index is None else index
         which = self._set_at(position if update is None else update)
@@ -96,15 +102,15 @@ class Batches:
         return downscale_area(data.latents(chosen, largest(data)), scale.size)
 
     def rows(self, position: int) -> range:
-        """Numbers of this process's samples in batch number `position`, counted over the whole run.
+        """Return the numbers, counted over the whole run, of this process's samples in batch `position`.
 
-        They are the same for any batch size, accumulation and number of processes, so that noise can be.
+        Data and noise depend on them alone, not on batch size, accumulation or the number of processes.
         """
         size = self.batch * self.world
         return range(position * size + self.rank, (position + 1) * size, self.world)
 
     def noise(self, position: int) -> SampleNoise:
-        """The random streams of those samples."""
+        """Return the random streams for the noise [N, ...] of this process's samples in batch `position`."""
         return SampleNoise([derive(self.seed, "update", row) for row in self.rows(position)])
 
     def _set_at(self, update: int) -> int:
@@ -118,7 +124,7 @@ class Batches:
         raise AssertionError("unreachable: the point lies within the sum")
 
     def _samples(self, which: int, position: int) -> list[int]:
-        """This process's rows: its stride of the global batch, from shuffled passes over the set."""
+        """Return this process's samples of a batch as indices into dataset number `which`."""
         count = len(self.sets[which])
         return [int(self._passes(which, row // count)[row % count]) for row in self.rows(position)]
 
@@ -127,5 +133,5 @@ class Batches:
 
 
 def largest(data: LatentSet) -> Scale:
-    """The full size of a set: its largest scale."""
+    """Return the full size of a dataset: its largest scale."""
     return max(data.scales, key=lambda scale: scale.cells)

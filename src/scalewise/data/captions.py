@@ -1,4 +1,4 @@
-"""Captions of an image folder: text files beside the images, or one metadata file for many."""
+"""Captions of an image folder: one text file per image, or metadata files for many images."""
 
 from __future__ import annotations
 
@@ -15,53 +15,56 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scalewise.common.paths import expand_home, normalize_unicode
-from scalewise.data.files import SIDECARS, Found, name_key
+from scalewise.data.files import CAPTION_SUFFIXES, FolderFiles, name_key
 from scalewise.data.shards import DataError
 
 FIELDS = ("text", "caption", "prompt")
-"""Columns of a caption, in any case; the first that has one counts."""
+"""Names of the caption column, in any case; the first one that is not empty is used."""
 
 
 class CaptionSource:
-    """Finds an image's caption: in a file beside it, else in a metadata file, else (if allowed) in its name.
+    """Finds an image's caption in its own text file, else in a metadata file, else (optionally) in its name.
 
-    Names are compared in one Unicode form (see `name_key`).
+    Names are compared after Unicode normalization (see `name_key`).
     """
 
-    def __init__(self, found: Found, *, from_name: bool = False) -> None:
-        """Metadata files name images (file_name) from their own folder on or absolutely, with a caption."""
+    def __init__(self, found: FolderFiles, *, from_name: bool = False) -> None:
+        """Read all metadata files. Their file_name is absolute or relative to the metadata file's folder."""
         self.from_name = from_name
-        self.beside = {(name_key(path.with_suffix("")), path.suffix.lower()): path for path in found.sidecars}
+        self.text_files = {
+            (name_key(path.with_suffix("")), path.suffix.lower()): path for path in found.captions
+        }
         self.images = {key for path in found.images for key in _keys(path)}
-        self.listed: dict[str, tuple[Path, str]] = {}
+        self.in_metadata: dict[str, tuple[Path, str]] = {}
         for file in found.metadata:
-            for path, words in _read(file):
-                for key in _keys(path) if words else ():
-                    self.listed.setdefault(key, (path, words))
+            for path, caption in _read(file):
+                for key in _keys(path) if caption else ():
+                    self.in_metadata.setdefault(key, (path, caption))
 
     def caption(self, image: Path) -> str:
-        """Return the caption, on one line, or "" if there is none; UnicodeDecodeError if it is not UTF-8."""
-        stem, words = name_key(image.with_suffix("")), ""
-        for suffix in SIDECARS:
-            if not words and (file := self.beside.get((stem, suffix))):
-                words = file.read_text(encoding="utf-8-sig").strip()
-        words = words or next((self.listed[key][1] for key in _keys(image) if key in self.listed), "")
-        if not words and self.from_name:
-            words = normalize_unicode(image.stem.replace("-", " ").replace("_", " "))
-        return " ".join(words.split())
+        """Return an image's caption, on one line, or "" if it has none; UnicodeDecodeError if not UTF-8."""
+        stem, caption = name_key(image.with_suffix("")), ""
+        for suffix in CAPTION_SUFFIXES:
+            if not caption and (file := self.text_files.get((stem, suffix))):
+                caption = file.read_text(encoding="utf-8-sig").strip()
+        found = (self.in_metadata[key][1] for key in _keys(image) if key in self.in_metadata)
+        caption = caption or next(found, "")
+        if not caption and self.from_name:
+            caption = normalize_unicode(image.stem.replace("-", " ").replace("_", " "))
+        return " ".join(caption.split())
 
     def unmatched(self) -> dict[str, list[Path]]:
-        """Files that a metadata file names but that are no images of the folder, by reason."""
+        """Return, by reason, the files that metadata names but that are not among the folder's images."""
         reasons: dict[str, list[Path]] = {}
-        for path in dict.fromkeys(path for path, _ in self.listed.values()):
+        for path in dict.fromkeys(path for path, _ in self.in_metadata.values()):
             if self.images.isdisjoint(_keys(path)):
-                how = "outside the folder or of another kind" if path.exists() else "not there"
+                how = "outside the folder or not an image" if path.exists() else "missing"
                 reasons.setdefault(f"named in the metadata but {how}", []).append(path)
         return reasons
 
 
 def _keys(path: Path) -> list[str]:
-    """The names that a file is known by: as given, and by where its folder really lies if that is linked."""
+    """Return the names that identify a file: its path as given, and with links in its folder resolved."""
     real = os.path.join(os.path.realpath(path.parent), path.name)
     return list(dict.fromkeys([name_key(path), name_key(real)]))
 
@@ -69,28 +72,30 @@ def _keys(path: Path) -> list[str]:
 def _read(file: Path) -> Iterator[tuple[Path, str]]:
     """Yield (image, caption) of a metadata file."""
     fields = set[str]()
-    for place, row in _rows(file):
+    for location, row in _rows(file):
         values = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else {}
         fields |= values.keys()
         name = values.get("file_name")
         if not isinstance(name, str):
-            raise DataError(f"{place} has no file_name; write one row {{file_name, text}} per image.")
-        words = next((values[field] for field in FIELDS if values.get(field)), "")
-        if not isinstance(words, str):
-            raise DataError(f"{place} has a caption that is no text, {words!r}; give one string per image.")
-        yield file.parent / expand_home(name), words
+            raise DataError(f"{location} has no file_name; write one row {{file_name, text}} per image.")
+        caption = next((values[field] for field in FIELDS if values.get(field)), "")
+        if not isinstance(caption, str):
+            raise DataError(
+                f"{location} has a caption that is not text, {caption!r}; give one string per image."
+            )
+        yield file.parent / expand_home(name), caption
     if fields and fields.isdisjoint(FIELDS):
         warnings.warn(
-            f"{file} has no captions: none of its columns ({', '.join(sorted(fields))}) is called "
-            f"{', '.join(FIELDS[:-1])} or {FIELDS[-1]}; rename the right one.",
+            f"{file} has no captions: none of its columns ({', '.join(sorted(fields))}) is named "
+            f"{', '.join(FIELDS[:-1])} or {FIELDS[-1]}; rename the caption column.",
             stacklevel=2,
         )
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (where, row) of a metadata file of any kind."""
+    """Yield (location for error messages, row) of a metadata file of any format."""
     if file.suffix == ".parquet":
-        yield from _numbered(file, "row", _of_parquet(file))
+        yield from _numbered(file, "row", _parquet_rows(file))
         return
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -104,7 +109,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     else:
         whole = _json(f"{file}", text)
         if isinstance(whole, dict):  # {"image.png": "caption"}
-            whole = [{"file_name": name, "text": words} for name, words in whole.items()]
+            whole = [{"file_name": name, "text": caption} for name, caption in whole.items()]
         if not isinstance(whole, list):
             raise DataError(f"{file} must hold {{image: caption}} or a list of {{file_name, text}}.")
         yield from _numbered(file, "entry", whole)
@@ -114,8 +119,8 @@ def _numbered(file: Path, what: str, rows: Iterable[Any]) -> Iterator[tuple[str,
     return ((f"{file}, {what} {i},", row) for i, row in enumerate(rows, start=1))
 
 
-def _of_parquet(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet table, of the columns that are of use: others may hold whole images."""
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet table, without other columns, which may hold whole images."""
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
@@ -123,16 +128,16 @@ def _of_parquet(file: Path) -> Iterator[dict[str, Any]]:
             if not useful:
                 raise DataError(
                     f"{file} has no column file_name, only {', '.join(names)}; images inside a table are not "
-                    "read: save them as files, and name them in that column."
+                    "read: save them as files and list their names in a column file_name."
                 )
             for batch in table.iter_batches(columns=useful):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is no Parquet table ({error}); write it again.") from error
+        raise DataError(f"{file} is not a Parquet table ({error}); write it again.") from error
 
 
-def _json(place: str, text: str) -> Any:
+def _json(location: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise DataError(f"{place} is no JSON ({error}); correct it.") from error
+        raise DataError(f"{location} is not valid JSON ({error}); correct it.") from error

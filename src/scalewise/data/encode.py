@@ -1,4 +1,4 @@
-"""Encoding once what training reads many times: image folders at every scale, and prompts."""
+"""Encoding, once, of what training reads many times: image folders at every scale, and prompts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from scalewise.data.image_folder import (
     BucketMode,
     ImageEntry,
     assign_buckets,
-    bucket_faults,
-    bucket_line,
     bucket_sizes,
-    enlarged,
+    bucket_warnings,
+    describe_buckets,
+    enlargement_warnings,
     list_files,
     load_pixels,
     scan_images,
@@ -37,8 +37,8 @@ from scalewise.data.latent_set import LatentSet, LatentSetWriter
 from scalewise.data.shards import (
     DataError,
     Shard,
-    alone,
-    disk_full_explained,
+    exclusive,
+    explain_disk_full,
     read_json,
     write_json,
 )
@@ -48,8 +48,8 @@ from scalewise.models import PipelineAdapter
 
 FOLDER_FILE = "folder.json"
 PROMPTS_FILE = "prompts.json"
-READING = 2
-"""Rises when the same folder is read otherwise: captions found, images used."""
+READER_VERSION = 2
+"""Increased whenever a version finds other captions or uses other images of the same folder."""
 SHARD_BYTES = 256 * 2**20
 
 
@@ -63,60 +63,60 @@ def encode_folder(
     vae_key: str,
     mode: BucketMode = "crop",
     batch: int = 8,
-    least: int = 1,
+    min_images: int = 1,
     caption_from_name: bool = False,
-    done: ProgressCallback = no_progress,
-    say: Callable[[str], None] = lambda _sentence: None,
+    on_progress: ProgressCallback = no_progress,
+    on_note: Callable[[str], None] = lambda _sentence: None,
 ) -> list[LatentSet]:
-    """Encode an image folder into one set per bucket, `out/<full size>/`, with latents at every scale.
+    """Encode an image folder into one dataset per bucket, `out/<full size>/`, with latents at every scale.
 
-    Each scale's latents come from pixels that were downscaled (area) before encoding: downscaling latents
-    instead is much worse (paper, section 4.1). `scales_for(size)` lists the scales of a bucket of that full
-    size; `least` is the fewest images a bucket may have (a training batch, say); `vae_key` names the VAE by
-    its files' content and type, so that another VAE of the same path is noticed. A second call with nothing
-    changed only opens what is there; one after a kill goes on; of several processes one encodes, the others
-    wait. Every call warns of skipped and enlarged images and of a full size that no image has, and lets
-    `say` tell how many images each bucket keeps.
+    Pixels are downscaled (area) before encoding, because downscaling latents is much worse (paper, section
+    4.1). `scales_for(size)` returns the scales of a bucket with that full size. `min_images` is the minimum
+    number of images in a bucket, such as a training batch. `vae_key` identifies the VAE by its files'
+    contents and dtype, so that a changed VAE at the same path is noticed.
+
+    If nothing has changed since the last call, the datasets are only opened; after a kill, encoding resumes.
+    If several processes call it, one encodes and the others wait. Every call warns about skipped and enlarged
+    images and about a full size without images, and passes the number of images per bucket to `on_note`.
     """
     root, out = Path(folder), Path(out)
     sizes = [full] if mode == "crop" else bucket_sizes(full, adapter.patch)
     plan = {
-        "reading": READING,
+        "reading": READER_VERSION,
         "vae": vae_key,
         "mode": mode,
-        "least": None if mode == "crop" else least,
+        "least": None if mode == "crop" else min_images,
         "caption_from_name": caption_from_name,
         "scales": [list(map(str, scales_for(size))) for size in sizes],
     }
     fingerprint = fingerprint_folder(root, plan)
     if not _is_encoded(out, fingerprint):
-        with alone(out):
-            if not _is_encoded(out, fingerprint):  # by the process that this one waited for
+        with exclusive(out):
+            if not _is_encoded(out, fingerprint):  # may have been encoded while this process waited
                 entries, skipped = scan_images(root, caption_from_name=caption_from_name)
-                buckets = assign_buckets(entries, full, patch=adapter.patch, mode=mode, least=least)
+                buckets = assign_buckets(entries, full, patch=adapter.patch, mode=mode, min_images=min_images)
                 _drop_stale(out, fingerprint)
                 settings = {"fingerprint": fingerprint, CONTENTS: {"vae": vae_key}}
                 _encode_buckets(
                     adapter, buckets, out, scales_for=scales_for, settings=settings, batch=batch,
-                    done=done,
+                    on_progress=on_progress,
                 )  # fmt: skip
-                faults, kept = [*skipped.faults, *enlarged(buckets, adapter.vae_factor)], ""
+                problems, kept = [*skipped.problems, *enlargement_warnings(buckets, adapter.vae_factor)], ""
                 if mode == "buckets":
-                    faults += bucket_faults(buckets, full, patch=adapter.patch, least=least)
-                    kept = bucket_line(buckets)
-                names = list(map(str, buckets))
-                index = {"fingerprint": fingerprint, "buckets": names, "kept": kept, "faults": faults}
-                write_json(out / FOLDER_FILE, index)
+                    problems += bucket_warnings(buckets, full, patch=adapter.patch, min_images=min_images)
+                    kept = describe_buckets(buckets)
+                index = {"fingerprint": fingerprint, "buckets": list(map(str, buckets))}
+                write_json(out / FOLDER_FILE, index | {"kept": kept, "faults": problems})
     index = read_json(out / FOLDER_FILE)
-    for sentence in [*index.get("faults", ()), *list_files(root).told]:
+    for sentence in [*index.get("faults", ()), *list_files(root).problems]:
         warnings.warn(f"{root}: {sentence}.", stacklevel=2)
     if index.get("kept"):
-        say(f"{root}: {index['kept']}")
+        on_note(f"{root}: {index['kept']}")
     return open_sets(out)
 
 
 def open_sets(path: Path | str, *, verify: bool = True) -> list[LatentSet]:
-    """Open one set, or all bucket sets of an encoded image folder."""
+    """Open a dataset, or all bucket datasets of an encoded image folder."""
     index = Path(path) / FOLDER_FILE
     if not index.exists():
         return [LatentSet.open(path, verify=verify)]
@@ -124,7 +124,7 @@ def open_sets(path: Path | str, *, verify: bool = True) -> list[LatentSet]:
 
 
 def fingerprint_folder(root: Path, plan: Any) -> str:
-    """A hash of the images' and captions' names, sizes and times, and of a plan (anything JSON holds)."""
+    """Hash the names, sizes and times of images and captions, and the encoding plan (any JSON value)."""
     files = list_files(root).all
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps([stats, plan]).encode()).hexdigest()
@@ -138,9 +138,9 @@ def _encode_buckets(
     scales_for: Callable[[Scale], Iterable[Scale]],
     settings: Mapping[str, Any],
     batch: int,
-    done: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> None:
-    """Write the set of every bucket, or what it lacks."""
+    """Write the dataset of every bucket, or the part of it that is missing."""
     before = 0
     for size, images in buckets.items():
         writer = LatentSetWriter(
@@ -152,7 +152,7 @@ def _encode_buckets(
             settings={**settings, "full": str(size)},
         )
         for number in _encode_bucket(adapter, images, writer, size=size, batch=batch):
-            done(before + number)
+            on_progress(before + number)
         before += len(images)
 
 
@@ -164,7 +164,7 @@ def _encode_bucket(
     size: Scale,
     batch: int,
 ) -> Iterator[int]:
-    """Fill a writer with the images it lacks; yields the number of images in it."""
+    """Encode the images that a writer does not have yet; yields the number of images it has."""
     pixels = size.height * adapter.vae_factor, size.width * adapter.vae_factor
     missing = writer.missing(len(images))
     yield len(images) - len(missing)
@@ -180,13 +180,13 @@ def _encode_bucket(
 
 
 def _encode_at(adapter: PipelineAdapter, pixels: Tensor, scale: Scale) -> Tensor:
-    """Latents of pixels [N, 3, H, W] at a scale: the pixels are made smaller, not the latents."""
+    """Encode pixels [N, 3, H, W] as latents [N, C, h, w] at a scale, by downscaling the pixels."""
     size = scale.height * adapter.vae_factor, scale.width * adapter.vae_factor
     return adapter.encode(downscale_area(pixels, size))
 
 
 def _is_encoded(out: Path, fingerprint: str) -> bool:
-    """Tell whether the sets of this fingerprint were finished and no shard was deleted since."""
+    """Return whether the datasets of this fingerprint are complete and none of their shards was deleted."""
     if not (out / FOLDER_FILE).exists() or read_json(out / FOLDER_FILE).get("fingerprint") != fingerprint:
         return False
     folders = [out / name for name in read_json(out / FOLDER_FILE)["buckets"]]
@@ -198,12 +198,14 @@ def _is_encoded(out: Path, fingerprint: str) -> bool:
 
 
 def _drop_stale(out: Path, fingerprint: str) -> None:
-    """Delete bucket sets that were encoded from other images or for other scales."""
+    """Delete bucket datasets that were encoded from other images or for other scales."""
     (out / FOLDER_FILE).unlink(missing_ok=True)
     for index in out.glob(f"*/{INDEX_FILE}"):
         header = SetHeader.read(index.parent)
         if header.kind != "images":
-            raise DataError(f"{index.parent} holds a synthetic set; choose another folder for the images.")
+            raise DataError(
+                f"{index.parent} contains a synthetic dataset; choose another folder for the images."
+            )
         if header.settings.get("fingerprint") != fingerprint:
             index.unlink()
             for shard in header.shards:
@@ -212,7 +214,7 @@ def _drop_stale(out: Path, fingerprint: str) -> None:
 
 @dataclass(frozen=True)
 class _PromptShard:
-    """A file of encoded prompts and the captions of its rows."""
+    """A file of encoded prompts, and the captions of its rows."""
 
     shard: Shard
     captions: list[str]
@@ -222,9 +224,9 @@ class _PromptShard:
 
 
 class PromptCache:
-    """Encoded prompts in a folder: each caption once, and "" for the unconditional pass.
+    """Encoded prompts in a folder: every caption once, and "" for the unconditional pass.
 
-    The tensors lie in memory-mapped safetensors files of about a quarter of a gigabyte (one T5 prompt takes
+    The tensors are stored in memory-mapped safetensors files of about 256 MiB (one T5 prompt takes several
     megabytes); `prompts.json` lists their captions.
     """
 
@@ -239,7 +241,7 @@ class PromptCache:
 
     @classmethod
     def open(cls, path: Path | str, *, fingerprint: str) -> PromptCache:
-        """Open what is there for a fingerprint, which may be nothing: ask `missing`."""
+        """Open the cached prompts of a fingerprint, possibly none; `missing` returns those to encode."""
         return cls(Path(path), _usable(Path(path), fingerprint))
 
     @classmethod
@@ -251,19 +253,19 @@ class PromptCache:
         *,
         fingerprint: str,
         batch: int = 16,
-        done: ProgressCallback = no_progress,
+        on_progress: ProgressCallback = no_progress,
     ) -> PromptCache:
-        """Encode the captions, and "", that the cache at `path` lacks, and open it.
+        """Encode the captions, and "", that are missing from the cache at `path`, and open it.
 
-        `load` gives the model, and is called only if something is missing. `fingerprint` names whatever
-        changes the encoding (text encoders, token limit): a cache with another one is made anew. A killed
-        build goes on from its finished files, a damaged file is encoded again. Of several processes one
-        encodes while the others wait for it.
+        `load` returns the model and is called only if something is missing. `fingerprint` identifies all that
+        changes the encoding (text encoders, token limit); a cache with another fingerprint is replaced. A
+        killed build resumes after its finished files, and damaged files are encoded again. If several
+        processes call it, one encodes and the others wait.
 
         Raises DataError for embeddings with NaN or infinity.
         """
         folder = Path(path)
-        with alone(folder), ExitStack() as held:
+        with exclusive(folder), ExitStack() as held:
             shards = _usable(folder, fingerprint)
             todo = cls(folder, shards).missing(captions)
             if not shards:
@@ -283,35 +285,38 @@ class PromptCache:
                     listed = [shard.to_json() for shard in shards]
                     write_json(folder / PROMPTS_FILE, {"fingerprint": fingerprint, "shards": listed})
                     waiting, first = [], end
-                done(end)
+                on_progress(end)
             return cls(folder, shards)
 
     def __len__(self) -> int:
         return len(self._where)
 
     def missing(self, captions: Iterable[str]) -> list[str]:
-        """Those of the captions, and of "", that are not encoded."""
+        """Return those of the captions, and of "", that are not encoded yet."""
         return [caption for caption in dict.fromkeys(["", *captions]) if caption not in self._where]
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        """Conditions of captions, one row each."""
+        """Return the conditions of captions: tensors [N, ...] with one row per caption.
+
+        Raises DataError for a caption that is not in the cache.
+        """
         if unknown := [caption for caption in captions if caption not in self._where]:
             raise DataError(
                 f"The prompt {unknown[0]!r} is not in the cache {self.folder}; build it with every caption."
             )
-        places = [self._where[caption] for caption in captions]
-        files = [(self._tensors[number], row) for number, row in places]
+        rows = [self._where[caption] for caption in captions]
+        files = [(self._tensors[number], row) for number, row in rows]
         return Condition(
             {name: torch.stack([file[name][row] for file, row in files]) for name in files[0][0]}
         )
 
     def uncond(self, count: int) -> Condition:
-        """The unconditional condition, `count` times."""
+        """Return the unconditional condition, repeated `count` times: tensors [count, ...]."""
         return self.condition([""] * count)
 
 
 def _usable(folder: Path, fingerprint: str) -> list[_PromptShard]:
-    """The undamaged files of a cache with this fingerprint."""
+    """Return the undamaged files of a cache if it has this fingerprint, and warn about damaged ones."""
     if not (folder / PROMPTS_FILE).exists():
         return []
     index = read_json(folder / PROMPTS_FILE)
@@ -320,15 +325,15 @@ def _usable(folder: Path, fingerprint: str) -> list[_PromptShard]:
     usable = []
     for raw in index["shards"]:
         part = _PromptShard(captions=raw.pop("captions"), shard=Shard(**raw))
-        if fault := part.shard.fault(folder):
-            warnings.warn(f"{folder / raw['file']} {fault}; its prompts are encoded again.", stacklevel=4)
+        if damage := part.shard.damage(folder):
+            warnings.warn(f"{folder / raw['file']} {damage}; its prompts are encoded again.", stacklevel=4)
         else:
             usable.append(part)
     return usable
 
 
 def _clear(folder: Path) -> None:
-    """Make an empty cache, deleting the files of one that cannot be used."""
+    """Create an empty cache, deleting the files of one that cannot be used."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROMPTS_FILE).unlink(missing_ok=True)
     for path in folder.glob("prompts-*.safetensors"):
@@ -342,18 +347,19 @@ def _write_prompts(
         if not all(torch.isfinite(value[row]).all() for value in cond.tensors.values()):
             raise DataError(
                 f"The embedding of the prompt {caption!r} has NaN or infinity: the text encoders overflow, "
-                "or their weights are damaged. Set model.dtype=bfloat16 or float32, or fetch the model again."
+                "or their weights are damaged. Set model.dtype=bfloat16 or float32, or download the model "
+                "again."
             )
     taken = {part.shard.file for part in shards}
     name = next(n for n in map("prompts-{:05d}.safetensors".format, range(len(taken) + 1)) if n not in taken)
     tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in cond.tensors.items()}
-    with disk_full_explained(folder, _bytes(cond), f"The {len(taken)} finished files are safe"):
+    with explain_disk_full(folder, _bytes(cond), f"The {len(taken)} finished files are safe"):
         write_atomically(folder / name, lambda path: save_file(tensors, path))
     return _PromptShard(Shard.of(folder / name, len(captions)), captions)
 
 
 def _map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, memory-mapped: rows are read when they are used."""
+    """Memory-map the tensors of a file; rows are read when they are used."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 

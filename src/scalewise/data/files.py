@@ -1,4 +1,4 @@
-"""Which files a folder of images holds: linked folders followed, and what is not read counted by its kind."""
+"""The files of an image folder: images, captions and metadata, and a count of files that are not read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import features
 
 from scalewise.common.paths import normalize_unicode
 
-METADATA = ("metadata.jsonl", "captions.json", "metadata.csv", "metadata.parquet")
-SIDECARS = (".txt", ".caption")
-"""Suffixes of caption files beside images, the first one preferred."""
-READABLE = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+METADATA_FILES = ("metadata.jsonl", "captions.json", "metadata.csv", "metadata.parquet")
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Suffixes of caption files with the same stem as the image; the first one is preferred."""
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 if features.check("avif"):
-    READABLE.add(".avif")
-# Files that no image is expected in; every other suffix is named when it is not read.
-COMPANIONS = frozenset(
+    IMAGE_SUFFIXES.add(".avif")
+# Suffixes of files that nobody expects to be read as images; all others are reported as not read.
+IGNORED_SUFFIXES = frozenset(
     (".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".log",
      ".html", ".xml", ".py", ".sh", ".db", ".lock", ".npy", ".npz", ".pt",
      ".safetensors", ".sha256", ".md5", ".xmp", ".aae", ".thm", ".pp3", ".dop", ".lnk", ".url")
@@ -27,60 +27,60 @@ COMPANIONS = frozenset(
 
 
 @dataclass
-class Found:
-    """Files under a folder, hidden ones left out, each folder once and in a fixed order."""
+class FolderFiles:
+    """Files under a folder, without hidden ones, in a fixed order."""
 
     images: list[Path] = field(default_factory=list)
-    sidecars: list[Path] = field(default_factory=list)
+    captions: list[Path] = field(default_factory=list)
     metadata: list[Path] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
-    """How many files of each suffix are not read ("" for none), those of COMPANIONS left out."""
+    """Number of files that are not read, by suffix ("" for none), except those with IGNORED_SUFFIXES."""
     broken: list[Path] = field(default_factory=list)
-    """Links that lead nowhere, and folders that may not be opened."""
+    """Links without a target, and folders that cannot be opened."""
 
     @property
     def all(self) -> list[Path]:
         """All files that are read."""
-        return sorted([*self.images, *self.sidecars, *self.metadata])
+        return sorted([*self.images, *self.captions, *self.metadata])
 
     @property
-    def told(self) -> list[str]:
-        """Sentences about what is not read; none if all is."""
-        told = []
+    def problems(self) -> list[str]:
+        """Sentences about files that are not read; empty if there are none."""
+        problems = []
         if count := sum(self.unread.values()):
             kinds = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
             named = ", ".join(f"{number:,} {suffix or 'without a suffix'}" for suffix, number in kinds)
             are = "file is" if count == 1 else "files are"
-            told.append(f"{count:,} {are} not read: {named}; convert images to JPEG or PNG")
+            problems.append(f"{count:,} {are} not read: {named}; convert images to JPEG or PNG")
         if self.broken:
-            links = f"{len(self.broken):,} link{'s' * (len(self.broken) > 1)}"
-            told.append(f"{links} to nothing, or folders that may not be opened ({name_some(self.broken)})")
-        return told
+            links = f"{len(self.broken):,} broken link{'s' * (len(self.broken) > 1)}"
+            problems.append(f"{links} or folders that cannot be opened ({join_names(self.broken)})")
+        return problems
 
 
-def find_files(root: Path) -> Found:
-    """Look through a folder and its folders, linked ones too; one that is met again is not read again."""
-    found = Found()
+def find_files(root: Path) -> FolderFiles:
+    """Find the files under a folder, following links; every folder is read only once."""
+    found = FolderFiles()
     for path in _walk(root, {os.path.realpath(root)}, found.broken):
         suffix = path.suffix.lower()
-        if path.name in METADATA:
+        if path.name in METADATA_FILES:
             found.metadata.append(path)
-        elif suffix in READABLE:
+        elif suffix in IMAGE_SUFFIXES:
             found.images.append(path)
-        elif suffix in SIDECARS:
-            found.sidecars.append(path)
-        elif suffix not in COMPANIONS:
+        elif suffix in CAPTION_SUFFIXES:
+            found.captions.append(path)
+        elif suffix not in IGNORED_SUFFIXES:
             found.unread[suffix] += 1
     return found
 
 
 def name_key(path: Path | str) -> str:
-    """What file names are compared by: absolute, without ".." and in one Unicode form."""
+    """Return the form of a file name used for comparison: absolute, without "..", Unicode-normalized."""
     return normalize_unicode(os.path.abspath(path))
 
 
-def name_some(paths: list[Path], limit: int = 3) -> str:
-    """The first few names."""
+def join_names(paths: list[Path], limit: int = 3) -> str:
+    """Join the names of the first few paths."""
     names = ", ".join(path.name for path in paths[:limit])
     return names if len(paths) <= limit else f"{names}, ..."
 
@@ -95,7 +95,7 @@ def _walk(folder: Path, seen: set[str], broken: list[Path]) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            # A link to a folder above would be read for ever, one to a folder beside twice.
+            # Without this check, a link to a parent would recurse forever, one to a sibling be read twice.
             if (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
                 yield from _walk(path, seen, broken)

@@ -1,4 +1,4 @@
-"""What `set.json` says of a set of latents: how it was made, and its finished shards."""
+"""The header of a latent dataset, `set.json`: how the dataset was made, and its finished shards."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from scalewise.method.scales import Scale
 FORMAT = 1
 INDEX_FILE = "set.json"
 CONTENTS = "contents"
-"""The setting that holds fingerprints of the files that made a set, by component of the base."""
+"""The setting with the fingerprints of the base's components that made the dataset."""
 Kind = Literal["synthetic", "images"]
 
 
 @dataclass(frozen=True)
 class SetHeader:
-    """What `set.json` holds."""
+    """The contents of `set.json`."""
 
     kind: Kind
     scales: tuple[Scale, ...]
@@ -33,26 +33,27 @@ class SetHeader:
 
     @property
     def rows(self) -> int:
-        """Rows in finished shards."""
+        """Number of rows in finished shards."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
-        """What the finished shards hold: a hash of their checksums, and of how latents lie in them."""
-        held = [self.channels, list(map(str, self.scales)), [shard.sha256 for shard in self.shards]]
-        return hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]
+        """Hash of the data: the channels, the scales and the checksums of the finished shards."""
+        hashed = [self.channels, list(map(str, self.scales)), [shard.sha256 for shard in self.shards]]
+        return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16]
 
-    def is_made_by(self, base: str, contents: Mapping[str, str]) -> bool:
-        """Tell whether this set was drawn by a base of that name or, where both are known, of these files.
+    def was_made_by(self, base: str, contents: Mapping[str, str]) -> bool:
+        """Return whether a base with these fingerprints by component (`contents`) made this dataset.
 
-        `contents`: fingerprints by component. Another autoencoder or scheduler leaves a teacher what it is.
+        VAE and scheduler are not compared, because they do not make it another teacher. If the dataset or the
+        base has no fingerprints, the base's name is compared instead.
         """
         own: dict[str, str] = self.settings.get(CONTENTS) or {}
         shared = (own.keys() & contents.keys()) - {"vae", "scheduler"}
         return all(own[part] == contents[part] for part in shared) if shared else self.base == base
 
     def shape(self, scale: Scale) -> tuple[int, ...]:
-        """Shape of one sample: [C, H, W], or [C, T, H, W] if any scale of the set has more than one frame."""
+        """Return the shape of one sample: [C, H, W], or [C, T, H, W] if any scale has more than one frame."""
         return scale.shape(1, self.channels, video=any(s.frames > 1 for s in self.scales))[1:]
 
     def write(self, folder: Path) -> None:
@@ -64,21 +65,22 @@ class SetHeader:
 
     @classmethod
     def read(cls, folder: Path) -> SetHeader:
-        """Read `set.json`; DataError when it is missing or not one."""
+        """Read `set.json`; raises DataError if it is missing or invalid."""
         if not folder.is_dir():
             raise DataError(
-                f"There is no set {folder}; make one with `scalewise generate`, or correct the path."
+                f"There is no dataset {folder}; make one with `scalewise generate`, or correct the path."
             )
         path = folder / INDEX_FILE
         if not path.exists():
             raise DataError(
-                f"{folder} is no set: it has no {INDEX_FILE}. Make one with `scalewise generate`."
+                f"{folder} is not a dataset: it has no {INDEX_FILE}. Make one with `scalewise generate`."
             )
         raw = read_json(path)
         try:
             if raw["format"] != FORMAT:
                 raise DataError(
-                    f"{path} has format {raw['format']}, not {FORMAT}; use the version of its writer."
+                    f"{path} has format {raw['format']}, but this version reads format {FORMAT}; use the "
+                    "version of scalewise that wrote it."
                 )
             lists: dict[str, Any] = {
                 "scales": tuple(map(Scale.parse, raw["scales"])),
@@ -90,28 +92,27 @@ class SetHeader:
             return cls(**plain, **lists)
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"{path} lacks or misplaces {error}; delete {folder} and make it anew."
+                f"{path} is missing or has an invalid field {error}; delete and regenerate {folder}."
             ) from error
 
 
-def difference(there: SetHeader, wanted: SetHeader) -> str:
-    """Name the first setting in which a set differs from the one wanted, or return nothing.
+def describe_difference(stored: SetHeader, wanted: SetHeader) -> str:
+    """Describe the first setting in which a stored dataset differs from the wanted one; "" if none does.
 
-    Where both say what files made them (settings.contents, by component), those decide and not the base's
-    name, so that a set goes on with a base that was moved.
+    If both have fingerprints of the base's components (settings.contents), these are compared instead of the
+    base's name, so that a dataset can be resumed after the base was moved.
     """
-    old_files, new_files = (header.settings.get(CONTENTS) or {} for header in (there, wanted))
+    old_files, new_files = (header.settings.get(CONTENTS) or {} for header in (stored, wanted))
     shared = old_files.keys() & new_files.keys()
     if changed := sorted(part for part in shared if old_files[part] != new_files[part]):
-        return (
-            f"the {' and the '.join(changed)} of {there.base} there and {wanted.base} here have other files"
-        )
+        return f"the files of {' and '.join(changed)} differ between {stored.base} (stored) and {wanted.base}"
     names = ("kind", "channels") if shared else ("kind", "base", "channels")
-    old, new = ({name: getattr(header, name) for name in names} for header in (there, wanted))
-    old["scales"], new["scales"] = (" ".join(map(str, header.scales)) for header in (there, wanted))
-    for name in [n for n in (*wanted.settings, *there.settings) if n != CONTENTS]:
-        old[f"settings.{name}"], new[f"settings.{name}"] = there.settings.get(name), wanted.settings.get(name)
+    old, new = ({name: getattr(header, name) for name in names} for header in (stored, wanted))
+    old["scales"], new["scales"] = (" ".join(map(str, header.scales)) for header in (stored, wanted))
+    for name in [n for n in (*wanted.settings, *stored.settings) if n != CONTENTS]:
+        key = f"settings.{name}"
+        old[key], new[key] = stored.settings.get(name), wanted.settings.get(name)
     for name, value in new.items():
         if old[name] != value:
-            return f"{name} is {old[name]!r} there and {value!r} here"
+            return f"{name} is {old[name]!r} in the stored dataset and {value!r} now"
     return ""

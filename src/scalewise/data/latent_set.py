@@ -1,8 +1,9 @@
-"""Latents on disk: the teacher's synthetic sets and encoded image folders, every sample at every scale.
+"""Datasets of latents on disk, synthetic or from an image folder, with every sample at every scale.
 
-A set is a folder of `shard-00000.arrow`, ... and `set.json`, which lists the finished shards. Arrow files are
-memory-mapped, so a set may be larger than memory. A row's latents are the raw bytes of a float16 tensor: 32
-random rows of 16x128x128 are read in 6 ms on one core, a third of what the Array3D of datasets takes.
+A dataset is a folder of `shard-00000.arrow`, ... and `set.json`, which lists the finished shards. Arrow files
+are memory-mapped, so a dataset may be larger than memory. The latents of a row are the raw bytes of a float16
+tensor: 32 random rows of 16x128x128 are read in 6 ms on one core, a third of the time needed with the Array3D
+type of `datasets`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from filelock import FileLock
 from torch import Tensor
 
 from scalewise.common.checkpoint import delete_leftovers, write_atomically
-from scalewise.data.header import INDEX_FILE, Kind, SetHeader, difference
-from scalewise.data.shards import DataError, Shard, disk_full_explained
+from scalewise.data.header import INDEX_FILE, Kind, SetHeader, describe_difference
+from scalewise.data.shards import DataError, Shard, explain_disk_full
 from scalewise.method.scales import Scale
 
 LOCK_FILE = ".lock"
-"""Held while a shard is written."""
-AGAIN = "delete it and run `scalewise generate` (for an image folder: the same command) again; it resumes"
+"""Lock file, held while a shard is written."""
+REGENERATE = (
+    "delete it and run `scalewise generate` (for an image folder: the same command) again; it resumes"
+)
 
 
 class LatentSet:
-    """A set to read from; rows are in the order of their `index`, in whatever order they were made."""
+    """A dataset to read from, with rows ordered by their `index`, not by when they were written."""
 
     def __init__(self, folder: Path, header: SetHeader) -> None:
         self.folder, self.header = folder, header
@@ -46,21 +49,21 @@ class LatentSet:
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> LatentSet:
-        """Open a set, checking every shard's size and, unless verify=False, its SHA-256 and its numbers.
+        """Open a dataset after checking the size of every shard and, unless verify=False, SHA-256 and values.
 
-        Raises DataError for a missing, empty or damaged set, and for latents that are NaN or infinite; warns
-        if the set is not complete.
+        Raises DataError for a missing, empty or damaged dataset and for latents with NaN or infinity; warns
+        if the dataset is incomplete.
         """
         folder = Path(path)
         header = SetHeader.read(folder)
         if not header.rows:
-            raise DataError(f"The set {folder} is empty; run `scalewise generate` to fill it.")
+            raise DataError(f"The dataset {folder} is empty; run `scalewise generate` to fill it.")
         for shard in header.shards:
-            if fault := shard.fault(folder, content=verify):
-                raise DataError(f"The shard {folder / shard.file} {fault}; {AGAIN}.")
+            if damage := shard.damage(folder, content=verify):
+                raise DataError(f"The shard {folder / shard.file} {damage}; {REGENERATE}.")
         if not header.complete:
             warnings.warn(
-                f"The set {folder} is not complete: using the {header.rows} rows there are. "
+                f"The dataset {folder} is incomplete: its {header.rows} finished rows are used. "
                 "Run the command that makes it again to complete it.",
                 stacklevel=2,
             )
@@ -74,58 +77,59 @@ class LatentSet:
 
     @property
     def scales(self) -> list[Scale]:
-        """The scales at which every sample is there, as written."""
+        """The scales at which every sample is stored."""
         return list(self.header.scales)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the set was made with."""
+        """The settings that the dataset was made with."""
         return self.header.settings
 
     @property
     def fingerprint(self) -> str:
-        """What the set holds, wherever it lies: changes when any latent, caption, seed or order of rows does.
+        """Fingerprint of the data: changes if any latent, caption, seed or the order of rows changes.
 
-        It is a hash of the SHA-256 that every shard was written with (which opening has checked), so nothing
-        is read for it; the folder's name, the base's name and the settings do not count.
+        It is a hash of the recorded SHA-256 of all shards, so no file is read. It does not depend on the
+        folder, the name of the base or the settings.
         """
         return self.header.fingerprint
 
     def require(self, scales: Iterable[Scale]) -> None:
-        """Raise DataError for scales that the set has no latents at."""
+        """Raise DataError if any of the scales is not stored."""
         if missing := sorted(set(scales) - set(self._latents)):
             raise DataError(
-                f"The set {self.folder} has no latents at {', '.join(map(str, missing))}, only at "
-                f"{', '.join(map(str, self.scales))}. Make a set for this schedule with `scalewise generate`"
-                ", or choose among its scales."
+                f"The dataset {self.folder} has no latents at {', '.join(map(str, missing))}, only at "
+                f"{', '.join(map(str, self.scales))}. Make a dataset for this schedule with `scalewise "
+                "generate`, or use a schedule with these scales."
             )
 
     def latents(self, indices: Sequence[int], scale: Scale) -> Tensor:
-        """Latents [N, C, H, W] (video [N, C, T, H, W]) of rows at a scale, float32."""
+        """Return the latents of rows at a scale, float32 [N, C, H, W] (video [N, C, T, H, W])."""
         self.require([scale])
-        cells = self._latents[scale][self._places(indices)].column(0)
-        # Through numpy: each buffer is a view of the file, so this stacking is the only copy.
+        cells = self._latents[scale][self._stored_rows(indices)].column(0)
+        # numpy arrays are views of the memory-mapped file, so stacking them is the only copy.
         rows = np.stack([np.frombuffer(cell.as_buffer(), np.float16) for cell in cells])
         return torch.from_numpy(rows).float().reshape(len(rows), *self.header.shape(scale))
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        """Captions of rows."""
-        return list(self._captions[self._places(indices)].column(0).to_pylist())
+        """Return the captions of rows."""
+        return list(self._captions[self._stored_rows(indices)].column(0).to_pylist())
 
     def unique_captions(self) -> list[str]:
-        """Every caption once, in the order of first use."""
+        """Return every caption once, in the order of first use."""
         return list(dict.fromkeys(self.captions(range(len(self)))))
 
     def seeds(self, indices: Sequence[int]) -> list[int]:
-        """Seeds of rows: of the noise that a synthetic sample was made from."""
-        return [int(self._seeds[place]) for place in self._places(indices)]
+        """Return the seeds of rows; a synthetic sample's seed is the one of its initial noise."""
+        return [int(self._seeds[row]) for row in self._stored_rows(indices)]
 
-    def _places(self, indices: Sequence[int]) -> list[int]:
-        return [int(place) for place in self._order[np.asarray(indices, dtype=np.int64)]]
+    def _stored_rows(self, indices: Sequence[int]) -> list[int]:
+        """Convert indices, in the order of `index`, to rows in the order of storage."""
+        return [int(row) for row in self._order[np.asarray(indices, dtype=np.int64)]]
 
 
 class LatentSetWriter:
-    """Writes a set shard by shard; after a kill, another writer goes on from the finished shards."""
+    """Writes a dataset shard by shard; after a kill, a new writer resumes after the finished shards."""
 
     def __init__(
         self,
@@ -138,29 +142,29 @@ class LatentSetWriter:
         settings: Mapping[str, Any],
         shard_rows: int = 256,
     ) -> None:
-        """Begin or resume the set at `path`.
+        """Create the dataset at `path`, or resume it.
 
-        Raises DataError when a set with other settings is there already, or when a shard of it is damaged. A
-        finished shard that was deleted is made again: `missing` lists its rows.
+        The rows of a deleted shard are written again: `missing` returns them. Raises DataError if the folder
+        has a dataset with other settings, or a damaged shard.
         """
         self.folder, self.shard_rows = Path(path), shard_rows
-        plain = json.loads(json.dumps(dict(settings)))  # as it will be read back: tuples become lists
+        plain = json.loads(json.dumps(dict(settings)))  # as read back from JSON: tuples become lists
         wanted = SetHeader(kind, tuple(dict.fromkeys(scales)), channels, base, plain)
-        begun = (self.folder / INDEX_FILE).exists()
-        self._seen = SetHeader.read(self.folder).shards if begun else ()
-        self.header = self._resume(wanted) if begun else wanted
+        exists = (self.folder / INDEX_FILE).exists()
+        self._shards_on_disk = SetHeader.read(self.folder).shards if exists else ()
+        self.header = self._resume(wanted) if exists else wanted
         parts = [_open_shard(self.folder, shard) for shard in self.header.shards]
-        self._have = {int(index) for part in parts for index in _read_column(part, "index")}
-        self._waiting: dict[str, list[Any]] = {name: [] for name in self._columns()}
+        self._added = {int(index) for part in parts for index in _read_column(part, "index")}
+        self._buffer: dict[str, list[Any]] = {name: [] for name in self._columns()}
 
     @property
     def done(self) -> int:
-        """Rows in finished shards."""
+        """Number of rows in finished shards."""
         return self.header.rows
 
     def missing(self, total: int) -> list[int]:
-        """Which of the indices 0 to total - 1 are in no finished shard and not waiting for one."""
-        return [index for index in range(total) if index not in self._have]
+        """Return the indices below `total` that are neither in a finished shard nor in the buffer."""
+        return [index for index in range(total) if index not in self._added]
 
     def add(
         self,
@@ -169,7 +173,10 @@ class LatentSetWriter:
         seeds: Sequence[int],
         latents: Mapping[Scale, Tensor],
     ) -> None:
-        """Add samples: latents {scale: [N, C, (T,) H, W]} of every scale of the set, stored as float16."""
+        """Add samples with latents {scale: [N, C, (T,) H, W]} at every scale, to be stored as float16.
+
+        Raises DataError for duplicate indices, wrong shapes, and values that are not finite in float16.
+        """
         self._check(indices, captions, seeds)
         cells = {_column(scale): self._cells(latents, scale, len(indices)) for scale in self.header.scales}
         rows: dict[str, list[Any]] = {
@@ -179,21 +186,21 @@ class LatentSetWriter:
         }
         columns: dict[str, list[Any]] = {**rows, **cells}
         for name, values in columns.items():
-            self._waiting[name].extend(values)
-        self._have.update(columns["index"])
-        while len(self._waiting["index"]) >= self.shard_rows:
+            self._buffer[name].extend(values)
+        self._added.update(columns["index"])
+        while len(self._buffer["index"]) >= self.shard_rows:
             self._write_shard(self.shard_rows)
 
     def flush(self) -> None:
-        """Write the rows that wait for a full shard as a shard of their own."""
-        if self._waiting["index"]:
-            self._write_shard(len(self._waiting["index"]))
+        """Write the buffered rows as a shard, even if it is not full."""
+        if self._buffer["index"]:
+            self._write_shard(len(self._buffer["index"]))
 
     def finish(self) -> None:
-        """Write what waits and mark the set complete."""
+        """Write the buffered rows and mark the dataset complete."""
         self.flush()
         if not self.done:
-            raise DataError(f"The set {self.folder} would be empty; add samples before finishing it.")
+            raise DataError(f"The dataset {self.folder} would be empty; add samples before finishing it.")
         with FileLock(self.folder / LOCK_FILE):
             self._refuse_other_writers()
             self._commit(replace(self.header, complete=True))
@@ -202,48 +209,52 @@ class LatentSetWriter:
         return ["index", "caption", "seed", *map(_column, self.header.scales)]
 
     def _resume(self, wanted: SetHeader) -> SetHeader:
-        there = SetHeader.read(self.folder)
-        if fault := difference(there, wanted):
+        stored = SetHeader.read(self.folder)
+        if difference := describe_difference(stored, wanted):
             raise DataError(
-                f"The set {self.folder} was begun with other settings: {fault}. "
-                "Use the old settings to go on with it, or choose another folder."
+                f"The dataset {self.folder} was started with other settings: {difference}. "
+                "Use the same settings to resume it, or choose another folder."
             )
         kept = []
-        for shard in there.shards:
-            fault = shard.fault(self.folder)
-            if fault == "is missing":
+        for shard in stored.shards:
+            damage = shard.damage(self.folder)
+            if damage == "is missing":
                 warnings.warn(f"{shard.file} is missing: its {shard.rows} rows are made again.", stacklevel=3)
-            elif fault:
-                raise DataError(f"The shard {self.folder / shard.file} {fault}; {AGAIN}.")
+            elif damage:
+                raise DataError(f"The shard {self.folder / shard.file} {damage}; {REGENERATE}.")
             else:
                 kept.append(shard)
-        return replace(there, shards=tuple(kept), complete=there.complete and len(kept) == len(there.shards))
+        complete = stored.complete and len(kept) == len(stored.shards)
+        return replace(stored, shards=tuple(kept), complete=complete)
 
     def _check(self, indices: Sequence[int], captions: Sequence[str], seeds: Sequence[int]) -> None:
         if not len(indices) == len(captions) == len(seeds):
             raise DataError(
-                f"{len(indices)} indices, {len(captions)} captions, {len(seeds)} seeds: give as many."
+                f"{len(indices)} indices, {len(captions)} captions and {len(seeds)} seeds: the lengths must "
+                "match."
             )
-        again = [index for index in map(int, indices) if index in self._have]
-        if again or len(set(indices)) != len(indices):
-            raise DataError(f"Samples {again or list(indices)} would be there twice; add those in missing().")
+        duplicates = [index for index in map(int, indices) if index in self._added]
+        if duplicates or len(set(indices)) != len(indices):
+            raise DataError(
+                f"Samples {duplicates or list(indices)} would be stored twice; add only those in missing()."
+            )
 
     def _cells(self, latents: Mapping[Scale, Tensor], scale: Scale, count: int) -> list[bytes]:
-        """Check the latents of a scale and return each sample's bytes."""
+        """Check the latents [N, C, (T,) H, W] of a scale and return the bytes of each sample."""
         if scale not in latents:
-            raise DataError(f"The latents at {scale} are missing; give every scale of the set.")
+            raise DataError(f"The latents at {scale} are missing; give every scale of the dataset.")
         tensor = latents[scale].detach().to("cpu", torch.float16).contiguous()
         if tuple(tensor.shape) != (count, *self.header.shape(scale)):
             raise DataError(
                 f"Latents at {scale} have the shape {list(tensor.shape)} instead of "
                 f"{[count, *self.header.shape(scale)]}; check the scales and channels given to the writer."
             )
-        fine = torch.isfinite(tensor).flatten(1).all(dim=1)
-        if not fine.all():
+        finite = torch.isfinite(tensor).flatten(1).all(dim=1)
+        if not finite.all():
             raise DataError(
-                f"Latents at {scale} of {int((~fine).sum())} of {count} samples hold NaN, infinity or values "
-                f"beyond float16, which would spoil the set {self.folder}; make them in a wider dtype "
-                f"(model.dtype bfloat16 or float32), or fetch {self.header.base} again."
+                f"The latents at {scale} of {int((~finite).sum())} of {count} samples have NaN, infinity or "
+                f"values beyond float16 and cannot be stored in {self.folder}; generate them in a wider "
+                f"dtype (model.dtype bfloat16 or float32), or download {self.header.base} again."
             )
         return [row.tobytes() for row in tensor.numpy()]
 
@@ -251,39 +262,39 @@ class LatentSetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / LOCK_FILE):
             self._refuse_other_writers()
-            self._write_shard_alone(rows)
-        self._waiting = {column: values[rows:] for column, values in self._waiting.items()}
+            self._write_shard_locked(rows)
+        self._buffer = {column: values[rows:] for column, values in self._buffer.items()}
 
-    def _write_shard_alone(self, rows: int) -> None:
+    def _write_shard_locked(self, rows: int) -> None:
         taken = {shard.file for shard in self.header.shards}
         name = next(n for n in map("shard-{:05d}.arrow".format, range(len(taken) + 1)) if n not in taken)
-        table = pa.table({c: pa.array(v[:rows], _arrow_type(c)) for c, v in self._waiting.items()})
+        table = pa.table({c: pa.array(v[:rows], _arrow_type(c)) for c, v in self._buffer.items()})
         safe = f"The {self.done} rows in finished shards are safe"
-        with disk_full_explained(self.folder, table.nbytes, safe):
+        with explain_disk_full(self.folder, table.nbytes, safe):
             write_atomically(self.folder / name, lambda path: _write_arrow(path, table))
             shards = (*self.header.shards, Shard.of(self.folder / name, rows))
             ordered = tuple(sorted(shards, key=lambda shard: shard.file))
             self._commit(replace(self.header, shards=ordered, complete=False))
 
     def _refuse_other_writers(self) -> None:
-        """Raise DataError if the set on the disk is not as this writer left or found it."""
+        """Raise DataError if the dataset on disk was changed since this writer opened or wrote it."""
         index = self.folder / INDEX_FILE
-        there = SetHeader.read(self.folder).shards if index.exists() else ()
-        if there != self._seen:
+        on_disk = SetHeader.read(self.folder).shards if index.exists() else ()
+        if on_disk != self._shards_on_disk:
             raise DataError(
-                f"Another process is writing the set {self.folder} too. Stop all but one of them; run again, "
-                "the command goes on from the finished shards."
+                f"Another process is writing the dataset {self.folder} too. Stop all but one process, then "
+                "run the command again to resume after the finished shards."
             )
         delete_leftovers(self.folder)
 
     def _commit(self, header: SetHeader) -> None:
-        """Make a header true on the disk, then here."""
+        """Write a header to disk, then use it in this writer."""
         header.write(self.folder)
-        self.header, self._seen = header, header.shards
+        self.header, self._shards_on_disk = header, header.shards
 
 
 def sets_fingerprint(sets: Iterable[LatentSet]) -> str:
-    """What several sets hold (the buckets of an image folder), in their order; of one set, its own."""
+    """Return one fingerprint of several datasets (the buckets of an image folder) or of a single one."""
     keys = [data.fingerprint for data in sets]
     return keys[0] if len(keys) == 1 else hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16]
 
@@ -293,23 +304,23 @@ def _column(scale: Scale) -> str:
 
 
 def _arrow_type(column: str) -> Any:
-    # Large binary has 64-bit offsets: 256 video latents can exceed the 2 GB of the plain kind.
+    # Large binary has 64-bit offsets: 256 video latents can exceed the 2 GB limit of plain binary.
     return {"index": pa.int64(), "seed": pa.int64(), "caption": pa.string()}.get(column, pa.large_binary())
 
 
 def _refuse_non_finite(folder: Path, shard: Shard, scales: Sequence[Scale]) -> None:
-    """Raise DataError for a shard with latents that are NaN or infinite."""
+    """Raise DataError if the latents of a shard have NaN or infinity."""
     rows = _open_shard(folder, shard).with_format("arrow")
     for scale in scales:
         column = rows.select_columns(_column(scale))
         for start in range(0, len(column), 64):
             for cell in column[start : start + 64].column(0):
-                # A float16 whose five bits of exponent are all set is none; on the bits, since numpy has no
-                # quick test of halves.
+                # In float16, NaN and infinity have all five exponent bits set. The bits are tested because
+                # numpy's isfinite is slow for float16.
                 if (np.frombuffer(cell.as_buffer(), np.uint16) & 0x7C00 == 0x7C00).any():
                     raise DataError(
-                        f"The shard {folder / shard.file} holds NaN or infinity in its latents at {scale}, "
-                        f"with which nothing can be trained; {AGAIN}."
+                        f"The shard {folder / shard.file} has NaN or infinity in its latents at {scale} and "
+                        f"cannot be used for training; {REGENERATE}."
                     )
 
 
@@ -322,13 +333,13 @@ def _open_shard(folder: Path, shard: Shard) -> Any:
     try:
         rows = datasets.Dataset.from_file(str(folder / shard.file))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"The shard {folder / shard.file} cannot be read ({error}); {AGAIN}.") from error
+        raise DataError(f"The shard {folder / shard.file} cannot be read ({error}); {REGENERATE}.") from error
     if len(rows) != shard.rows:
-        fault = f"has {len(rows)} rows instead of {shard.rows}"
-        raise DataError(f"The shard {folder / shard.file} {fault}; {AGAIN}.")
+        damage = f"has {len(rows)} rows instead of {shard.rows}"
+        raise DataError(f"The shard {folder / shard.file} {damage}; {REGENERATE}.")
     return rows
 
 
 def _read_column(rows: Any, name: str) -> Any:
-    """A whole column of numbers, as a numpy array."""
+    """Read a whole column of numbers as a numpy array [N]."""
     return rows.with_format("arrow").select_columns(name)[:].column(0).to_numpy()

@@ -1,4 +1,4 @@
-"""What the data formats here are made of: files that appear whole, and an index with their checksums."""
+"""Building blocks of the data formats: atomically written files, and their checksums for an index."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from scalewise.common.checkpoint import describe_damage, is_disk_full, sha256, w
 
 
 class DataError(ValueError):
-    """Data that cannot be read or written as asked; the message names the file and says what to do."""
+    """Data that cannot be read or written; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished file of a set: its name, rows, size in bytes and SHA-256."""
+    """One finished file of a dataset: name, number of rows, size in bytes and SHA-256."""
 
     file: str
     rows: int
@@ -31,11 +31,11 @@ class Shard:
 
     @classmethod
     def of(cls, path: Path, rows: int) -> Shard:
-        """Describe a file that has just been written."""
+        """Create the entry of a file that was just written."""
         return cls(path.name, rows, path.stat().st_size, sha256(path))
 
-    def fault(self, folder: Path, *, content: bool = True) -> str:
-        """Say what is wrong with the file, or nothing; content=False skips the checksum."""
+    def damage(self, folder: Path, *, content: bool = True) -> str:
+        """Describe how the file is damaged, "" if it is not; content=False skips the checksum."""
         return describe_damage(folder / self.file, size=self.bytes, checksum=self.sha256 if content else None)
 
     def to_json(self) -> dict[str, Any]:
@@ -44,17 +44,17 @@ class Shard:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Make or change a cache, a folder or a file, while no other process does: it waits for one that does.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Lock a folder or file that several processes may create or change; waits while another holds the lock.
 
-    The lock is a file beside it, `<name>.lock`, which the system lets go of when its process dies.
+    The lock file is `<name>.lock` in the parent folder. The operating system releases it if the process dies.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        warnings.warn(f"Another process is making {folder}; waiting until it is done.", stacklevel=4)
+        warnings.warn(f"Another process is writing {folder}; waiting for it.", stacklevel=4)
         lock.acquire()
     try:
         yield
@@ -63,8 +63,8 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def disk_full_explained(folder: Path, needed: int, safe: str) -> Iterator[None]:
-    """Turn "no space left" into a DataError that says how much is missing and what is `safe`."""
+def explain_disk_full(folder: Path, needed: int, safe: str) -> Iterator[None]:
+    """Convert errors of a full disk into a DataError that names the bytes needed and what is `safe`."""
     try:
         yield
     except Exception as error:
@@ -73,20 +73,22 @@ def disk_full_explained(folder: Path, needed: int, safe: str) -> Iterator[None]:
         free = shutil.disk_usage(folder).free
         raise DataError(
             f"The disk is full: writing to {folder} needs {needed:,} bytes and {free:,} are free. {safe}; "
-            "free space and run the same command again: it goes on from there."
+            "free space and run the same command again to resume."
         ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    with disk_full_explained(path.parent, len(text), "What was finished before is safe"):
+    with explain_disk_full(path.parent, len(text), "Files finished before are safe"):
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; DataError when it is none."""
+    """Read a JSON file; raises DataError if it is not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is no JSON ({error}); delete {path.parent} and make it anew.") from error
+        raise DataError(
+            f"{path} is not valid JSON ({error}); delete and regenerate {path.parent}."
+        ) from error

@@ -21,7 +21,7 @@ from scalewise.common.images import middle_frames, to_bytes
 from scalewise.common.progress import Progress, silent
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.image_folder import ImageEntry, load_pixels, scan_images
-from scalewise.data.shards import alone
+from scalewise.data.shards import exclusive
 from scalewise.evaluation.samplers import Prompts
 from scalewise.metrics import EXTRAS, METRICS, ClipScorer, Seen
 from scalewise.metrics.base import Examiner, Gaussian
@@ -177,7 +177,7 @@ def _real(
     stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
     key = hashlib.sha256(repr((extra.name, extra.protocol, stamp(source), stamps)).encode()).hexdigest()[:16]
     path = setup.cache_folder() / "statistics" / f"{extra.name}-{key}.safetensors"
-    with alone(path):
+    with exclusive(path):
         if not path.exists():
             features = _features(
                 entries,

@@ -13,7 +13,7 @@ import numpy as np
 from scalewise.common.errors import first_line
 from scalewise.common.images import read_image
 from scalewise.common.paths import normalize_unicode
-from scalewise.data.files import READABLE
+from scalewise.data.files import IMAGE_SUFFIXES
 from scalewise.data.image_folder import scan_images
 
 DRAWN_FOR = "prompts.json"
@@ -74,7 +74,7 @@ def _by_number(folder: Path, count: int) -> list[Path]:
     """Paths of 0 .. count - 1, or nothing if one is missing; any readable format, its suffix in any case."""
     numbered: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in READABLE or (number := number_of(path)) < 0:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or (number := number_of(path)) < 0:
             continue
         if number in numbered:
             raise ContenderError(
@@ -132,6 +132,6 @@ def _geneval_layout(folder: Path) -> dict[str, list[Path]]:
             raise ContenderError(
                 f'{told} does not hold GenEval\'s {{"prompt": ...}} ({first_line(error)}); write it again.'
             ) from error
-        images = (p for p in samples.iterdir() if p.suffix.lower() in READABLE and number_of(p) >= 0)
+        images = (p for p in samples.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and number_of(p) >= 0)
         found.setdefault(normalize_unicode(prompt), []).extend(sorted(images, key=number_of))
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scalewise.config.recipe import ModelRecipe, Recipe
-from scalewise.data.synthetic import latents_of_all_scales
+from scalewise.data.synthetic import encode_all_scales
 from scalewise.method.adapter import Condition
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.models.quantization import BYTES, layers
@@ -113,7 +113,7 @@ def drawing_of(recipe: Recipe, model: PipelineAdapter, *, vae: Any, encoders: Se
     runs: dict[Run, Any] = {
         "guided": partial(_predict_x0, model, x_t, pair=takes_two(recipe, model)),
         "student": partial(_predict_x0, model, x_t, pair=False),
-        "vae": partial(latents_of_all_scales, model, x_t, scales),
+        "vae": partial(encode_all_scales, model, x_t, scales),
     }
     counted = {name: measure(run, [model.denoiser, vae]) for name, run in runs.items()}
     read = [measure(partial(_encode, encoder, model), [encoder]) for encoder in encoders]

@@ -10,7 +10,7 @@ from typing import Any
 from scalewise.common import markdown
 from scalewise.common.checkpoint import write_atomically
 from scalewise.common.results import write_json, write_text
-from scalewise.data.shards import alone
+from scalewise.data.shards import exclusive
 from scalewise.metrics import METRICS, Interval
 from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
@@ -34,7 +34,7 @@ COLOUR = "#2b6cb0"
 def write_page(outcome: Outcome, folder: Path) -> Path:
     """Write <study>.json, .md and .png into a folder, by one process at a time; return the page."""
     name = outcome.study.name
-    with alone(folder / "locks" / name):
+    with exclusive(folder / "locks" / name):
         write_json(folder / f"{name}.json", outcome)
         write_atomically(folder / f"{name}.png", partial(plot, outcome))
         write_text(folder / f"{name}.md", page(outcome))

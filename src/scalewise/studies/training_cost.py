@@ -12,7 +12,7 @@ from scalewise.common.checkpoint import write_atomically
 from scalewise.common.progress import Progress
 from scalewise.common.results import write_json, write_text
 from scalewise.config.presets import find_recipe
-from scalewise.data.shards import alone
+from scalewise.data.shards import exclusive
 from scalewise.evaluation.training_cost import GB, TrainingCost, measure_training
 from scalewise.metrics import Interval
 from scalewise.metrics.intervals import FEWEST_ROUNDS
@@ -64,7 +64,7 @@ def run_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict
     cost = measure_training(find_recipe("mini"), rounds=rounds, progress=progress)
     verdicts = {claim.text: claim.verdict(cost.ratios[claim.ratio], rounds) for claim in CLAIMS}
     found: dict[str, Any] = {"study": NAME, "source": SOURCE, **vars(cost), "verdicts": verdicts}
-    with alone(out / "locks" / NAME):
+    with exclusive(out / "locks" / NAME):
         write_json(out / f"{NAME}.json", found)
         write_atomically(out / f"{NAME}.png", partial(plot, cost))
         write_text(out / f"{NAME}.md", page(cost, verdicts, rounds))

@@ -1,1 +1,1 @@
-"""From a recipe to a trained student."""
+"""Training: from a recipe to a student."""

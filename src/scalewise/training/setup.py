@@ -1,4 +1,4 @@
-"""From a recipe to what runs it: model, data, prompts, backbone, trainer, each loaded while it is needed."""
+"""Building of a recipe's model, data, prompt embeddings, backbone and trainer, each loaded when needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet, PromptCache, encode_folder
 from scalewise.data.batches import Batches
 from scalewise.data.image_folder import list_files
-from scalewise.data.synthetic import contents_of
+from scalewise.data.synthetic import teacher_fingerprints
 from scalewise.method.backbone import Backbone
 from scalewise.method.scales import Scale
 from scalewise.models import ALL_PARTS, Part, PipelineAdapter, family_of, load_model
@@ -30,14 +30,14 @@ from scalewise.training.trainer import Trainer
 
 
 def cache_folder() -> Path:
-    """Where prompt embeddings and encoded image folders are kept: $SCALEWISE_CACHE or ~/.cache/scalewise."""
+    """Return the cache of prompt embeddings and encoded images: $SCALEWISE_CACHE or ~/.cache/scalewise."""
     return Path(expand_home(os.environ.get("SCALEWISE_CACHE", "~/.cache/scalewise")))
 
 
 def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> PipelineAdapter:
-    """Load parts of the recipe's teacher onto this process's device, in its bits and offloaded as it says.
+    """Load parts of the recipe's teacher onto this process's device, quantized and offloaded by the recipe.
 
-    `training` keeps the denoiser on the device: it runs forward and backward there in every update.
+    With training=True the denoiser stays on the device, because every update runs it forward and backward.
     """
     base, wanted = recipe.model.folder, tuple(parts)
     model = load_model(
@@ -53,30 +53,31 @@ def load(recipe: Recipe, parts: Iterable[Part], *, training: bool = False) -> Pi
         model.set_guidance(recipe.model.embedded_guidance)
     if "denoiser" in wanted:
         quantize(model, recipe.model.quantize, distributed.device())
-    few = "denoiser" in wanted and recipe.model.quantize != "none"
-    if not training and offload(model, recipe.model.offload, distributed.device(), denoiser_stays=few):
+    quantized = "denoiser" in wanted and recipe.model.quantize != "none"
+    if not training and offload(model, recipe.model.offload, distributed.device(), denoiser_stays=quantized):
         return model
     if "text" in wanted and recipe.model.offload_text:
         model.offload_text(distributed.device())
     return model.to(distributed.device())
 
 
-def check(recipe: Recipe, model: PipelineAdapter) -> None:
-    """Refuse a recipe that does not fit the model: scales, feature block."""
+def check_recipe(recipe: Recipe, model: PipelineAdapter) -> None:
+    """Raise an error if the recipe's schedule or feature block does not fit the model."""
     schedule = recipe.schedule.build()
     model.check_schedule(schedule)
     if schedule[0].t < 1000:
         warnings.warn(
-            f"The schedule begins at t = {schedule[0].t:g}, but sampling starts from pure noise, t = 1000; "
-            "begin with that.",
+            f"The schedule begins at t = {schedule[0].t:g}, but sampling starts from pure noise at t = 1000; "
+            "use t = 1000 for the first step.",
             stacklevel=2,
         )
     model.block(recipe.loss.feature_block)
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """Key of everything that decides a prompt's embedding: what the base's text files hold, wherever they
-    lie, family, type and sequence length; "" for a base of the hub that is not downloaded.
+def prompt_fingerprint(recipe: Recipe) -> str:
+    """Return the key of all that changes prompt embeddings; "" for a hub id that is not downloaded.
+
+    It covers the contents of text encoders and tokenizers, the model family, dtype and sequence length.
     """
     base = recipe.model.folder
     files = part_fingerprint(base, "text_encoder", "tokenizer", variant=recipe.model.variant)
@@ -85,33 +86,33 @@ def fingerprint(recipe: Recipe) -> str:
     family = family_of(base, recipe.model.family)
     parts = [files, family.family, recipe.model.dtype, str(recipe.model.max_sequence_length)]
     if family.optional_texts:
-        there = family.components(base)
-        parts += [f"no {name}" for name in family.optional_texts if name not in there]
+        components = family.components(base)
+        parts += [f"no {name}" for name in family.optional_texts if name not in components]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def vae_key(recipe: Recipe) -> str:
-    """Key of the autoencoder by what its files hold, wherever they lie, and its type; load it first."""
-    return f"{contents_of(recipe)['vae']} {recipe.model.dtype}"
+    """Return the key of the VAE by the contents of its files and its dtype; the VAE must be downloaded."""
+    return f"{teacher_fingerprints(recipe)['vae']} {recipe.model.dtype}"
 
 
 @dataclass
 class Data:
-    """What training reads: latents and prompt embeddings; VAE and text encoders are not needed any more."""
+    """The inputs of training, latents and prompt embeddings, which replace the VAE and text encoders."""
 
     sets: list[LatentSet]
     prompts: PromptCache
 
 
 def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[str] = ()) -> Data:
-    """Open or make the latent sets, and embed every caption once."""
+    """Open the latent dataset, or encode the image folder, and embed every caption once."""
     path = recipe.data.folder
     if (path / "set.json").exists() or not path.is_dir():
         sets = [LatentSet.open(path)]
-        if not sets[0].header.is_made_by(recipe.model.base, contents_of(recipe)):
+        if not sets[0].header.was_made_by(recipe.model.base, teacher_fingerprints(recipe)):
             warnings.warn(
-                f"The set {path} was made by {sets[0].header.base}, but the teacher to distil is "
-                f"{recipe.model.base}; its own samples are what the method asks for (`scalewise generate`).",
+                f"The dataset {path} was generated by {sets[0].header.base}, but the teacher to distill is "
+                f"{recipe.model.base}; the method uses the teacher's own samples (`scalewise generate`).",
                 stacklevel=2,
             )
         check_scales(recipe, sets[0])
@@ -123,16 +124,16 @@ def prepare_data(recipe: Recipe, progress: Progress, *, extra_prompts: Iterable[
 
 
 def check_scales(recipe: Recipe, data: LatentSet) -> None:
-    """Refuse a set without the recipe's scales, before anything is computed for it."""
+    """Raise DataError if the dataset does not have the recipe's scales, before any work is done."""
     schedule = recipe.schedule.build()
     data.require([schedule.full] if recipe.data.downscale == "latent" else schedule.scales)
 
 
 def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> PromptCache:
-    """Embeddings of captions, made once per text encoders and kept."""
-    if not fingerprint(recipe):
-        load(recipe, ["text"])  # a first use: downloads what the key is made of
-    key = fingerprint(recipe)
+    """Open the cached embeddings of captions, after encoding the missing ones."""
+    if not prompt_fingerprint(recipe):
+        load(recipe, ["text"])  # downloads the files that the key is computed from
+    key = prompt_fingerprint(recipe)
     folder = cache_folder() / "prompts" / key
     cache = PromptCache.open(folder, fingerprint=key)
     missing = cache.missing(captions)
@@ -144,30 +145,31 @@ def prompt_cache(recipe: Recipe, captions: list[str], progress: Progress) -> Pro
             captions,
             folder,
             fingerprint=key,
-            done=done,
+            on_progress=done,
         )
 
 
 def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[LatentSet]:
-    """Latents of an image folder at every scale of the recipe's schedule, made once and kept."""
+    """Open the cached latents of an image folder at the schedule's scales, after encoding missing ones."""
     schedule = recipe.schedule.build()
     model = load(recipe, ["vae"])
     if model.video:
         raise RecipeError(
-            f"{folder} is a folder of pictures, but {recipe.model.base} makes videos; train it on a "
-            "synthetic set (`scalewise generate`)."
+            f"{folder} is a folder of images, but {recipe.model.base} generates videos; train it on a "
+            "synthetic dataset (`scalewise generate`)."
         )
 
     def scales_for(full: Scale) -> list[Scale]:
         return sorted(set(schedule.for_size(full, model.patch).scales))
 
     key = vae_key(recipe)
-    least = recipe.train.batch * distributed.world()
-    # One cache for each way to encode a folder, so that two runs which differ in it do not undo each other's.
-    ways = [folder.resolve(), schedule, recipe.data.shape, recipe.data.caption_from_name, key]
+    min_images = recipe.train.batch * distributed.world()
+    # A cache for every combination of settings, so that runs with different settings do not replace each
+    # other's latents.
+    settings = [folder.resolve(), schedule, recipe.data.shape, recipe.data.caption_from_name, key]
     if recipe.data.shape == "buckets":
-        ways.append(least)
-    name = hashlib.sha256(" ".join(map(str, ways)).encode()).hexdigest()[:16]
+        settings.append(min_images)
+    name = hashlib.sha256(" ".join(map(str, settings)).encode()).hexdigest()[:16]
     with progress("encoding images", len(list_files(folder).images)) as done:
         return encode_folder(
             model,
@@ -177,15 +179,15 @@ def _encode_images(recipe: Recipe, folder: Path, progress: Progress) -> list[Lat
             full=schedule.full,
             vae_key=key,
             mode=recipe.data.shape,
-            least=least,
+            min_images=min_images,
             caption_from_name=recipe.data.caption_from_name,
-            done=done,
-            say=console.print_note,
+            on_progress=done,
+            on_note=console.print_note,
         )
 
 
 def build_backbone(recipe: Recipe, model: PipelineAdapter) -> Backbone:
-    """The frozen base with the roles that the recipe's loss trains."""
+    """Build the frozen base with the LoRA roles that the recipe's loss trains."""
     roles = ["student", "fake"] if recipe.loss.needs_fake else ["student"]
     return Backbone(
         model,
@@ -199,32 +201,32 @@ def build_backbone(recipe: Recipe, model: PipelineAdapter) -> Backbone:
 
 
 def training_backbone(recipe: Recipe, data: Data) -> Backbone:
-    """The frozen base with its roles, checked against the recipe and the data."""
+    """Load the denoiser and build the backbone, checked against the recipe and the data."""
     if recipe.model.dtype == "float16":
         raise RecipeError(
-            "model.dtype=float16 is for sampling: in training, gradients below 6e-8 would be lost in it. Set "
-            "model.dtype=bfloat16, or float32 on a device without it."
+            "model.dtype=float16 is only for sampling: gradients below 6e-8 would become 0 in training. Set "
+            "model.dtype=bfloat16, or float32 on a device without bfloat16."
         )
     model = load(recipe, ["denoiser"], training=True)
-    check(recipe, model)
-    for one in data.sets:
-        if one.header.channels != model.channels:
+    check_recipe(recipe, model)
+    for dataset in data.sets:
+        if dataset.header.channels != model.channels:
             raise RecipeError(
-                f"The set {recipe.data.path} holds latents of {one.header.channels} channels (of "
-                f"{one.header.base}), but {recipe.model.base} has {model.channels}; make one with `scalewise "
-                "generate`."
+                f"The dataset {recipe.data.path} has latents of {dataset.header.channels} channels (made by "
+                f"{dataset.header.base}), but {recipe.model.base} has {model.channels}; make a dataset for "
+                "it with `scalewise generate`."
             )
     return build_backbone(recipe, model)
 
 
 def build_trainer(recipe: Recipe, data: Data, out: Path) -> Trainer:
-    """Everything that `Trainer.fit` needs; holds the denoiser only."""
+    """Build the trainer; of the model only the denoiser is in memory."""
     backbone = training_backbone(recipe, data)
     return Trainer(recipe, backbone, batches_for(recipe, data, backbone), out)
 
 
 def batches_for(recipe: Recipe, data: Data, backbone: Backbone) -> Batches:
-    """What this process's updates see."""
+    """Build the training batches of this process."""
     return Batches(
         data.sets,
         recipe.schedule.build(),
@@ -242,17 +244,17 @@ def batches_for(recipe: Recipe, data: Data, backbone: Backbone) -> Batches:
 
 
 def teacher(recipe: Recipe) -> PipelineAdapter:
-    """The whole teacher, to generate with."""
+    """Load the whole teacher for generating a dataset."""
     return load(recipe, ALL_PARTS)
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """What a run would build, without data: tokens, trainable parameters, memory held."""
+    """Build a run without data; returns its tokens, trainable parameters and memory."""
     model = load(recipe, ["denoiser"], training=True)
-    check(recipe, model)
+    check_recipe(recipe, model)
     backbone = build_backbone(recipe, model)
     schedule = recipe.schedule.build()
-    held = sum(p.numel() * p.element_size() for p in model.denoiser.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.denoiser.parameters())
     trainable = {r: sum(p.numel() for p in backbone.parameters(r).values()) for r in backbone.roles.names}
     return {
         "steps": [(step.t, str(step.scale), model.token_count(step.scale)) for step in schedule],
@@ -260,6 +262,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "full_tokens": schedule.at_full_scale().tokens(model.patch),
         "base_parameters": sum(p.numel() for n, p in model.denoiser.named_parameters() if "lora_" not in n),
         "trainable": trainable,
-        # gradient and two AdamW moments, in float32
-        "megabytes": {"weights": held / 1e6, "gradients and optimizer": sum(trainable.values()) * 12 / 1e6},
+        # a gradient and two AdamW moments per trainable parameter, in float32
+        "megabytes": {
+            "weights": weights / 1e6,
+            "gradients and optimizer": sum(trainable.values()) * 12 / 1e6,
+        },
     }

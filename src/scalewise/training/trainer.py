@@ -1,7 +1,7 @@
-"""The training loop: updates of the fake model, one of the student, and what a resumed run needs.
+"""The training loop: updates of the fake model, one update of the student, checkpoints.
 
-All randomness is derived from (seed, purpose, position), so the whole state of a run is: the roles' weights,
-the head, both optimizers, the average, and one counter.
+All randomness is derived from (seed, purpose, position), so a checkpoint has only the roles' weights, the
+discriminator head, both optimizers, the average and one counter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scalewise.training.origin import Origin, check_resume
 
 
 def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
-    """Build the discriminator head if the loss has a GAN term; its weights depend on the seed alone."""
+    """Build the discriminator head, from the seed alone, or return None if the loss has no GAN term."""
     if not recipe.loss.needs_head:
         return None
     with torch.random.fork_rng(devices=[]):
@@ -40,41 +40,44 @@ def build_head(backbone: Backbone, recipe: Recipe) -> DiscriminatorHead | None:
 
 
 def load_head(head: DiscriminatorHead, state: dict[str, Tensor], path: str) -> None:
-    """Load a checkpoint's head; CheckpointError if its layers have other widths."""
+    """Load a checkpoint's head: weights [D_out, D_in] and biases [D_out] by name.
+
+    Raises CheckpointError if the layers have other widths.
+    """
     own = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in state.items()}
-    if own != there:
-        widths, found = ([shape[0] for shape in shapes.values()][2::4] for shapes in (own, there))
+    stored = {name: tuple(value.shape) for name, value in state.items()}
+    if own != stored:
+        widths, found = ([shape[0] for shape in shapes.values()][2::4] for shapes in (own, stored))
         raise checkpoint.CheckpointError(
             f"The discriminator head in {path} has the widths {found}, not {widths}: it is from a version "
-            "that rounded them otherwise. Finish that run with the version that began it, or start a new one."
+            "that rounds them differently. Finish the run with that version, or start a new one."
         )
     head.load_state_dict(state)
 
 
 class RoleOptimizer:
-    """AdamW over the parameters of one trained role, collected by role name."""
+    """AdamW for the parameters of one trained role."""
 
     def __init__(
         self, role: str, parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, *, lr: float
     ) -> None:
         self.role, self.parameters = role, list(parameters)
         self.lr, self.clip, self.warmup = lr, recipe.clip, recipe.warmup
-        self.rate = lr
-        """Learning rate of the last update: the warm-up rises to `lr`."""
+        self.current_lr = lr
+        """Learning rate of the last update; it rises to `lr` during warm-up."""
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
 
     def apply(self, iteration: int) -> float:
-        """Average gradients over processes, clip and step; returns the norm before clipping."""
+        """Average gradients over processes, clip them and step; returns the gradient norm before clipping."""
         distributed.mean_gradients(self.parameters)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         if not math.isfinite(norm):
             raise LossError("gradient norm", norm)
-        self.rate = self.lr * min(1.0, (iteration + 1) / max(1, self.warmup))
+        self.current_lr = self.lr * min(1.0, (iteration + 1) / max(1, self.warmup))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = self.current_lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -89,7 +92,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
-        """Move towards the live weights; the decay rises over the first iterations."""
+        """Move towards the current weights; the decay rises over the first iterations."""
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
         for name, value in self.live.items():
             self.shadow[name].lerp_(value, 1 - decay)
@@ -97,7 +100,7 @@ class Average:
 
 @dataclass
 class Trainer:
-    """Trains the student of a recipe; `fit()` yields one row of numbers per iteration."""
+    """Trains the student of a recipe; `fit()` yields one log row per iteration."""
 
     recipe: Recipe
     backbone: Backbone
@@ -105,7 +108,7 @@ class Trainer:
     folder: Path
     iteration: int = 0
     origin: Origin | None = None
-    """What it trains on, kept in every checkpoint."""
+    """Fingerprints of dataset and base, stored in every checkpoint."""
     _stop: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -129,14 +132,16 @@ class Trainer:
 
     @property
     def updates(self) -> int:
-        """Optimizer updates in an iteration: those of the fake model and one of the student."""
+        """Optimizer updates per iteration: those of the fake model and one of the student."""
         return (self.recipe.loss.fake.updates if self.fake else 0) + 1
 
     def fit(self, log: Callable[[Numbers], None] = lambda row: None) -> Iterator[Numbers]:
-        """Train to the recipe's number of iterations, saving at the interval, on a signal and at the end.
+        """Train for the recipe's number of iterations; save periodically, on a signal and at the end.
 
-        Each row is logged, then the checkpoint (if due) is written, and only then is the row yielded:
-        whatever the caller does with it, such as drawing samples, cannot cost a checkpoint.
+        Each row is logged and the checkpoint, if due, is written before the row is yielded, so an error in
+        the caller's loop, for example while sampling, cannot lose a checkpoint.
+
+        Raises TrainingInterrupted after a signal, TrainingStopped if a loss or gradient is not finite.
         """
         train = self.recipe.train
         with self._signals():
@@ -145,12 +150,12 @@ class Trainer:
                 try:
                     row = self.iterate()
                 except LossError as error:
-                    raise TrainingStopped(self._explain(error)) from error
+                    raise TrainingStopped(self._describe_failure(error)) from error
                 self.iteration += 1
                 row = {"iteration": self.iteration, **row, "seconds": time.perf_counter() - started}
                 log(row)
-                # A signal that comes later gets an iteration of its own.
-                stop, step = self._asked_to_stop(), self.iteration
+                # Read once: a signal that arrives after this stops the run after the next iteration.
+                stop, step = self._stop_requested(), self.iteration
                 if stop or step % train.checkpoint_every == 0 or step == train.iterations:
                     self.save()
                 yield row
@@ -158,7 +163,7 @@ class Trainer:
                     raise TrainingInterrupted(stop, step)
 
     def iterate(self) -> Numbers:
-        """Update the fake model `loss.fake.updates` times, each on fresh batches, then the student once."""
+        """Update the fake model `loss.fake.updates` times, each on new batches, then the student once."""
         row = Numbers()
         if self.fake:
             for k in range(self.updates - 1):
@@ -169,30 +174,30 @@ class Trainer:
         return row
 
     def _update(self, role: RoleOptimizer, gradients: Callable[..., Numbers], k: int) -> Numbers:
-        """Make update number k of this iteration: mean gradient of `train.accumulate` batches, clip, step.
+        """Perform update k of this iteration: mean gradient of `train.accumulate` batches, clip, step.
 
         All updates of an iteration train the same step of the schedule, as in the released trainer. A loss
-        that is not finite in one process stops all, which would otherwise wait for its gradients.
+        that is not finite in one process stops all of them, because the others would wait for its gradients.
         """
-        pieces, update = self.recipe.train.accumulate, self.iteration * self.updates + k
+        accumulate, update = self.recipe.train.accumulate, self.iteration * self.updates + k
         index = self.batches.index_at(self.iteration)
         means, error = Numbers(), None
         try:
-            for position in range(update * pieces, (update + 1) * pieces):
+            for position in range(update * accumulate, (update + 1) * accumulate):
                 batch = self.batches.at(position, index, update=update)
-                numbers = gradients(batch, self.batches.noise(position), share=1 / pieces)
+                numbers = gradients(batch, self.batches.noise(position), share=1 / accumulate)
                 for key, value in numbers.items():
-                    means[key] = means.get(key, 0.0) + value / pieces
+                    means[key] = means.get(key, 0.0) + value / accumulate
         except LossError as found:
             error = found
         if distributed.any_of(error is not None):
             raise error or LossError("a term of another process", math.nan)
         norm = role.apply(self.iteration)
         means = distributed.mean_scalars(means | {"step": index})
-        return means | {f"{role.role}/gradient_norm": norm, f"{role.role}/lr": role.rate}
+        return means | {f"{role.role}/gradient_norm": norm, f"{role.role}/lr": role.current_lr}
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Return all state needed to resume."""
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "student": self.backbone.roles.state("student"),
@@ -210,7 +215,7 @@ class Trainer:
         return state
 
     def save(self) -> Path:
-        """Write a checkpoint (first process only) and drop the oldest ones."""
+        """Write a checkpoint and delete the oldest ones, both in the first process only."""
         path = self.checkpoints / f"step-{self.iteration:06d}"
         if distributed.is_main():
             meta: dict[str, Any] = {
@@ -225,7 +230,11 @@ class Trainer:
         return path
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint; one of another recipe, dataset or base is refused (see `check_resume`)."""
+        """Resume from a checkpoint.
+
+        Raises CheckpointError if it is damaged, has NaN or infinity, or is from another recipe, dataset or
+        base (see `check_resume`).
+        """
         state, meta = checkpoint.load(path)
         check_resume(path, meta, self.recipe, self.origin)
         if broken := non_finite(state):
@@ -246,40 +255,46 @@ class Trainer:
         self.iteration = state["iteration"]
 
     def student_weights(self) -> dict[str, Tensor]:
-        """The weights to ship: the average if there is one, else the live ones."""
+        """Return the weights to save as the student: the average if there is one, else the current ones.
+
+        They are LoRA matrices by name, of the shapes [rank, D_in] and [D_out, rank].
+        """
         return dict(self.average.shadow) if self.average else self.backbone.roles.state("student")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and SIGHUP end the run after the current iteration, with a checkpoint."""
+        """Let SIGINT, SIGTERM and SIGHUP stop training after the current iteration, with a checkpoint."""
 
-        def ask(number: int, _frame: Any) -> None:
-            if self._stop:  # asked a second time: at once
+        def request_stop(number: int, _frame: Any) -> None:
+            if self._stop:  # the second signal stops immediately
                 raise KeyboardInterrupt
             self._stop = signal.Signals(number).name
 
-        with handle_signals(ask):
+        with handle_signals(request_stop):
             yield
 
-    def _asked_to_stop(self) -> str:
-        """The signal that reached any of the processes, or "": all stop after the same iteration."""
+    def _stop_requested(self) -> str:
+        """Return the signal that any process received, or "", so that all stop after the same iteration."""
         votes = distributed.mean_scalars({name: float(self._stop == name) for name in STOP_SIGNALS})
         return next((name for name, vote in votes.items() if vote), "")
 
-    def _explain(self, error: LossError) -> str:
-        """Say what broke, and from which checkpoint to go on: not from the very weights that led here."""
+    def _describe_failure(self, error: LossError) -> str:
+        """Describe a non-finite loss and the checkpoint to resume from.
+
+        A checkpoint of the iteration just before is renamed, because its weights lead to the same failure.
+        """
         last = checkpoint.latest(self.checkpoints)
-        aside = ""
+        renamed = ""
         if last and last.name == f"step-{self.iteration:06d}":
             broken = last.with_name(f"nan-{last.name}")
             if distributed.is_main():
                 last.rename(broken)
-            aside = f"the weights before it led there, so their checkpoint is now called {broken.name}; "
+            renamed = f"the checkpoint just before would fail again and was renamed to {broken.name}; "
             distributed.barrier()
             last = checkpoint.latest(self.checkpoints)
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint from before"
-        remedy = "Resume with" if last else "Start anew with"
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        remedy = "Resume with" if last else "Start again with"
         return (
-            f"{str(error).rstrip('.')} at iteration {self.iteration + 1}; {aside}{kept}. {remedy} a lower "
+            f"{str(error).rstrip('.')} at iteration {self.iteration + 1}; {renamed}{kept}. {remedy} a lower "
             "optimizer.lr or optimizer.clip."
         )
