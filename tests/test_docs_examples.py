@@ -45,6 +45,18 @@ def test_the_loop_in_stock_diffusers_gives_the_image_of_the_pipeline(
     assert Image.open("apple.png").size == (128, 128)
 
 
+def test_the_examples_of_the_python_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks("python-api.md")
+    printed = capsys.readouterr().out
+    assert "did you mean 'train.iterations'?" in printed
+    assert "64 mini 4" in printed  # rank, base, iterations of the student
+    with Image.open("apple.png") as image:
+        assert image.size == (128, 128)
+
+
 def moved_modules() -> list[tuple[str, str]]:
     text = (DOCS / "changelog.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `(scalewise\.[\w.]+)` \| `(scalewise\.[\w.]+)` \|$", text, flags=re.M)
