@@ -162,7 +162,7 @@ def test_from_a_set_to_a_student_to_a_drawing_on_the_command_line(family, run, t
     run("distill", "own.yaml", "--out", "run")
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     text = run("sample", "a dog", "a cat", "--count", 2, "--batch", 3, "--student", "run", "--out", "drawn")
-    assert "4 pictures" in text
+    assert "4 images" in text
     run("sample", "a cat", "--seed", 2, "--student", "run", "--out", "again")
     one, other = (
         [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(Image.open(f))]

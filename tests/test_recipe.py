@@ -14,6 +14,7 @@ from scalewise.config.presets import RECIPES, find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.method.loss_config import LossRecipe, MmdRecipe, Timesteps
 from scalewise.method.scales import ScaleSchedule
+from scalewise.training.origin import describe_difference
 
 
 @pytest.fixture
@@ -263,3 +264,11 @@ def test_recipes_that_call_the_timesteps_levels_are_read_as_before(recipe):
     old = json.loads(json.dumps(values).replace('"timesteps": {', '"levels": {'))
     assert old["loss"]["mmd"]["levels"] and old != values
     assert Recipe.from_mapping(old) == recipe
+
+
+def test_the_difference_of_two_recipes_is_the_first_in_their_order(recipe):
+    changed = recipe.override(["train.seed=3", "lora.rank=8", "optimizer.clip=2"])
+    difference = describe_difference(
+        recipe.model_dump(mode="json"), changed.model_dump(mode="json"), free=["about"]
+    )
+    assert difference.startswith("lora.rank is 64")

@@ -101,7 +101,7 @@ def describe_difference(
     one: dict[str, Any], other: dict[str, Any], *, free: Collection[str] = (), prefix: str = ""
 ) -> str:
     """Describe the first field, except the `free` ones, in which two recipes differ; "" if there is none."""
-    for key in one.keys() | other.keys():
+    for key in dict.fromkeys([*one, *other]):  # in the order of the recipe
         name, a, b = f"{prefix}{key}", one.get(key), other.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             if found := describe_difference(a, b, free=free, prefix=f"{name}."):
