@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scalewise.common.results import write_json
-from scalewise.evaluation.timing import Mark, Parts, Subject, bench, laps_of, timings_table
+from scalewise.evaluation.timing import Mark, Parts, TimedSampler, bench, measure_times, timings_table
 from scalewise.metrics.intervals import Interval, median_interval
 
 
@@ -26,7 +26,9 @@ class Machine:
     def clock(self) -> float:
         return self.now
 
-    def subject(self, name: str, *, text: float = 0.0, denoiser: float = 0.0, vae: float = 0.0) -> Subject:
+    def subject(
+        self, name: str, *, text: float = 0.0, denoiser: float = 0.0, vae: float = 0.0
+    ) -> TimedSampler:
         """Seconds per image of each part; entering costs a second that must not count."""
 
         @contextmanager
@@ -36,7 +38,7 @@ class Machine:
             seconds = {"text": text, "denoiser": denoiser, "vae": vae}
             yield {part: partial(self.work, cost * batch) for part, cost in seconds.items()}
 
-        return Subject(name, enter)
+        return TimedSampler(name, enter)
 
     def work(self, seconds: float, _mark: Mark) -> None:
         # Two subjects make a round of two entries, so a round runs at one speed.
@@ -55,7 +57,7 @@ def test_times_are_milliseconds_per_image_of_every_part_and_their_sum() -> None:
 def test_contenders_take_turns_and_the_first_round_is_warm_up() -> None:
     machine = Machine()
     pair = [machine.subject("a", denoiser=1), machine.subject("b", denoiser=1)]
-    laps = laps_of(pair, [1], rounds=3, clock=machine.clock)[1]
+    laps = measure_times(pair, [1], rounds=3, clock=machine.clock)[1]
     assert machine.log == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert len(laps["a"]["denoiser"]) == 3
 
@@ -116,8 +118,8 @@ def test_a_timing_is_stored_with_its_intervals_as_lists(tmp_path: Path) -> None:
 
 
 def test_timing_without_rounds_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one round, not 0"):
-        laps_of([Machine().subject("a")], [1], rounds=0)
+    with pytest.raises(ValueError, match="at least one round; got 0"):
+        measure_times([Machine().subject("a")], [1], rounds=0)
 
 
 def test_a_bar_in_a_label_stays_in_its_cell():

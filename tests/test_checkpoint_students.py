@@ -19,7 +19,7 @@ from scalewise.common.images import contact_sheet
 from scalewise.config.presets import RECIPES, find_recipe
 from scalewise.config.presets.published import PUBLISHED
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation.samplers import parse_contender
+from scalewise.evaluation.samplers import parse_sampler
 from scalewise.models.lora import StudentError, load_student
 from scalewise.training import run as runs
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_draws_is_exported_and_evaluated(run: Run, tmp_path: Path) 
     exported, own = load_student(tmp_path / "out.safetensors"), load_student(path)
     assert count == len(own.tensors)
     assert all(torch.equal(own.tensors[k].half().float(), v) for k, v in exported.tensors.items())
-    contender = parse_contender(f"student:{path}", run.recipe)
+    contender = parse_sampler(f"student:{path}", run.recipe)
     assert contender.schedule == run.recipe.schedule.build() and contender.path == path
 
 

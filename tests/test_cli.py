@@ -446,8 +446,8 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--metric", "beauty"], "There is no metric 'beauty'"),
-    (["--metric", "fd"], "give a folder of them with --reference"),
-    (["--metric", "vbench"], "is of videos; this model draws pictures"),
+    (["--metric", "fd"], "pass a folder of them with --reference"),
+    (["--metric", "vbench"], "is for videos, but this model generates images"),
     (["--metric", "hpsv2=nowhere"], "Cannot load a CLIP model from 'nowhere'"),
     (["--metric", "geneval=nowhere", "--prompts", "geneval"], "nowhere"),
     (["--scorer", "nowhere"], "Cannot load a CLIP model from 'nowhere'"),
@@ -455,7 +455,7 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     (["--metric", "spectrum=weights", "--reference", "."], "spectrum has no weights; write it without"),
     (["--count", "5"], "There are 4 prompts, not 5; take at most as many"),
     (["--prompts", "."], "The prompt file . cannot be read (Is a directory); give another"),
-    (["--metric", "spectrum", "--reference", ".", "///=undistilled"], "names no folder for pictures"),
+    (["--metric", "spectrum", "--reference", ".", "///=undistilled"], "gives no folder name for its images"),
     (["--out", "pyproject.toml/deeper"], "pyproject.toml is a file; give --out another"),
 ])  # fmt: skip
 def test_what_cannot_be_judged_is_said_before_anything_is_drawn(

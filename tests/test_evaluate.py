@@ -15,14 +15,14 @@ from scalewise.config.recipe import Recipe
 from scalewise.evaluation import evaluate
 from scalewise.evaluation.samplers import (
     Prompts,
-    draw,
-    draw_steps,
     enter,
-    parse_contender,
-    parse_contenders,
+    generate_images,
+    generate_steps,
+    parse_sampler,
+    parse_samplers,
 )
-from scalewise.evaluation.scoring import Judge
-from scalewise.evaluation.stored_images import ContenderError
+from scalewise.evaluation.scoring import Scorers
+from scalewise.evaluation.stored_images import SamplerError
 from scalewise.evaluation.timing import bench
 from scalewise.method.backbone import Backbone
 from scalewise.method.rng import SampleNoise
@@ -76,7 +76,7 @@ def test_every_form_of_a_contender_is_read(recipe: Recipe, tmp_path: Path) -> No
         f"student:{tmp_path}",
         f"folder:{tmp_path}",
     ]
-    teacher, short, bare, full, student, folder = parse_contenders(texts, recipe)
+    teacher, short, bare, full, student, folder = parse_samplers(texts, recipe)
     assert (teacher.name, teacher.steps, teacher.guidance) == ("teacher", 3, 3.0)
     assert (short.name, short.steps, short.guidance) == ("teacher, 4 steps", 4, 3.0)
     assert (bare.steps, bare.guidance, str(bare.schedule)) == (3, 1.0, "1000@4x4 800@6x6 500@8x8")
@@ -91,10 +91,10 @@ def test_every_form_of_a_contender_is_read(recipe: Recipe, tmp_path: Path) -> No
 def test_a_label_before_the_form_becomes_the_name_and_an_equals_sign_in_a_path_does_not(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    assert parse_contender("few steps=teacher:2", recipe).name == "few steps"
+    assert parse_sampler("few steps=teacher:2", recipe).name == "few steps"
     odd = tmp_path / "lr=1"
     odd.mkdir()
-    assert parse_contender(f"folder:{odd}", recipe).name == "lr=1"
+    assert parse_sampler(f"folder:{odd}", recipe).name == "lr=1"
 
 
 @pytest.mark.parametrize(
@@ -105,34 +105,34 @@ def test_a_label_before_the_form_becomes_the_name_and_an_equals_sign_in_a_path_d
         ("teacher:0", "needs a number of steps"),
         ("undistilled:half", "write undistilled or undistilled:full"),
         ("student", "as in student:runs/mini"),
-        ("folder:/nowhere", "does not exist; give a folder that holds pictures"),
+        ("folder:/nowhere", "does not exist; give a folder of images"),
     ],
 )
 def test_an_unreadable_contender_is_refused_with_what_to_write_instead(
     text: str, remedy: str, recipe: Recipe
 ) -> None:
-    with pytest.raises(ContenderError, match=remedy):
-        parse_contender(text, recipe)
+    with pytest.raises(SamplerError, match=remedy):
+        parse_sampler(text, recipe)
 
 
 def test_a_missing_student_is_reported_before_anything_is_drawn(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(StudentError, match="no student at"):
-        parse_contender(f"student:{tmp_path / 'gone.safetensors'}", recipe)
+        parse_sampler(f"student:{tmp_path / 'gone.safetensors'}", recipe)
 
 
 def test_two_contenders_of_one_name_are_refused(recipe: Recipe) -> None:
-    with pytest.raises(ContenderError, match="label them, as in mine=student:PATH"):
-        parse_contenders(["teacher", "teacher"], recipe)
+    with pytest.raises(SamplerError, match="label them, as in mine=student:PATH"):
+        parse_samplers(["teacher", "teacher"], recipe)
 
 
 @pytest.mark.parametrize("form", ["teacher", "undistilled", "student"])
 def test_image_i_is_the_same_at_any_batch_size(form: str, model: SD3, recipe: Recipe, tmp_path: Path) -> None:
     make_student(tmp_path / "student.safetensors", recipe)
-    contender = parse_contender(f"student:{tmp_path}" if form == "student" else form, recipe)
-    together = draw(model, contender, PROMPTS, batch=8)
+    contender = parse_sampler(f"student:{tmp_path}" if form == "student" else form, recipe)
+    together = generate_images(model, contender, PROMPTS, batch=8)
     assert together.shape == (8, 16, 16, 3)
     assert together.dtype == np.uint8
-    apart = draw(model, contender, PROMPTS, batch=3)
+    apart = generate_images(model, contender, PROMPTS, batch=3)
     assert np.abs(together.astype(int) - apart).max() <= 1  # rounding may fall to either side
     assert not np.array_equal(together[0], together[1])  # one prompt, two seeds
 
@@ -142,9 +142,9 @@ def test_the_undistilled_contender_and_a_student_whose_adapter_is_zero_draw_the_
 ) -> None:
     zero = {k: v.detach() for k, v in Backbone(SD3.tiny(), ["student"], rank=2).parameters("student").items()}
     save_student(tmp_path / "student.safetensors", zero, recipe, dtype=torch.float32)
-    student = parse_contender(f"student:{tmp_path}", recipe)
-    bare = parse_contender("undistilled", recipe)
-    assert np.array_equal(draw(model, student, PROMPTS), draw(model, bare, PROMPTS))
+    student = parse_sampler(f"student:{tmp_path}", recipe)
+    bare = parse_sampler("undistilled", recipe)
+    assert np.array_equal(generate_images(model, student, PROMPTS), generate_images(model, bare, PROMPTS))
 
 
 def test_the_base_is_bit_identical_after_students_of_two_ranks_have_drawn(
@@ -157,17 +157,19 @@ def test_the_base_is_bit_identical_after_students_of_two_ranks_have_drawn(
             return model.predict(x_t, torch.tensor([700.0]), cond)
 
     before, names = answer(), [name for name, _ in model.denoiser.named_modules()]
-    teacher = parse_contender("teacher", recipe)
-    first = draw(model, teacher, PROMPTS)
+    teacher = parse_sampler("teacher", recipe)
+    first = generate_images(model, teacher, PROMPTS)
     pictures = []
     for rank in (2, 3):
         other = recipe.override([f"lora.rank={rank}"])
         make_student(tmp_path / str(rank) / "student.safetensors", other, seed=rank)
-        pictures.append(draw(model, parse_contender(f"student:{tmp_path / str(rank)}", recipe), PROMPTS))
+        pictures.append(
+            generate_images(model, parse_sampler(f"student:{tmp_path / str(rank)}", recipe), PROMPTS)
+        )
     assert not np.array_equal(*pictures)
     assert [name for name, _ in model.denoiser.named_modules()] == names
     assert torch.equal(answer(), before)
-    assert np.array_equal(draw(model, teacher, PROMPTS), first)
+    assert np.array_equal(generate_images(model, teacher, PROMPTS), first)
 
 
 def test_a_backbone_in_training_keeps_its_adapters_while_a_student_is_evaluated(
@@ -183,10 +185,13 @@ def test_a_backbone_in_training_keeps_its_adapters_while_a_student_is_evaluated(
         backbone.model.encode_prompts(["a cat"]),
     )
     before = {role: backbone.predict_x0(x_t, t, cond, role=role) for role in ("teacher", "student", "fake")}
-    drawn = draw(backbone.model, parse_contender(f"student:{tmp_path}", recipe), PROMPTS)
+    student = parse_sampler(f"student:{tmp_path}", recipe)
+    drawn = generate_images(backbone.model, student, PROMPTS)
     for role, x0 in before.items():
         assert torch.equal(backbone.predict_x0(x_t, t, cond, role=role), x0)
-    assert np.array_equal(drawn, draw(SD3.tiny(), parse_contender(f"student:{tmp_path}", recipe), PROMPTS))
+    assert np.array_equal(
+        drawn, generate_images(SD3.tiny(), parse_sampler(f"student:{tmp_path}", recipe), PROMPTS)
+    )
 
 
 def test_a_student_that_does_not_fit_leaves_the_base_as_it_was(
@@ -203,10 +208,10 @@ def test_a_student_that_does_not_fit_leaves_the_base_as_it_was(
 def test_the_steps_of_a_contender_grow_with_its_scales_and_end_in_its_picture(
     model: SD3, recipe: Recipe
 ) -> None:
-    bare = parse_contender("undistilled", recipe)
-    steps = draw_steps(model, bare, PROMPTS[:2])
+    bare = parse_sampler("undistilled", recipe)
+    steps = generate_steps(model, bare, PROMPTS[:2])
     assert [step.shape for step in steps] == [(2, 8, 8, 3), (2, 12, 12, 3), (2, 16, 16, 3)]
-    assert np.array_equal(steps[-1], draw(model, bare, PROMPTS[:2]))
+    assert np.array_equal(steps[-1], generate_images(model, bare, PROMPTS[:2]))
 
 
 def test_pictures_of_a_folder_are_matched_by_number_and_else_by_caption(
@@ -217,14 +222,14 @@ def test_pictures_of_a_folder_are_matched_by_number_and_else_by_caption(
         (tmp_path / folder).mkdir()
         for shade, name in zip((10, 200), names, strict=True):
             Image.new("RGB", (16, 16), (shade,) * 3).save(tmp_path / folder / f"{name}.png")
-        contender = parse_contender(f"folder:{tmp_path / folder}", recipe)
-        images = draw(SD3.tiny(), contender, prompts)
+        contender = parse_sampler(f"folder:{tmp_path / folder}", recipe)
+        images = generate_images(SD3.tiny(), contender, prompts)
         assert images[:, 0, 0, 0].tolist() == [10, 200]
-    with pytest.raises(ContenderError, match="too few pictures with the caption 'the moon'"):
-        draw(SD3.tiny(), contender, Prompts.of(["the moon"]))
+    with pytest.raises(SamplerError, match="too few images with the caption 'the moon'"):
+        generate_images(SD3.tiny(), contender, Prompts.of(["the moon"]))
     Image.new("RGB", (16, 20)).save(tmp_path / "numbers" / "1.png")
-    with pytest.raises(ContenderError, match="16x16 and 16x20 pixels; bring them to one size"):
-        draw(SD3.tiny(), parse_contender(f"folder:{tmp_path / 'numbers'}", recipe), prompts)
+    with pytest.raises(SamplerError, match="16x16 and 16x20 pixels; resize them to one size"):
+        generate_images(SD3.tiny(), parse_sampler(f"folder:{tmp_path / 'numbers'}", recipe), prompts)
 
 
 def test_a_picture_that_cannot_be_read_is_named_before_anything_is_drawn(tmp_path: Path) -> None:
@@ -239,7 +244,7 @@ def test_a_picture_that_cannot_be_read_is_named_before_anything_is_drawn(tmp_pat
     Image.new("RGB", (8, 8)).save(folder / "²³.png")  # digits, but no number
     whole = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ContenderError, match=r"Cannot read .*2\.png \(.*; replace it"):
+    with pytest.raises(SamplerError, match=r"Cannot read .*2\.png \(.*; replace it"):
         compare.compare(
             find_recipe("mini"), ["undistilled", f"folder:{folder}"], ["a", "b", "c", "d"], console.progress,
             out=tmp_path / "out",
@@ -251,9 +256,9 @@ def test_all_contenders_are_judged_on_the_same_prompts_and_compared_with_the_fir
     model: SD3, recipe: Recipe, scorer: ClipScorer, tmp_path: Path
 ) -> None:
     make_student(tmp_path / "student.safetensors", recipe)
-    contenders = parse_contenders(["teacher", "undistilled", f"student:{tmp_path}"], recipe)
+    contenders = parse_samplers(["teacher", "undistilled", f"student:{tmp_path}"], recipe)
     real = scorer.images(torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    judge = Judge(scorer, real, [f"caption {i}" for i in range(60)])
+    judge = Scorers(scorer, real, [f"caption {i}" for i in range(60)])
     drawn = dict[str, np.ndarray]()
     results = evaluate.evaluate(
         model, contenders, PROMPTS, judge, batch=4,
@@ -282,7 +287,7 @@ def test_figures_are_stored_and_read_back_and_the_table_says_what_is_better_and_
     evaluate.save_rows([teacher, student], tmp_path)
     assert evaluate.load_rows(tmp_path) == [teacher, student]
     lines = (tmp_path / "figures.md").read_text().splitlines()
-    assert lines[0] == "|  | drawn with | images | Fréchet distance ↓ | Prompt match ↑ |"
+    assert lines[0] == "|  | settings | images | Fréchet distance ↓ | Prompt match ↑ |"
     assert lines[2] == "| teacher | 28 steps | 200 | 0.200 [0.150, 0.250] | - |"
     assert (
         lines[3] == "| student | 4 steps | 200 | 0.100 [0.050, 0.150] better | 50.0% [40.0%, 60.0%] worse |"
@@ -295,8 +300,8 @@ def test_a_contender_is_timed_by_part_from_caption_to_pixels(
     model: SD3, recipe: Recipe, tmp_path: Path
 ) -> None:
     make_student(tmp_path / "student.safetensors", recipe)
-    contenders = parse_contenders(["teacher", f"student:{tmp_path}"], recipe)
-    subjects = [evaluate.subject(model, contender, "a cat") for contender in contenders]
+    contenders = parse_samplers(["teacher", f"student:{tmp_path}"], recipe)
+    subjects = [evaluate.timed_sampler(model, contender, "a cat") for contender in contenders]
     timings = bench(subjects, batches=(1, 2), rounds=1)
     assert [(t.name, t.batch) for t in timings] == [
         ("teacher", 1),
@@ -312,7 +317,7 @@ def test_a_contender_is_timed_by_part_from_caption_to_pixels(
 
 def test_a_folder_cannot_be_entered(model: SD3, recipe: Recipe, tmp_path: Path) -> None:
     with (
-        pytest.raises(AssertionError, match="does not draw"),
-        enter(model, parse_contender(f"folder:{tmp_path}", recipe)),
+        pytest.raises(AssertionError, match="cannot sample"),
+        enter(model, parse_sampler(f"folder:{tmp_path}", recipe)),
     ):
         pass

@@ -32,8 +32,8 @@ from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.evaluation import compare
 from scalewise.evaluation import samplers as drawing
-from scalewise.evaluation.samplers import Prompts, parse_contender
-from scalewise.evaluation.scoring import Asked
+from scalewise.evaluation.samplers import Prompts, parse_sampler
+from scalewise.evaluation.scoring import ScoringOptions
 from scalewise.evaluation.stored_images import read_folder
 from scalewise.method.backbone import Backbone
 from scalewise.method.distill import Batch, DistillStep
@@ -182,18 +182,18 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
     texts = ["a dog", "a cat", "a house", "the moon"]
     outcome = compare.compare(
         recipe, ["undistilled", "full=undistilled:full"], texts, console.progress, out=tmp_path / "out",
-        asked=Asked(scorer=str(mini.SCORER)), speed=False,
+        scoring=ScoringOptions(scorer=str(mini.SCORER)), speed=False,
     )  # fmt: skip
     recipe_model, prompts = setup.load(recipe, ("denoiser", "vae", "text")), Prompts.of(texts)
     for result, text in zip(outcome.results, ["undistilled", "full=undistilled:full"], strict=True):
-        contender = parse_contender(text, recipe)
+        contender = parse_sampler(text, recipe)
         videos, scorer = drawing.draw(recipe_model, contender, prompts), ClipScorer.load(mini.SCORER)
         assert videos.shape[:2] == (4, 9)
         cosine = (scorer.pictures(videos[:, 4]) * scorer.texts(texts)).sum(-1)
         assert result.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
         kept = tmp_path / "out" / "pictures" / contender.name
         assert np.array_equal(read_image(kept / "3.png"), videos[3])
-        again = parse_contender(f"folder:{kept}", recipe)
+        again = parse_sampler(f"folder:{kept}", recipe)
         assert np.array_equal(read_folder(again.path, texts), videos)
 
 

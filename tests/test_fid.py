@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scalewise.config.presets import find_recipe
-from scalewise.evaluation.scoring import Asked, judge_of
+from scalewise.evaluation.scoring import ScoringOptions, load_scorers
 from scalewise.metrics.features import Inception, _inception_module, fid_square
 
 NAME = "torch_fidelity.feature_extractor_inceptionv3"
@@ -95,7 +95,9 @@ def test_real_and_drawn_images_are_prepared_alike(
     real = images(3, (40, 60))
     for number, image in enumerate(real):
         Image.fromarray(image).save(tmp_path / "real" / f"{number}.png")
-    judge = judge_of(find_recipe("mini"), Asked(metrics=(f"fid={weights}",), reference=tmp_path / "real"))
+    judge = load_scorers(
+        find_recipe("mini"), ScoringOptions(metrics=(f"fid={weights}",), reference=tmp_path / "real")
+    )
     drawn = Inception.load(str(weights), "cpu").look(real, [""] * 3)["fid"]
     assert judge.real is not None
     assert torch.allclose(judge.real["fid"].mean, drawn.double().mean(0), rtol=1e-3, atol=1e-5)

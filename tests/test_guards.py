@@ -24,9 +24,9 @@ from scalewise.config.recipe import RecipeError
 from scalewise.data.image_folder import load_pixels, scan_images
 from scalewise.evaluation import compare
 from scalewise.evaluation.evaluate import Row
-from scalewise.evaluation.samplers import check_fit, parse_contender
-from scalewise.evaluation.scoring import Asked, judge_of
-from scalewise.evaluation.stored_images import ContenderError, read_folder
+from scalewise.evaluation.samplers import check_fit, parse_sampler
+from scalewise.evaluation.scoring import ScoringOptions, load_scorers
+from scalewise.evaluation.stored_images import SamplerError, read_folder
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.base import Seen
 from scalewise.models import Flux
@@ -40,11 +40,11 @@ def test_statistics_of_another_model_under_the_same_path_are_taken_anew(
     monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
     model, means = tmp_path / "model", []
     shutil.copytree(dino_folder, model)
-    asked = Asked(metrics=(f"fd={model}",), reference=reference_folder(tmp_path / "real"))
+    asked = ScoringOptions(metrics=(f"fd={model}",), reference=reference_folder(tmp_path / "real"))
     for factor in (1.0, 3.0):
         weights = {k: factor * v for k, v in load_file(dino_folder / "model.safetensors").items()}
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-        judge = judge_of(find_recipe("mini"), asked)
+        judge = load_scorers(find_recipe("mini"), asked)
         assert judge.real is not None
         means.append(judge.real["fd"].mean)
     assert not torch.allclose(*means)
@@ -107,24 +107,30 @@ def test_a_share_has_an_interval_at_every_count(known: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "asked", "message"),
+    ("texts", "options", "message"),
     [
-        (["a"] * 9, Asked(), "A comparison needs at least 2 different prompts, not 1"),
-        (["a", "b", "c", "d"], Asked(metrics=("geneval=x,y",)), "None of the 4 prompts is one of GenEval's"),
+        (["a"] * 9, ScoringOptions(), "A comparison needs at least 2 different prompts, got 1"),
+        (
+            ["a", "b", "c", "d"],
+            ScoringOptions(metrics=("geneval=x,y",)),
+            "None of the 4 prompts is one of GenEval's",
+        ),
     ],
 )
 def test_prompts_that_give_no_figure_are_refused_before_anything_is_loaded(
-    texts: list[str], asked: Asked, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    texts: list[str], options: ScoringOptions, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "judge_of", lambda *_, **__: pytest.fail("a judge was loaded"))
+    monkeypatch.setattr(compare, "load_scorers", lambda *_, **__: pytest.fail("a judge was loaded"))
     with pytest.raises(ValueError, match=message):
-        compare.compare(find_recipe("mini"), ["teacher"], texts, console.progress, out=tmp_path, asked=asked)
+        compare.compare(
+            find_recipe("mini"), ["teacher"], texts, console.progress, out=tmp_path, scoring=options
+        )
 
 
 def test_one_real_picture_is_refused(tmp_path: Path) -> None:
     save_image(pictures(1)[0], tmp_path / "0.png")
-    with pytest.raises(RecipeError, match=r"needs at least 2 real pictures, and .* holds 1"):
-        judge_of(find_recipe("mini"), Asked(reference=tmp_path))
+    with pytest.raises(RecipeError, match=r"needs at least 2 real images, but .* has 1"):
+        load_scorers(find_recipe("mini"), ScoringOptions(reference=tmp_path))
 
 
 def test_tasks_of_geneval_that_no_prompt_belongs_to_are_warned_of() -> None:
@@ -139,7 +145,7 @@ def test_tasks_of_geneval_that_no_prompt_belongs_to_are_warned_of() -> None:
 def test_a_student_of_another_model_is_refused_before_anything_is_drawn() -> None:
     recipe = find_recipe("mini")
     with pytest.raises(StudentError, match="does not fit this base"):
-        check_fit(Flux.tiny(), [parse_contender("teacher", recipe), parse_contender("student:mini", recipe)])
+        check_fit(Flux.tiny(), [parse_sampler("teacher", recipe), parse_sampler("student:mini", recipe)])
 
 
 def compared(out: Path, contenders: list[str], texts: list[str], **options: object) -> list[Row]:
@@ -175,19 +181,19 @@ def test_kept_pictures_are_not_judged_by_other_prompts(drawn: Path, tmp_path: Pa
     again = compared(tmp_path, [f"folder:{tmp_path / 'pictures' / 'a'}"], texts[:5])
     assert again[0].images == 5
     assert len(list((tmp_path / "pictures" / "a").glob("*.png"))) == 6, "what was read stays as it was"
-    with pytest.raises(ContenderError, match=r"0\.png was drawn for .* but is to be judged by"):
+    with pytest.raises(SamplerError, match=r"0\.png was generated for .* but is to be scored with"):
         compared(tmp_path, [f"folder:{tmp_path / 'pictures' / 'a'}"], texts[1:])
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{}", "{broken"])
 def test_a_file_of_others_beside_pictures_is_named(text: str, drawn: Path, tmp_path: Path) -> None:
     (drawn / "prompts.json").write_text(text)
-    with pytest.raises(ContenderError, match=r"prompts\.json is not what a comparison writes there"):
+    with pytest.raises(SamplerError, match=r"prompts\.json does not contain the captions and seeds"):
         compared(tmp_path, [f"folder:{drawn}"], mini.captions("test")[:6])
 
 
 def test_names_that_share_a_folder_are_refused(drawn: Path, tmp_path: Path) -> None:
-    with pytest.raises(ContenderError, match="'a\\+b' and 'a-b' would go into one folder"):
+    with pytest.raises(SamplerError, match="'a\\+b' and 'a-b' would go into the same folder"):
         compared(tmp_path, [f"a+b=folder:{drawn}", f"a-b=folder:{drawn}"], mini.captions("test")[:4])
 
 
@@ -195,7 +201,7 @@ def test_what_was_judged_is_kept_when_the_next_one_fails(drawn: Path, tmp_path: 
     texts = mini.captions("test")[:6]
     (tmp_path / "few").mkdir()
     shutil.copy(drawn / "0.png", tmp_path / "few")
-    with pytest.raises(ContenderError, match="too few pictures"):
+    with pytest.raises(SamplerError, match="too few images"):
         compared(tmp_path / "out", [f"a=folder:{drawn}", f"b=folder:{tmp_path / 'few'}"], texts)
     names = [row["name"] for row in json.loads((tmp_path / "out" / "figures.json").read_text())]
     assert names[0] == "a" and "b" not in names
@@ -218,7 +224,7 @@ def test_a_contenders_pictures_are_read_as_references_are(mode: str, tmp_path: P
     expected = to_bytes(load_pixels(entry, (entry.height, entry.width))[None])[0]
     found = read_image(tmp_path / "0.png")
     assert np.array_equal(found, expected) and found.std() > 5
-    contender = parse_contender(f"folder:{tmp_path}", find_recipe("mini"))
+    contender = parse_sampler(f"folder:{tmp_path}", find_recipe("mini"))
     assert np.array_equal(read_folder(contender.path, ["a"])[0], expected)
 
 

@@ -17,7 +17,7 @@ from scalewise.cli.arguments import HomeCommand
 from scalewise.common.paths import expand_home
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation.samplers import parse_contender
+from scalewise.evaluation.samplers import parse_sampler
 from scalewise.metrics import EXTRAS
 from scalewise.metrics.extras import parse_metric
 from scalewise.models.lora import load_student
@@ -114,8 +114,8 @@ def test_samplers_metrics_and_students_may_begin_with_it(home, monkeypatch):
     shutil.copy(mini.STUDENT, home / "student.safetensors")
     (home / "images").mkdir()
     recipe = find_recipe("mini")
-    assert parse_contender("mine=student:~/student.safetensors", recipe).path == home / "student.safetensors"
-    assert parse_contender("folder:~/images", recipe).path == home / "images"
+    assert parse_sampler("mine=student:~/student.safetensors", recipe).path == home / "student.safetensors"
+    assert parse_sampler("folder:~/images", recipe).path == home / "images"
     named = next(name for name, extra in EXTRAS.items() if extra.source is not None)
     assert parse_metric(f"{named}=~/weights", EXTRAS)[1] == f"{home}/weights"
     assert load_student("~/student.safetensors").base == "mini"

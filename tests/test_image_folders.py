@@ -20,8 +20,8 @@ from scalewise.common.images import read_image
 from scalewise.config.presets import find_recipe
 from scalewise.data import DataError, assign_buckets, encode_folder, load_pixels, scan_images
 from scalewise.data.image_folder import ImageEntry, bucket_warnings, describe_buckets
-from scalewise.evaluation.samplers import parse_contender
-from scalewise.evaluation.stored_images import ContenderError, read_folder
+from scalewise.evaluation.samplers import parse_sampler
+from scalewise.evaluation.stored_images import SamplerError, read_folder
 from scalewise.method.scales import Scale
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
@@ -117,10 +117,10 @@ def test_names_match_in_either_unicode_form(tmp_path, on_disk, written):
 def test_images_to_judge_are_found_by_their_prompt_in_either_unicode_form(tmp_path):
     for name, color in ((DECOMPOSED, 10), ("b", 20)):
         Image.new("RGB", (8, 8), (color, 0, 0)).save(tmp_path / f"{name}.png")
-    folder = parse_contender(f"folder:{tmp_path}", find_recipe("mini"))
+    folder = parse_sampler(f"folder:{tmp_path}", find_recipe("mini"))
     images = read_folder(folder.path, ["b", COMPOSED])
     assert images[:, 0, 0, 0].tolist() == [20, 10]
-    with pytest.raises(ContenderError, match="too few pictures with the caption 'c'"):
+    with pytest.raises(SamplerError, match="too few images with the caption 'c'"):
         read_folder(folder.path, ["c"])
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from scalewise.evaluation.samplers import Prompts
-from scalewise.evaluation.stored_images import ContenderError, read_folder
+from scalewise.evaluation.stored_images import SamplerError, read_folder
 
 PROMPTS = Prompts.of(["a cat", "a red dog", "the moon"]).captions
 
@@ -39,7 +39,7 @@ def test_images_of_any_format_are_judged(names: tuple[str, ...], tmp_path: Path)
 
 
 def test_two_images_of_one_number_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ContenderError, match=r"two images of number 1, 01\.jpg and 1\.png; remove one"):
+    with pytest.raises(SamplerError, match=r"two images with number 1, 01\.jpg and 1\.png; remove one"):
         read_folder(save(tmp_path, "0.png", "01.jpg", "1.png", "2.png"), PROMPTS)
 
 
@@ -48,7 +48,7 @@ def test_two_images_of_one_number_are_refused(tmp_path: Path) -> None:
     ("a cat.png", "a red dog.png", "the moon.png", "x.png", "y.jpg"),
 ])  # fmt: skip
 def test_images_beyond_the_prompts_are_counted_in_a_warning(names: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="holds 5 images for 3 to be judged: 2 are left out"):
+    with pytest.warns(UserWarning, match="has 5 images, but 3 are needed: 2 are ignored"):
         assert shades(read_folder(save(tmp_path, *names), PROMPTS)) == [0, 10, 20]
 
 
@@ -67,16 +67,16 @@ def test_genevals_layout_is_read_by_prompt_and_sample(suffix: str, tmp_path: Pat
     folder = geneval(tmp_path, suffix)
     captions = Prompts.of(["a photo of two dogs", "a photo of a cat"], each=2).captions
     assert shades(read_folder(folder, captions)) == pytest.approx([20, 30, 0, 10], abs=1)
-    with pytest.warns(UserWarning, match="4 images for 1 to be judged: 3 are left out"):
+    with pytest.warns(UserWarning, match="has 4 images, but 1 are needed: 3 are ignored"):
         assert shades(read_folder(folder, Prompts.of(["a photo of two dogs"]).captions)) == pytest.approx(
             [20], abs=1
         )
-    with pytest.raises(ContenderError, match="too few pictures with the caption 'a photo of two dogs'"):
+    with pytest.raises(SamplerError, match="too few images with the caption 'a photo of two dogs'"):
         read_folder(folder, Prompts.of(["a photo of two dogs"], each=3).captions)
 
 
 def test_genevals_metadata_without_a_prompt_is_named(tmp_path: Path) -> None:
     folder = geneval(tmp_path)
     (tmp_path / "00001" / "metadata.jsonl").write_text("{}")
-    with pytest.raises(ContenderError, match=r"00001/metadata\.jsonl does not hold GenEval's"):
+    with pytest.raises(SamplerError, match=r"00001/metadata\.jsonl does not contain GenEval's"):
         read_folder(folder, Prompts.of(["a photo of a cat"]).captions)

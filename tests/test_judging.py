@@ -18,7 +18,7 @@ from scalewise.common.images import read_image, save_image
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.evaluation.samplers import Prompts
-from scalewise.evaluation.scoring import Asked, Judge, judge_of
+from scalewise.evaluation.scoring import Scorers, ScoringOptions, load_scorers
 from scalewise.metrics import EXTRAS, METRICS, ClipScorer, measure
 from scalewise.metrics.base import Gaussian, Seen
 from scalewise.metrics.clip import fit, from_bytes, letterbox
@@ -181,8 +181,8 @@ def test_statistics_of_real_pictures_are_taken_once_and_hold_for_pictures_of_man
 ) -> None:
     monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
     folder = reference_folder(tmp_path / "real")
-    asked = Asked(metrics=(f"fd={dino_folder}",), reference=folder)
-    judge = judge_of(find_recipe("sd35-medium"), asked)
+    asked = ScoringOptions(metrics=(f"fd={dino_folder}",), reference=folder)
+    judge = load_scorers(find_recipe("sd35-medium"), asked)
     model = VisionFeatures.load(str(dino_folder), "cpu")
     features = torch.cat(
         [
@@ -199,9 +199,9 @@ def test_statistics_of_real_pictures_are_taken_once_and_hold_for_pictures_of_man
 
     with monkeypatch.context() as patched:
         patched.setattr(VisionFeatures, "look", fail)
-        again = judge_of(find_recipe("sd35-medium"), asked)
+        again = load_scorers(find_recipe("sd35-medium"), asked)
     assert again.real is not None and torch.equal(again.real["fd"].covariance, judge.real["fd"].covariance)
-    seen = judge.see(pictures(20, seed=5), Prompts.of([f"caption {i}" for i in range(20)]))
+    seen = judge.score(pictures(20, seed=5), Prompts.of([f"caption {i}" for i in range(20)]))
     found = measure(seen, rounds=20)
     assert list(found) == ["fd"]
     drawn = model.look(pictures(20, seed=5), [""] * 20)["fd"]
@@ -212,14 +212,14 @@ def test_fewer_real_pictures_than_features_are_warned_of(
     dino_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SCALEWISE_CACHE", str(tmp_path / "cache"))
-    asked = Asked(metrics=(f"fd={dino_folder}",), reference=reference_folder(tmp_path / "real", 10))
-    judge = judge_of(find_recipe("sd35-medium"), asked)
-    with pytest.warns(UserWarning, match="10 real pictures are no more than the 16 features of fd"):
+    asked = ScoringOptions(metrics=(f"fd={dino_folder}",), reference=reference_folder(tmp_path / "real", 10))
+    judge = load_scorers(find_recipe("sd35-medium"), asked)
+    with pytest.warns(UserWarning, match="10 real images are not more than the 16 features of fd"):
         judge.warn_of_few(100)
-    with pytest.warns(UserWarning, match="16 drawn pictures are no more than the 16 features of fd"):
+    with pytest.warns(UserWarning, match="16 generated images are not more than the 16 features of fd"):
         judge.warn_of_few(16)
-    mini_judge = judge_of(find_recipe("mini"))
-    with pytest.warns(UserWarning, match="128 drawn pictures are no more than the 128 features"):
+    mini_judge = load_scorers(find_recipe("mini"))
+    with pytest.warns(UserWarning, match="128 generated images are not more than the 128 features"):
         mini_judge.warn_of_few(128)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -227,27 +227,30 @@ def test_fewer_real_pictures_than_features_are_warned_of(
 
 
 def test_a_reference_serves_the_scorer_too(clip_folder: Path, tmp_path: Path) -> None:
-    asked = Asked(scorer=str(clip_folder), reference=reference_folder(tmp_path / "real"))
-    judge = judge_of(find_recipe("mini"), asked)
+    asked = ScoringOptions(scorer=str(clip_folder), reference=reference_folder(tmp_path / "real"))
+    judge = load_scorers(find_recipe("mini"), asked)
     assert judge.reference is not None and judge.reference.shape == (24, 8)
-    assert not judge.is_minis
-    assert judge_of(find_recipe("mini")).is_minis
+    assert not judge.is_mini_default
+    assert load_scorers(find_recipe("mini")).is_mini_default
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (Asked(), "only the mini has a judge of its own"),
-        (Asked(metrics=("beauty",)), "There is no metric 'beauty'; there are fid, fd"),
-        (Asked(metrics=("hpsv2",)), "has no weights of its own; name a hub id or folder, as in hpsv2=SOURCE"),
-        (Asked(metrics=("fd=x",)), "The metric fd holds pictures against real ones"),
-        (Asked(metrics=("pickscore=a", "pickscore=b")), "pickscore is asked for twice"),
-        (Asked(metrics=("vbench=one",)), "takes two models, not 'one'"),
+        (ScoringOptions(), "only the mini has its own scorer"),
+        (ScoringOptions(metrics=("beauty",)), "There is no metric 'beauty'; there are fid, fd"),
+        (
+            ScoringOptions(metrics=("hpsv2",)),
+            "has no weights of its own; name a hub id or folder, as in hpsv2=SOURCE",
+        ),
+        (ScoringOptions(metrics=("fd=x",)), "The metric fd compares with real images"),
+        (ScoringOptions(metrics=("pickscore=a", "pickscore=b")), "pickscore is given twice"),
+        (ScoringOptions(metrics=("vbench=one",)), "takes two models, not 'one'"),
     ],
 )
-def test_what_cannot_be_judged_is_said_in_one_sentence(asked: Asked, message: str) -> None:
+def test_what_cannot_be_judged_is_said_in_one_sentence(asked: ScoringOptions, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        judge_of(find_recipe("sd35-medium"), asked)
+        load_scorers(find_recipe("sd35-medium"), asked)
 
 
 def test_metrics_are_read_with_and_without_a_source() -> None:
@@ -325,7 +328,7 @@ def test_a_judge_shows_pictures_metrics_the_middle_frame_of_a_video(clip_folder:
     pick = PICKSCORE.load(str(clip_folder), "cpu")
     videos = np.stack([pictures(5, seed=i) for i in range(4)])
     prompts = Prompts.of([f"caption {i}" for i in range(4)])
-    seen = Judge(scorer, examiners=((PICKSCORE, pick),)).see(videos, prompts)
+    seen = Scorers(scorer, examiners=((PICKSCORE, pick),)).score(videos, prompts)
     assert torch.equal(seen.looks["pickscore"], pick.look(videos[:, 2], prompts.captions)["pickscore"])
     assert seen.images is not None and torch.equal(seen.images, scorer.pictures(videos[:, 2]))
 
@@ -340,19 +343,21 @@ def test_metrics_of_videos_are_refused_for_pictures_before_anything_is_loaded(tm
     from scalewise.common import console
     from scalewise.evaluation import compare
 
-    with pytest.raises(RecipeError, match=r"The metric vbench .* is of videos; this model draws pictures"):
+    with pytest.raises(
+        RecipeError, match=r"The metric vbench .* is for videos, but this model generates images"
+    ):
         compare.compare(
             find_recipe("mini"), ["teacher"], ["a cat"], console.progress, out=tmp_path,
-            asked=Asked(metrics=("vbench",)),
+            scoring=ScoringOptions(metrics=("vbench",)),
         )  # fmt: skip
 
 
 def test_real_pictures_that_cannot_be_read_are_warned_of(clip_folder: Path, tmp_path: Path) -> None:
     folder = reference_folder(tmp_path / "real")
     (folder / "broken.png").write_bytes((folder / "0-0.png").read_bytes()[:60])
-    asked = Asked(scorer=str(clip_folder), reference=folder)
+    asked = ScoringOptions(scorer=str(clip_folder), reference=folder)
     with pytest.warns(UserWarning, match=r"24 images used, 1 skipped: 1 unreadable \(broken\.png\)"):
-        judge = judge_of(find_recipe("mini"), asked)
+        judge = load_scorers(find_recipe("mini"), asked)
     assert judge.reference is not None and len(judge.reference) == 24
 
 

@@ -13,7 +13,7 @@ from scalewise.config.presets import find_recipe
 from scalewise.data import PromptCache
 from scalewise.data.synthetic import generate
 from scalewise.evaluation.evaluate import evaluate
-from scalewise.evaluation.samplers import Prompts, parse_contender
+from scalewise.evaluation.samplers import Prompts, parse_sampler
 from scalewise.models import SD3, SDXL
 from scalewise.models.long_prompts import overlong
 
@@ -92,20 +92,20 @@ def test_generating_a_set_warns_once_and_counts_the_tokens_that_the_teacher_read
 
 def test_a_comparison_warns_once_for_each_sampler_that_reads_otherwise():
     recipe = find_recipe("mini").override(["schedule.scales=[4, 6, 6, 8]", "teacher.max_sequence_length=128"])
-    samplers = [parse_contender(text, recipe) for text in ("teacher:1", "undistilled")]
+    samplers = [parse_sampler(text, recipe) for text in ("teacher:1", "undistilled")]
     prompts = Prompts.of([MIDDLE, "a cat " * 15, SHORT, SHORT + " 2"])
 
-    class Judge:
-        def look(self, images, captions):
+    class Scorers:
+        def score_images(self, images, captions):
             return {"x": torch.zeros(len(images), 1)}
 
-        def seen(self, looks, prompts):
+        def combine(self, rows, prompts):
             raise StopIteration
 
     def work() -> None:
         for sampler in samplers:
             with pytest.raises((StopIteration, RuntimeError)):
-                list(evaluate(tiny(), [sampler], prompts, Judge(), batch=1))
+                list(evaluate(tiny(), [sampler], prompts, Scorers(), batch=1))
 
     told = said(work)
     assert len(told) == 2

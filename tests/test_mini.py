@@ -13,10 +13,10 @@ import torch
 from scalewise import mini
 from scalewise.config.presets import RECIPES, find_recipe
 from scalewise.data import LatentSet
-from scalewise.evaluation.compare import real_rows
-from scalewise.evaluation.evaluate import judge_result
-from scalewise.evaluation.samplers import Prompts, draw, parse_contender
-from scalewise.evaluation.scoring import Judge, judge_of
+from scalewise.evaluation.compare import score_real_images
+from scalewise.evaluation.evaluate import make_result
+from scalewise.evaluation.samplers import Prompts, generate_images, parse_sampler
+from scalewise.evaluation.scoring import Scorers, load_scorers
 from scalewise.models import SD3, PipelineAdapter, load_model
 from scalewise.models.lora import fused, load_student
 
@@ -29,8 +29,8 @@ def model() -> PipelineAdapter:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return judge_of(find_recipe("mini"))
+def judge() -> Scorers:
+    return load_scorers(find_recipe("mini"))
 
 
 def test_stock_diffusers_loads_the_folder_without_arguments_and_draws_the_same_picture() -> None:
@@ -85,21 +85,21 @@ def test_no_held_out_caption_was_trained_on() -> None:
     assert trained <= set(mini.captions("train")) and not trained & set(mini.captions("test"))
 
 
-def test_real_pictures_match_their_captions_by_the_scorer(judge: Judge) -> None:
-    rows = {row.name: row.values for row in real_rows(judge)}
+def test_real_pictures_match_their_captions_by_the_scorer(judge: Scorers) -> None:
+    rows = {row.name: row.values for row in score_real_images(judge)}
     assert rows["real, held out"]["prompt_match"].value > 0.4  # chance is 0.02
     assert rows["real, trained on"]["frechet"].value < 0.2
 
 
 def test_the_student_is_nearer_to_real_images_than_the_undistilled_and_fits_its_captions_better(
-    model: PipelineAdapter, judge: Judge
+    model: PipelineAdapter, judge: Scorers
 ) -> None:
     recipe, prompts = find_recipe("mini"), Prompts.of(mini.captions("test")[::6])
     found = {}
     for name in ("undistilled", f"student=student:{mini.STUDENT}"):
-        contender = parse_contender(name, recipe)
-        images = draw(model, contender, prompts, precision="auto")
-        found[contender.name] = judge_result(contender, judge.see(images, prompts)).row.values
+        contender = parse_sampler(name, recipe)
+        images = generate_images(model, contender, prompts, precision="auto")
+        found[contender.name] = make_result(contender, judge.score(images, prompts)).row.values
     assert found["student"]["frechet"].value < found["undistilled"]["frechet"].value
     assert found["student"]["clip_score"].value > found["undistilled"]["clip_score"].value
 

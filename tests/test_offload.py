@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scalewise.config.recipe import Recipe
 from scalewise.data.synthetic import encode_all_scales
-from scalewise.evaluation.samplers import Contender, enter
+from scalewise.evaluation.samplers import SamplerSpec, enter
 from scalewise.method.backbone import Backbone
 from scalewise.method.roles import Roles
 from scalewise.method.sampling import sample_student
@@ -160,7 +160,7 @@ def test_a_recipe_in_fewer_bits_draws_in_them_with_a_student_too(
     assert list(layers(whole)) and not list(layers(few))
     student = student_of(SD3.tiny())
     save_student(tmp_path / "s.safetensors", student.tensors, tiny.override(["lora.rank=2", "lora.alpha=4"]))
-    contender = Contender("student", "student", 1, 1.0, student.schedule, tmp_path / "s.safetensors")
+    contender = SamplerSpec("student", "student", 1, 1.0, student.schedule, tmp_path / "s.safetensors")
     cond, x0 = SD3.tiny().encode_prompts(["a dog"]), []
     for model in (whole, few):
         with enter(model, contender) as sampler:

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalewise import models
 from scalewise.common import console
 from scalewise.config.presets import find_recipe
-from scalewise.evaluation.samplers import Prompts, draw, parse_contender
-from scalewise.evaluation.sampling_speed import expected_flops
+from scalewise.evaluation.samplers import Prompts, generate_images, parse_sampler
+from scalewise.evaluation.sampling_speed import count_flops
 from scalewise.method.roles import Roles
 from scalewise.method.scales import Scale
 from scalewise.models import ModelError
@@ -205,15 +205,15 @@ def test_a_teacher_of_second_order_is_counted_by_its_passes_and_not_its_steps(tm
         "loss.feature_block=0", "lora.rank=4", "model.max_sequence_length=null", "teacher.steps=3",
     ])  # fmt: skip
     plan, asked = make_plan(recipe), []
-    teacher = parse_contender("teacher", recipe)
+    teacher = parse_sampler("teacher", recipe)
     model.denoiser.register_forward_pre_hook(lambda _, __, given: asked.append(len(given["hidden_states"])),
                                              with_kwargs=True)  # fmt: skip
-    draw(model, teacher, Prompts.of(["a cat"]))
+    generate_images(model, teacher, Prompts.of(["a cat"]))
     assert (
         asked == [2] * 5
     )  # both steps but the last twice, guided: conditional and unconditional in one batch
     assert plan.teacher_forwards == sum(asked)
-    flops = expected_flops(recipe, [teacher, parse_contender("undistilled", recipe)], console.progress)
+    flops = count_flops(recipe, [teacher, parse_sampler("undistilled", recipe)], console.progress)
     assert flops["teacher"] == 10 * flops["undistilled"] == plan.teacher
 
 

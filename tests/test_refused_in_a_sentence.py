@@ -13,8 +13,8 @@ from scalewise.cli import main
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
 from scalewise.data import DataError
-from scalewise.evaluation.samplers import parse_contender
-from scalewise.evaluation.stored_images import ContenderError, read_folder
+from scalewise.evaluation.samplers import parse_sampler
+from scalewise.evaluation.stored_images import SamplerError, read_folder
 from scalewise.method.backbone import Backbone
 from scalewise.metrics import EXTRAS
 from scalewise.models import SD3
@@ -90,13 +90,13 @@ def test_a_command_refuses_in_one_sentence(words, code, said, tmp_path, monkeypa
 
 
 def test_an_empty_folder_is_told_as_empty_and_a_file_as_a_file(tmp_path: Path) -> None:
-    folder = parse_contender(f"folder:{tmp_path}", MINI)
+    folder = parse_sampler(f"folder:{tmp_path}", MINI)
     with pytest.raises(DataError, match=r"No usable image in .*Put images there, or name another") as error:
         read_folder(folder.path, ["a dog"])
     assert "caption_from_name" not in str(error.value)
     (tmp_path / "a").touch()
-    with pytest.raises(ContenderError, match="is a file; give a folder"):
-        parse_contender(f"folder:{tmp_path / 'a'}", MINI)
+    with pytest.raises(SamplerError, match="is a file; give a folder"):
+        parse_sampler(f"folder:{tmp_path / 'a'}", MINI)
 
 
 def test_the_ids_of_metrics_weights_are_whole_on_a_narrow_screen(monkeypatch, capfd) -> None:

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from scalewise.evaluation.evaluate import Row
-from scalewise.evaluation.report import Column, Journey, ReportContent, Stage, write_report
+from scalewise.evaluation.report import Column, ReportContent, Stage, StepSequence, write_report
 from scalewise.evaluation.report.charts import lines_of, smooth, training_charts
+from scalewise.evaluation.report.findings import duration, findings, first_and_last, milliseconds
 from scalewise.evaluation.report.images import embed, zoom
-from scalewise.evaluation.report.words import duration, findings, first_and_last, milliseconds
 from scalewise.evaluation.timing import Timing
 from scalewise.metrics import Interval
 
@@ -60,7 +60,7 @@ def content() -> ReportContent:
         stages=[Stage("training", "300 iterations", 90.0), Stage("timing", "7 rounds", 30.0)],
         prompts=["a red apple", "a <b>bold</b> cat"],
         columns=[Column("teacher", "28 steps", noise[:2]), Column("student", "4 steps", noise[2:])],
-        journeys=[Journey("a red apple", ["t 1000, 2x2", "t 602, 4x4"], [noise[0, :16, :16], noise[1]])],
+        journeys=[StepSequence("a red apple", ["t 1000, 2x2", "t 602, 4x4"], [noise[0, :16, :16], noise[1]])],
         log=training_log(),
         schedule=["t 1000, 2x2", "t 896, 3x3", "t 737, 3x3", "t 602, 4x4"],
         figures=[row("teacher", "teacher", [0.14, 0.13, 0.15], [0.78, 0.73, 0.82]),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from scalewise.evaluation.evaluate import Row, load_rows, save_rows, table
 from scalewise.evaluation.report import ReportContent
+from scalewise.evaluation.report.findings import quality
 from scalewise.evaluation.report.page import page
-from scalewise.evaluation.report.words import quality
 from scalewise.metrics import Interval, Seen, measure, shares
 from scalewise.metrics.base import Mean
 from scalewise.metrics.intervals import Resampled, t_quantile
@@ -128,7 +128,7 @@ def test_fewer_than_twenty_prompts_have_no_interval_of_a_mean_or_distance_and_no
     assert stored[1]["values"]["clip_score"][1:] == [None, None]
     assert load_rows(tmp_path) == [first, row]
     assert f"| {row.values['clip_score'].value:.1f} |" in table([first, row])
-    assert "Figures without an interval rest on too few prompts" in table([first, row])
+    assert "Values without an interval have too few prompts" in table([first, row])
 
 
 def test_a_report_says_of_too_few_prompts_that_they_are() -> None:

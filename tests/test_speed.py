@@ -12,18 +12,18 @@ from scalewise.cli import main
 from scalewise.common import console
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import RecipeError
-from scalewise.evaluation.evaluate import subject
-from scalewise.evaluation.samplers import Contender, parse_contenders
+from scalewise.evaluation.evaluate import timed_sampler
+from scalewise.evaluation.samplers import SamplerSpec, parse_samplers
 from scalewise.evaluation.sampling_speed import (
     PROTOCOLS,
     Gain,
-    chosen_protocol,
-    expected_flops,
-    gain,
+    build_protocol,
+    compute_gain,
+    count_flops,
     measure_speed,
-    promising,
+    pairs_to_compare,
 )
-from scalewise.evaluation.timing import Subject, time_parts
+from scalewise.evaluation.timing import TimedSampler, time_parts
 from scalewise.method.scales import ScaleSchedule
 from scalewise.metrics.intervals import Interval
 from scalewise.models import SD3
@@ -44,7 +44,7 @@ def test_pieces_add_up_to_their_part():
     from contextlib import nullcontext
 
     parts = {"text": work(0.1), "denoiser": work(0.2, 0.5), "vae": work(0.4)}
-    lap = time_parts(Subject("it", lambda batch: nullcontext(parts)), 2, lambda: now[0])
+    lap = time_parts(TimedSampler("it", lambda batch: nullcontext(parts)), 2, lambda: now[0])
     assert lap == pytest.approx(
         {"text": 50, "denoiser": 350, "denoiser/1": 100, "denoiser/2": 250, "vae": 200, "total": 600}
     )
@@ -52,7 +52,7 @@ def test_pieces_add_up_to_their_part():
 
 def test_a_gain_is_taken_within_rounds_and_set_beside_the_operations():
     laps = {"slow": {"denoiser": [10.0, 30.0, 20.0]}, "quick": {"denoiser": [2.0, 6.0, 5.0]}}
-    found = gain(laps, {"slow": 1000.0, "quick": 160.0}, "quick", "slow", 8)
+    found = compute_gain(laps, {"slow": 1000.0, "quick": 160.0}, "quick", "slow", 8)
     assert found.measured == Interval(5.0, 4.0, 5.0)
     assert found.expected == 6.25
     assert found.reached.to_list() == pytest.approx([0.8, 0.64, 0.8])
@@ -61,9 +61,9 @@ def test_a_gain_is_taken_within_rounds_and_set_beside_the_operations():
 
 def test_a_gain_is_of_the_one_with_fewer_operations_whoever_is_named_first():
     recipe = find_recipe("mini")
-    contenders = parse_contenders(["undistilled:full", "undistilled", "teacher:2", "b=undistilled"], recipe)
+    contenders = parse_samplers(["undistilled:full", "undistilled", "teacher:2", "b=undistilled"], recipe)
     flops = {"undistilled, full scale": 4.0, "undistilled": 2.0, "teacher, 2 steps": 3.0, "b": 2.0}
-    assert promising(contenders, flops) == [
+    assert pairs_to_compare(contenders, flops) == [
         ("undistilled, full scale", "undistilled"), ("undistilled, full scale", "teacher, 2 steps"),
         ("undistilled, full scale", "b"), ("teacher, 2 steps", "undistilled"), ("teacher, 2 steps", "b"),
     ]  # fmt: skip
@@ -72,7 +72,7 @@ def test_a_gain_is_of_the_one_with_fewer_operations_whoever_is_named_first():
 def test_the_operations_expected_are_those_of_the_schedules():
     recipe = find_recipe("mini")
     named = ["teacher", "two=teacher:2", "full=undistilled:full", "small=undistilled"]
-    flops = expected_flops(recipe, parse_contenders(named, recipe), console.progress)
+    flops = count_flops(recipe, parse_samplers(named, recipe), console.progress)
     # 28 and 2 steps of two forwards each, against four of one.
     assert flops["teacher"] / flops["full"] == pytest.approx(2 * 28 / 4)
     assert flops["teacher"] / flops["two"] == pytest.approx(14)
@@ -81,15 +81,15 @@ def test_the_operations_expected_are_those_of_the_schedules():
 
 
 def test_protocols_are_the_papers_and_an_honest_one():
-    paper = chosen_protocol("paper", batches=None, rounds=None, compiled=None)
+    paper = build_protocol("paper", batches=None, rounds=None, compiled=None)
     assert (paper.batches, paper.rounds, paper.compiled, paper.half) == ((8,), 100, True, True)
-    changed = chosen_protocol("honest", batches=[4], rounds=3, compiled=True)
+    changed = build_protocol("honest", batches=[4], rounds=3, compiled=True)
     assert (changed.batches, changed.rounds, changed.compiled, changed.half) == ((4,), 3, True, False)
     assert PROTOCOLS["honest"].batches == (1, 8)
-    with pytest.raises(RecipeError, match="no protocol 'best'; choose honest or paper"):
-        chosen_protocol("best", batches=None, rounds=None, compiled=None)
-    with pytest.raises(RecipeError, match="batch of 0"):
-        chosen_protocol("paper", batches=[0], rounds=None, compiled=None)
+    with pytest.raises(RecipeError, match="Unknown protocol 'best'; choose honest or paper"):
+        build_protocol("best", batches=None, rounds=None, compiled=None)
+    with pytest.raises(RecipeError, match="at least 1; got 0"):
+        build_protocol("paper", batches=[0], rounds=None, compiled=None)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def tiny(tmp_path):
 
 
 def test_every_part_and_step_is_timed(tiny):
-    protocol = chosen_protocol("honest", batches=[1, 2], rounds=2, compiled=None)
+    protocol = build_protocol("honest", batches=[1, 2], rounds=2, compiled=None)
     found = measure_speed(tiny, [], protocol, caption="a cat", progress=console.progress)
     assert [(t.name, t.batch) for t in found.timings] == [
         (name, batch) for batch in (1, 2) for name in ("teacher", "full-scale", "scale-wise")
@@ -121,7 +121,7 @@ def test_every_part_and_step_is_timed(tiny):
 
 
 def test_half_precision_is_what_the_paper_protocol_computes_in(tiny):
-    protocol = chosen_protocol("paper", batches=[1], rounds=1, compiled=False)
+    protocol = build_protocol("paper", batches=[1], rounds=1, compiled=False)
     found = measure_speed(tiny, ["undistilled"], protocol, caption="a cat", progress=console.progress)
     assert found.setting["dtype"] in ("float16", "bfloat16") and found.gains == []
 
@@ -152,10 +152,10 @@ def test_the_command_writes_tables_and_numbers(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--protocol", "best"], "no protocol 'best'"),
-    (["--batch", "0"], "batch of 0"),
+    (["--protocol", "best"], "Unknown protocol 'best'"),
+    (["--batch", "0"], "at least 1; got 0"),
     (["student:nowhere"], "nowhere"),
-    (["folder:."], "nothing to time"),
+    (["folder:."], "cannot be timed"),
 ])  # fmt: skip
 def test_what_cannot_be_timed_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
@@ -166,6 +166,6 @@ def test_what_cannot_be_timed_is_refused(arguments, message, capsys):
 def test_every_pass_of_a_teacher_of_second_order_is_a_step_of_its_own():
     model, schedule = SD3.tiny(), ScaleSchedule.build([1000], [8])
     model.pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    teacher = Contender("teacher", "teacher", 3, 2.0, schedule)
-    lap = time_parts(subject(model, teacher, "a cat", each_step=True), 1, time.perf_counter)
+    teacher = SamplerSpec("teacher", "teacher", 3, 2.0, schedule)
+    lap = time_parts(timed_sampler(model, teacher, "a cat", each_step=True), 1, time.perf_counter)
     assert list(lap) == ["text", "denoiser", "vae", "total", *(f"denoiser/{i}" for i in range(1, 6))]

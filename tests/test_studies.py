@@ -75,7 +75,7 @@ def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
         mean = sum(finding.gain.by_seed) / 2
         if finding.metric == "clip_score":  # a mean over pictures, so the seeds' mean is the whole
             assert finding.gain.value == pytest.approx(mean, abs=1e-6)
-    monkeypatch.setattr(running, "draw", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(running, "generate_images", lambda *_, **__: pytest.fail("drawn again"))
     again = run_study(study, tmp_path, effort, progress=console.progress)
     assert again.to_dict() == found.to_dict()
     assert found.tokens == {"untrained": 564, "trained": 564, "drawn at full scale": 1024}
@@ -182,7 +182,7 @@ def test_a_study_takes_a_difference_as_evaluation_does(tmp_path):
     a, b = (torch.randn(40, material.judge.reference.shape[1], generator=torch_rows) for _ in "ab")
     a, b = (rows / rows.norm(dim=1, keepdim=True) for rows in (a, b))
     prompts = Prompts.of(material.texts)
-    seen = [material.judge.seen({"scorer": rows}, prompts) for rows in (a, b)]
+    seen = [material.judge.combine({"scorer": rows}, prompts) for rows in (a, b)]
     expected = measure(seen[0], against=seen[1])["frechet"]
     one, two = (running.figure_of("frechet", s) for s in seen)
     assert (one - two).interval().to_list() == pytest.approx(expected.to_list(), abs=1e-12)

@@ -14,7 +14,7 @@ from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.data import DataError, LatentSet
 from scalewise.data.synthetic import generate
-from scalewise.evaluation.samplers import encode, enter, parse_contender
+from scalewise.evaluation.samplers import encode, enter, parse_sampler
 from scalewise.method.backbone import Backbone
 from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale
@@ -81,7 +81,7 @@ def test_a_contender_draws_with_the_recipes_shift_and_negative_prompt(recipe):
     chosen = recipe.override(
         ["teacher.shift=8", "teacher.negative_prompt=blurry", "teacher.max_sequence_length=5"]
     )
-    model, contender = SD3.tiny(), parse_contender("teacher", chosen)
+    model, contender = SD3.tiny(), parse_sampler("teacher", chosen)
     uncond, cond = (encode(model, contender, [text]) for text in ("blurry", "a dog"))
     assert cond.tensors["tokens"].shape[1] == model.clip_length + 5
     with enter(model, contender) as sampler:

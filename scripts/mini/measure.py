@@ -25,9 +25,9 @@ from scalewise import mini
 from scalewise.common import console
 from scalewise.common.images import contact_sheet, to_bytes
 from scalewise.config.presets import find_recipe
-from scalewise.evaluation.compare import real_rows
+from scalewise.evaluation.compare import score_real_images
 from scalewise.evaluation.samplers import Prompts
-from scalewise.evaluation.scoring import judge_of
+from scalewise.evaluation.scoring import load_scorers
 from scalewise.method.backbone import Backbone
 from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, downscale_area
@@ -70,18 +70,18 @@ def draw(model: PipelineAdapter, prompts: Prompts, scale: Scale) -> Tensor:
 
 def real(model: PipelineAdapter) -> dict[str, dict[str, list[float]]]:
     """What real pictures reach by the same judge."""
-    rows = real_rows(judge_of(find_recipe("mini")))
+    rows = score_real_images(load_scorers(find_recipe("mini")))
     return {row.name: {k: v.to_list() for k, v in row.values.items()} for row in rows}
 
 
 def scales(model: PipelineAdapter) -> dict[str, dict[str, list[float]]]:
     """The teacher's figures at every scale of the schedule, on all held-out captions; its contact sheets."""
     recipe, prompts, found = find_recipe("mini"), Prompts.of(mini.captions("test")), {}
-    judge = judge_of(recipe)
+    judge = load_scorers(recipe)
     (work_folder() / "sheets").mkdir(exist_ok=True)
     for scale in recipe.schedule.build().scales:
         images = to_bytes(draw(model, prompts, scale))
-        values = measure(judge.see(images, prompts))
+        values = measure(judge.score(images, prompts))
         found[str(scale)] = {k: v.to_list() for k, v in values.items()}
         contact_sheet(list(images[:60]), columns=12).save(work_folder() / "sheets" / f"teacher-{scale}.png")
     return found

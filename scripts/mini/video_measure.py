@@ -24,11 +24,11 @@ from scalewise.common import console
 from scalewise.common.images import middle_frame, to_bytes
 from scalewise.common.results import write_json
 from scalewise.config.presets import find_recipe
-from scalewise.evaluation.compare import time_all
+from scalewise.evaluation.compare import time_samplers
 from scalewise.evaluation.evaluate import Row, save_rows
 from scalewise.evaluation.evaluate import table as figures_table
-from scalewise.evaluation.samplers import Contender, Prompts, enter, parse_contenders
-from scalewise.evaluation.scoring import Judge
+from scalewise.evaluation.samplers import Prompts, SamplerSpec, enter, parse_samplers
+from scalewise.evaluation.scoring import Scorers
 from scalewise.evaluation.timing import timings_table
 from scalewise.metrics import ClipScorer, measure
 from scalewise.metrics.shares import wilson
@@ -77,7 +77,7 @@ def number(clip: Clip) -> int:
 
 
 @torch.no_grad()
-def draw(model: PipelineAdapter, contender: Contender, captions: list[str], *, batch: int = 8) -> Tensor:
+def draw(model: PipelineAdapter, contender: SamplerSpec, captions: list[str], *, batch: int = 8) -> Tensor:
     """Videos [N, 3, F, H, W] of all captions, sample i from seed i."""
     uncond, parts = model.encode_prompts([contender.negative_prompt]), []
     with (
@@ -124,24 +124,24 @@ def main(contenders: list[str], recipe_file: str, *, count: int, out: Path) -> N
     texts = [f"{clip.text}{WORDS}" for clip in wanted]
     pool = [r["caption"] for r in clips.pictures.records if r["style"] == STYLE]
     real = torch.stack([clips.render(clip) for clip in reference])
-    judge = Judge(scorer, scorer.pictures(to_bytes(stills(real))), pool)
+    judge = Scorers(scorer, scorer.pictures(to_bytes(stills(real))), pool)
     prompts = Prompts.of(texts)
     model = load(recipe, ALL_PARTS)
-    parsed = parse_contenders(contenders, recipe)
+    parsed = parse_samplers(contenders, recipe)
     videos = {c.name: draw(model, c, [clip.caption for clip in wanted]) for c in parsed}
     videos["real, held out"] = torch.stack([clips.render(clip) for clip in wanted])
     rows, motion = [], {}
     out.mkdir(parents=True, exist_ok=True)
     about = {c.name: c.about for c in parsed} | {"real, held out": "rendered clips"}
     for name, drawn in videos.items():
-        seen = judge.see(to_bytes(stills(drawn)), prompts)
+        seen = judge.score(to_bytes(stills(drawn)), prompts)
         rows.append(Row(name, "video", about[name], len(drawn), measure(seen)))
         hits = moves.hits(drawn, wanted)
         motion[name] = wilson(float(hits.double().mean()), len(hits)).to_list()
         filmstrip(drawn[:12], out / f"{''.join(c if c.isalnum() else '-' for c in name)}.png")
     save_rows(rows, out)
     (out / "motion.json").write_text(json.dumps(motion, indent=1) + "\n", encoding="utf-8")
-    timings = time_all(model, recipe, parsed, wanted[0].caption, console.progress)
+    timings = time_samplers(model, recipe, parsed, wanted[0].caption, console.progress)
     write_json(out / "timings.json", timings)
     print(figures_table(rows))
     for name, (value, low, high) in motion.items():

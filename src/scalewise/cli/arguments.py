@@ -59,7 +59,7 @@ def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str],
     """
     from scalewise.config.overrides import field_names
     from scalewise.config.recipe import Recipe
-    from scalewise.evaluation.samplers import is_contender
+    from scalewise.evaluation.samplers import is_sampler
 
     if old:
         warnings.warn("--set is deprecated; write key=value without it, as for `distill`.", stacklevel=2)
@@ -67,7 +67,7 @@ def split_overrides(words: list[str], old: list[str] | None) -> tuple[list[str],
     overrides = []
     for word in words:
         key, sign, value = word.partition("=")
-        if sign and (key.strip() in known or ("." in key and ":" not in key and not is_contender(value))):
+        if sign and (key.strip() in known or ("." in key and ":" not in key and not is_sampler(value))):
             overrides.append(word)
     return [word for word in words if word not in overrides], [*overrides, *(old or ())]
 

@@ -20,8 +20,8 @@ from scalewise.common.results import write_json
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation import compare
-from scalewise.evaluation.report import Column, Journey, ReportContent, Stage, write_report
-from scalewise.evaluation.samplers import Contender, Prompts, draw, draw_steps, parse_contender
+from scalewise.evaluation.report import Column, ReportContent, Stage, StepSequence, write_report
+from scalewise.evaluation.samplers import Prompts, SamplerSpec, generate_images, generate_steps, parse_sampler
 from scalewise.models import PipelineAdapter
 from scalewise.models.lora import versions
 from scalewise.training import setup
@@ -164,9 +164,11 @@ def collect(
     captions = mini.captions("test")
     shown = [*recipe.train.sample_prompts[:4], *captions[:: max(1, len(captions) // (SHOWN - 4))]][:SHOWN]
     prompts = Prompts.of(shown, seed=1)
-    contenders = [parse_contender(name, recipe) for name in names]
+    contenders = [parse_sampler(name, recipe) for name in names]
     precision = recipe.train.precision
-    columns = [Column(c.name, c.about, draw(model, c, prompts, precision=precision)) for c in contenders]
+    columns = [
+        Column(c.name, c.about, generate_images(model, c, prompts, precision=precision)) for c in contenders
+    ]
     schedule = recipe.schedule.build()
     labels = [f"t {step.t:.0f}, {step.scale}" for step in schedule]
     return ReportContent(
@@ -193,12 +195,14 @@ def collect(
 
 
 def journeys(
-    model: PipelineAdapter, student: Contender, *, prompts: Prompts, labels: list[str], recipe: Recipe
-) -> list[Journey]:
+    model: PipelineAdapter, student: SamplerSpec, *, prompts: Prompts, labels: list[str], recipe: Recipe
+) -> list[StepSequence]:
     """x0 of every step of the student, for the first prompts."""
     some = prompts[:JOURNEYS]
-    steps = draw_steps(model, student, some, precision=recipe.train.precision)
-    return [Journey(caption, labels, [step[i] for step in steps]) for i, caption in enumerate(some.captions)]
+    steps = generate_steps(model, student, some, precision=recipe.train.precision)
+    return [
+        StepSequence(caption, labels, [step[i] for step in steps]) for i, caption in enumerate(some.captions)
+    ]
 
 
 def summary(recipe: Recipe, outcome: compare.Outcome) -> str:

@@ -169,14 +169,14 @@ def evaluate(
     """
     console.quiet_libraries()
     from scalewise.cli.run_measuring import Evaluation, run_evaluate
-    from scalewise.evaluation.scoring import Asked
+    from scalewise.evaluation.scoring import ScoringOptions
 
     samplers, overrides = split_overrides(samplers, override)
     if not samplers:
         raise typer.BadParameter("No sampler given; add at least one, such as teacher or student:runs/mini.")
-    requested = Asked(scorer, tuple(metric or ()), reference)
+    requested = ScoringOptions(scorer, tuple(metric or ()), reference)
     how = Evaluation(count=count, each=each, batch=batch, seed=seed, speed=speed)
-    run_evaluate(recipe_of(recipe, overrides), samplers, prompts, how, asked=requested, out=out)
+    run_evaluate(recipe_of(recipe, overrides), samplers, prompts, how, scoring=requested, out=out)
 
 
 def metrics() -> None:
@@ -228,7 +228,7 @@ def bench(
     """
     console.quiet_libraries()
     from scalewise.cli.run_measuring import run_bench, run_training_bench
-    from scalewise.evaluation.sampling_speed import chosen_protocol
+    from scalewise.evaluation.sampling_speed import build_protocol
 
     chosen_samplers, overrides = split_overrides(samplers or [], override)
     if training:
@@ -239,7 +239,7 @@ def bench(
             )
         run_training_bench(recipe_of(recipe, overrides), rounds=rounds or 7, out=out)
         return
-    chosen = chosen_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
+    chosen = build_protocol(protocol, batches=batch, rounds=rounds, compiled=compiled)
     run_bench(recipe_of(recipe, overrides), chosen_samplers, chosen, prompt, out)
 
 

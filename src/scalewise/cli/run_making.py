@@ -24,7 +24,7 @@ from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.header import SetHeader
 from scalewise.data.synthetic import generate
 from scalewise.evaluation.evaluate import warned_once
-from scalewise.evaluation.samplers import Contender, encode, enter, parse_contender, passes_of
+from scalewise.evaluation.samplers import SamplerSpec, count_passes, encode, enter, parse_sampler
 from scalewise.method.distill import Numbers
 from scalewise.method.scales import Scale
 from scalewise.models import ALL_PARTS, ModelError, lora_keys
@@ -64,7 +64,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     seeds = [asked.seed + i for i in range(len(texts))]
     files, started = list[Path](), time.perf_counter()
     uncond = encode(model, contender, [contender.negative_prompt])
-    passes = passes_of(model, contender)
+    passes = count_passes(model, contender)
     with (
         warned_once(model, contender, texts),
         # What the student was trained in may be slow here, and another precision draws nearly the same.
@@ -85,7 +85,7 @@ def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list
     return files, time.perf_counter() - started
 
 
-def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
+def _who_draws(asked: Drawing) -> tuple[SamplerSpec, Recipe, Student | None]:
     """The contender, the recipe of its model, and the student if there is one."""
     if asked.teacher and asked.schedule:
         raise RecipeError("--schedule is a student's; the teacher has its own steps. Leave one of them out.")
@@ -93,7 +93,7 @@ def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
         if not asked.teacher:
             raise RecipeError("--recipe tells whose teacher draws; add --teacher, or name a student.")
         recipe = find_recipe(asked.recipe).with_values({"model.base": asked.base} if asked.base else {})
-        return parse_contender("teacher", recipe), recipe, None
+        return parse_sampler("teacher", recipe), recipe, None
     if asked.student is None and asked.base and not mini.is_named(asked.base):
         raise RecipeError(
             f"Name a student of {asked.base} with --student, or a recipe of its teacher with --teacher "
@@ -106,8 +106,8 @@ def _who_draws(asked: Drawing) -> tuple[Contender, Recipe, Student | None]:
         raise RecipeError(f"{path} does not say which model it is for; give its base with --base.")
     recipe = _recipe_of(student, base)
     if asked.teacher:
-        return parse_contender("teacher", recipe), recipe, None
-    contender = Contender(
+        return parse_sampler("teacher", recipe), recipe, None
+    contender = SamplerSpec(
         "student", "student", len(student.schedule), schedule=student.schedule, path=Path(path)
     )
     return contender, recipe, student

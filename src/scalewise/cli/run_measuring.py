@@ -14,7 +14,7 @@ from scalewise.common import console, distributed
 from scalewise.common.results import write_json
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation.sampling_speed import Protocol, measure_speed
-from scalewise.evaluation.scoring import Asked
+from scalewise.evaluation.scoring import ScoringOptions
 from scalewise.evaluation.timing import TOTAL, format_ms, format_ratio
 from scalewise.method.scales import Scale, ScaleSchedule
 from scalewise.metrics import EXTRAS, OWN
@@ -38,8 +38,14 @@ class Evaluation:
 
 
 def run_evaluate(
-    recipe: Recipe, contenders: list[str], prompts: Path | None, how: Evaluation, *, asked: Asked, out: Path
-) -> None:
+    recipe: Recipe,
+    contenders: list[str],
+    prompts: Path | None,
+    how: Evaluation,
+    *,
+    scoring: ScoringOptions,
+    out: Path,
+) -> None:  # fmt: skip
     """Draw and score every contender on the same prompts and seeds."""
     from scalewise.evaluation import compare
 
@@ -56,7 +62,7 @@ def run_evaluate(
         batch=how.batch,
         seed=how.seed,
         speed=how.speed,
-        asked=asked,
+        scoring=scoring,
         out=out,
     )
     if distributed.is_main():
@@ -160,7 +166,7 @@ def run_bench(
     for g in found.gains:
         say(f"batch {g.batch}, denoiser: {g.name} {format_ratio(g.measured)} faster than {g.over}, of "
             f"{g.expected:.3g}x by operations: {g.reached.value:.0%} reached")  # fmt: skip
-    say(f"Milliseconds per image; {found.told} All in {out}")
+    say(f"Milliseconds per image; {found.summary} All in {out}")
 
 
 def run_training_bench(recipe: Recipe, *, rounds: int, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""A comparison on disk: pictures, figures with intervals, times, all from the same prompts and seeds."""
+"""Compare samplers on the same prompts and seeds, and write images, metrics and times to a folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from scalewise.common.progress import Progress
 from scalewise.common.results import write_json
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.evaluation import timing
-from scalewise.evaluation.drawings import Drawings, drawn_by
-from scalewise.evaluation.evaluate import Result, Row, evaluate, save_rows, subject, table
+from scalewise.evaluation.evaluate import Result, Row, evaluate, save_rows, table, timed_sampler
+from scalewise.evaluation.generated_images import GeneratedImages, sampler_fingerprint
 from scalewise.evaluation.samplers import (
-    Contender,
     Prompts,
+    SamplerSpec,
     check_fit,
-    parse_contenders,
+    parse_samplers,
 )
-from scalewise.evaluation.scoring import SCORER, SPECTRUM, Asked, Judge, check_asked, judge_of
-from scalewise.evaluation.stored_images import ContenderError, read_folder
+from scalewise.evaluation.scoring import (
+    SCORER,
+    SPECTRUM,
+    Scorers,
+    ScoringOptions,
+    check_scoring,
+    load_scorers,
+)
+from scalewise.evaluation.stored_images import SamplerError, read_folder
 from scalewise.method.rng import permutation
 from scalewise.metrics import measure
 from scalewise.models import PipelineAdapter, family_of
@@ -35,7 +42,7 @@ from scalewise.training import setup
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison found."""
+    """Results of a comparison."""
 
     results: list[Result]
     rows: list[Row]
@@ -43,46 +50,46 @@ class Outcome:
 
     @property
     def markdown(self) -> str:
-        """Both tables."""
+        """The tables of metrics and times."""
         text = table(self.rows)
         return f"{text}\n{timing.timings_table(self.timings)}" if self.timings else text
 
 
-def real_rows(judge: Judge) -> list[Row]:
-    """What real pictures reach by the same judge: those held out, and as many of the training set.
+def score_real_images(scorers: Scorers) -> list[Row]:
+    """Score real images of the mini: the held-out ones and equally many from the training set.
 
-    The prompt match of real pictures is what the scorer allows. Their distances are to pictures of other
-    subjects: drawn ones, which have the reference's captions, can be nearer.
+    Their prompt match shows the limits of the scorer. Generated images can have a lower Fréchet distance,
+    because they share the captions of the reference images and the real training images do not.
     """
     features = {k: v.float() for k, v in load_file(mini.REFERENCE).items()}
     held_out, trained = features["test"], features["train"]
     chosen = permutation(len(trained), "real")[: len(held_out)]
     captions = mini.captions("train")
     rows = []
-    for name, about, looks, texts, judges in (
+    for name, about, scores, texts, own_scorers in (
         (
             "real, held out",
-            "pictures that nothing was trained on",
+            "images not used in any training",
             {SCORER: held_out},
             mini.captions("test"),
-            replace(judge, reference=None),  # they are the reference
+            replace(scorers, reference=None),  # they are the reference
         ),
         (
             "real, trained on",
-            "a random part of the training pictures",
+            "a random part of the training images",
             {SCORER: trained[chosen], SPECTRUM: features["train_spectrum"][chosen]},
             [captions[i] for i in chosen],
-            judge,
+            scorers,
         ),
     ):
         prompts = Prompts(tuple(texts), tuple(range(len(texts))))
-        rows.append(Row(name, "real", about, len(texts), measure(judges.seen(looks, prompts))))
+        rows.append(Row(name, "real", about, len(texts), measure(own_scorers.combine(scores, prompts))))
     return rows
 
 
 def compare(
     recipe: Recipe,
-    contenders: Sequence[str],
+    samplers: Sequence[str],
     texts: Sequence[str],
     progress: Progress,
     *,
@@ -92,66 +99,66 @@ def compare(
     speed: bool = True,
     rounds: int = 7,
     each: int = 1,
-    asked: Asked | None = None,
+    scoring: ScoringOptions | None = None,
 ) -> Outcome:
-    """Draw, judge and time every contender; writes pictures, figures and timings to `out`.
+    """Generate, score and time the images of every sampler; write images, metrics and times to `out`.
 
-    Images that an earlier call with the same samplers and prompts has written there are not drawn again.
+    Existing images in `out` from the same samplers and prompts are reused.
 
-    `each`: samples of every text, from seeds of their own; two or more tell how diverse they are.
+    `each`: samples per text, with different seeds; two or more also measure diversity.
     """
-    parsed = parse_contenders(contenders, recipe)
-    _check_names(parsed)
-    prompts, asked = Prompts.of(texts, each=each, seed=seed), asked or Asked()
+    specs = parse_samplers(samplers, recipe)
+    _check_names(specs)
+    prompts, scoring = Prompts.of(texts, each=each, seed=seed), scoring or ScoringOptions()
     if len(prompts) < distributed.world():
         raise RecipeError(
-            f"{len(prompts)} pictures are fewer than the {distributed.world()} processes; start fewer, or "
-            "draw more."
+            f"There are {len(prompts)} images for {distributed.world()} processes; start fewer processes or "
+            "pass more prompts."
         )
     family = family_of(recipe.model.folder, recipe.model.family)
-    check_asked(asked, texts, video=family.video)
-    judge = judge_of(recipe, asked, pool=texts, progress=progress)
-    judge.warn_of_few(len(prompts))
-    draws = any(contender.kind != "folder" for contender in parsed)
-    for contender in parsed if draws else ():  # else they are read at once anyway
-        if contender.kind == "folder":
-            with progress(f"reading {contender.name}", 0):
-                assert contender.path is not None
-                read_folder(contender.path, prompts.captions, numbers=distributed.split(len(prompts)))
-    model = setup.load(recipe, ("denoiser", "vae", "text")) if draws else None
+    check_scoring(scoring, texts, video=family.video)
+    scorers = load_scorers(recipe, scoring, pool=texts, progress=progress)
+    scorers.warn_of_few(len(prompts))
+    generates = any(spec.kind != "folder" for spec in specs)
+    for spec in specs if generates else ():  # find unreadable folders before loading the model
+        if spec.kind == "folder":
+            with progress(f"reading {spec.name}", 0):
+                assert spec.path is not None
+                read_folder(spec.path, prompts.captions, numbers=distributed.split(len(prompts)))
+    model = setup.load(recipe, ("denoiser", "vae", "text")) if generates else None
     if model:
-        check_fit(model, parsed)
+        check_fit(model, specs)
     if distributed.is_main():
         (out / "timings.json").unlink(missing_ok=True)  # of an earlier comparison
     results, rows = list[Result](), list[Row]()
     for result in evaluate(
-        model, parsed, prompts, judge, batch=batch, precision=recipe.train.precision, progress=progress,
-        keep=partial(_copy_pictures, prompts, out / "pictures"),
-        drawings=partial(_drawings, recipe, prompts, out / "pictures"),
+        model, specs, prompts, scorers, batch=batch, precision=recipe.train.precision, progress=progress,
+        keep=partial(_copy_images, prompts, out / "pictures"),
+        storage=partial(_image_storage, recipe, prompts, out / "pictures"),
     ):  # fmt: skip
         results.append(result)
-        rows = [r.row for r in results] + (real_rows(judge) if judge.is_minis else [])
-        save_rows(rows, out)  # after each, so that a stopped comparison keeps what it has
+        rows = [r.row for r in results] + (score_real_images(scorers) if scorers.is_mini_default else [])
+        save_rows(rows, out)  # after each sampler, so that an interrupted comparison keeps its results
     timings = []
     if speed and model is not None and distributed.is_main():
-        timings = time_all(model, recipe, parsed, texts[0], progress, rounds=rounds)
+        timings = time_samplers(model, recipe, specs, texts[0], progress, rounds=rounds)
     if timings:
         write_json(out / "timings.json", timings)
     return Outcome(results, rows, timings)
 
 
-def time_all(
+def time_samplers(
     model: PipelineAdapter,
     recipe: Recipe,
-    contenders: Sequence[Contender],
+    samplers: Sequence[SamplerSpec],
     caption: str,
     progress: Progress,
     *,
     rounds: int = 7,
 ) -> list[timing.Timing]:
-    """Milliseconds per image at batch 1 and 8, all contenders taking turns."""
-    drawing = [c for c in contenders if c.kind != "folder"]
-    subjects = [subject(model, c, caption, precision=recipe.train.precision) for c in drawing]
+    """Time all samplers, interleaved, in milliseconds per image at batch sizes 1 and 8."""
+    timed = [c for c in samplers if c.kind != "folder"]
+    subjects = [timed_sampler(model, c, caption, precision=recipe.train.precision) for c in timed]
     if not subjects:
         return []
     with progress("timing", 2 * (rounds + 1)) as done, torch.no_grad():
@@ -159,42 +166,44 @@ def time_all(
         return timing.bench(subjects, batches=(1, 8), rounds=rounds, clock=clock, done=done)
 
 
-def _drawings(recipe: Recipe, prompts: Prompts, parent: Path, contender: Contender) -> Drawings | None:
-    """Where the images of a sampler are kept and found again; folders are copied instead."""
-    if contender.kind == "folder":
+def _image_storage(
+    recipe: Recipe, prompts: Prompts, parent: Path, spec: SamplerSpec
+) -> GeneratedImages | None:
+    """Return the storage of a sampler's images; None for folders, which are copied instead."""
+    if spec.kind == "folder":
         return None
-    return Drawings(parent / file_name(contender.name), prompts, drawn_by(recipe, contender))
+    return GeneratedImages(parent / file_name(spec.name), prompts, sampler_fingerprint(recipe, spec))
 
 
-def _copy_pictures(
-    prompts: Prompts, parent: Path, contender: Contender, numbers: Sequence[int], images: np.ndarray
+def _copy_images(
+    prompts: Prompts, parent: Path, spec: SamplerSpec, numbers: Sequence[int], images: np.ndarray
 ) -> None:
-    """Write this process's part of a folder's images beside the drawn ones, in the order of the prompts."""
-    folder = parent / file_name(contender.name)
-    if contender.path is None or contender.kind != "folder" or contender.path.resolve() == folder.resolve():
-        return  # drawn, or these very images are judged again
-    place = Drawings(folder, prompts, f"copied from {contender.path.resolve()}")
-    place.begin()
-    place.write(numbers, images)
+    """Copy this process's part of a folder's images to `parent`, in the order of the prompts."""
+    folder = parent / file_name(spec.name)
+    if spec.path is None or spec.kind != "folder" or spec.path.resolve() == folder.resolve():
+        return  # already stored there
+    stored = GeneratedImages(folder, prompts, f"copied from {spec.path.resolve()}")
+    stored.prepare()
+    stored.write(numbers, images)
     distributed.barrier_without_timeout()
 
 
 def file_name(name: str) -> str:
-    """The folder of a contender's pictures."""
+    """Return the folder name of a sampler's images."""
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
-def _check_names(contenders: Sequence[Contender]) -> None:
-    """Refuse two whose pictures would go into one folder."""
-    places = dict[str, str]()
-    for contender in contenders:
-        if not file_name(contender.name):
-            raise ContenderError(
-                f"The label {contender.name!r} names no folder for pictures; use letters or digits."
+def _check_names(samplers: Sequence[SamplerSpec]) -> None:
+    """Raise SamplerError if the images of two samplers would go into the same folder."""
+    folders = dict[str, str]()
+    for spec in samplers:
+        if not file_name(spec.name):
+            raise SamplerError(
+                f"The label {spec.name!r} gives no folder name for its images; use letters or digits."
             )
-        other = places.setdefault(file_name(contender.name), contender.name)
-        if other != contender.name:
-            raise ContenderError(
-                f"The pictures of {other!r} and {contender.name!r} would go into one folder, "
-                f"{file_name(other)!r}; label one of them otherwise."
+        other = folders.setdefault(file_name(spec.name), spec.name)
+        if other != spec.name:
+            raise SamplerError(
+                f"The images of {other!r} and {spec.name!r} would go into the same folder, "
+                f"{file_name(other)!r}; change one of the labels."
             )

@@ -1,4 +1,4 @@
-"""Who takes part in a comparison, and how each of them draws the same prompts from the same seeds."""
+"""Samplers under comparison: their command-line form, and image generation from shared prompts and seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scalewise.common.images import to_bytes
 from scalewise.common.paths import expand_home
 from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation.stored_images import ContenderError, read_folder
+from scalewise.evaluation.stored_images import SamplerError, read_folder
 from scalewise.method.adapter import Condition
 from scalewise.method.backbone import Backbone, Precision
 from scalewise.method.rng import derive
@@ -37,8 +37,8 @@ FORMS = "teacher, teacher:STEPS, undistilled, undistilled:full, student:PATH or 
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to draw pictures."""
+class SamplerSpec:
+    """A way to generate images (teacher, student, undistilled model), or a folder of existing ones."""
 
     name: str
     kind: Kind
@@ -46,21 +46,21 @@ class Contender:
     """0 for a folder."""
     guidance: float = 1.0
     schedule: ScaleSchedule | None = None
-    """Its last scale is the size drawn; the teacher takes nothing else from it. None for a folder."""
+    """Its last scale is the size of the images; the teacher only uses that. None for a folder."""
     path: Path | None = None
-    """The student's file or run, or the folder of pictures."""
+    """The student's file or run folder, or the folder of images."""
     negative_prompt: str = ""
-    """What the teacher's guidance leads away from."""
+    """Negative prompt of the teacher's guidance."""
     shift: float | None = None
-    """Of the teacher's schedule; None = the base's own."""
+    """Shift of the teacher's schedule; None = that of the base."""
     text_length: int | None = None
-    """T5 tokens that the teacher reads; None = as the family's own pipeline."""
+    """Number of T5 tokens of the teacher; None = the default of the stock pipeline."""
 
     @property
     def about(self) -> str:
-        """How it draws, in a few words."""
+        """Steps, scales and guidance in a few words; the folder if it is one."""
         if self.schedule is None:
-            return f"pictures from {self.path}"
+            return f"images from {self.path}"
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         if self.kind == "teacher":
             return f"{steps} at {self.schedule.full}, guidance {self.guidance:g}"
@@ -70,14 +70,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What every contender draws: image i shows captions[i] from seeds[i]."""
+    """Prompts and seeds shared by all samplers: image i is generated from captions[i] and seeds[i]."""
 
     captions: tuple[str, ...]
     seeds: tuple[int, ...]
 
     @classmethod
     def of(cls, captions: Sequence[str], *, each: int = 1, seed: int = 0) -> Prompts:
-        """Every caption `each` times, every image from a seed of its own."""
+        """Repeat every caption `each` times, and derive a seed for each image from `seed`."""
         repeated = tuple(caption for caption in captions for _ in range(each))
         return cls(repeated, tuple(derive(seed, "evaluation", i) for i in range(len(repeated))))
 
@@ -87,200 +87,202 @@ class Prompts:
     def __getitem__(self, part: slice) -> Prompts:
         return Prompts(self.captions[part], self.seeds[part])
 
-    def chosen(self, numbers: Sequence[int]) -> Prompts:
-        """Those of some images."""
+    def select(self, numbers: Sequence[int]) -> Prompts:
+        """Return the prompts and seeds of the images with these numbers."""
         return Prompts(tuple(self.captions[i] for i in numbers), tuple(self.seeds[i] for i in numbers))
 
     @property
     def unique(self) -> tuple[str, ...]:
-        """The different captions, in order of appearance."""
+        """The distinct captions, in order of first appearance."""
         return tuple(dict.fromkeys(self.captions))
 
     @property
-    def number(self) -> Tensor:
-        """Which of the unique captions each image has, [N]."""
-        place = {caption: i for i, caption in enumerate(self.unique)}
-        return torch.tensor([place[caption] for caption in self.captions])
+    def prompt_index(self) -> Tensor:
+        """The index [N] into `unique` of the caption of each image."""
+        index = {caption: i for i, caption in enumerate(self.unique)}
+        return torch.tensor([index[caption] for caption in self.captions])
 
 
-def parse_contender(text: str, recipe: Recipe) -> Contender:
-    """Read a contender as written on the command line, optionally with a label: "4 steps=teacher:4"."""
+def parse_sampler(text: str, recipe: Recipe) -> SamplerSpec:
+    """Parse a sampler as written on the command line, with an optional label: "4 steps=teacher:4".
+
+    Raises SamplerError for an unknown form.
+    """
     label, form = "", text
     if match := re.fullmatch(r"([^:=]+)=(.*)", text):
         label, form = match[1].strip(), match[2]
     word, _, rest = form.partition(":")
-    readers = {"teacher": _teacher, "undistilled": _undistilled, "student": _student, "folder": _folder}
-    if not is_contender(form):
-        raise ContenderError(
-            f"{text!r} is no contender; write {FORMS}, optionally with a label before it (name=...)."
+    parsers = {
+        "teacher": _parse_teacher, "undistilled": _parse_undistilled, "student": _parse_student,
+        "folder": _parse_folder,
+    }  # fmt: skip
+    if not is_sampler(form):
+        raise SamplerError(
+            f"Unknown sampler {text!r}; write {FORMS}, optionally with a label before it (name=...)."
         )
-    contender = readers[word](expand_home(rest), recipe)
-    return replace(contender, name=label) if label else contender
+    spec = parsers[word](expand_home(rest), recipe)
+    return replace(spec, name=label) if label else spec
 
 
-def is_contender(form: str) -> bool:
-    """Whether text without a label names a kind of contender; what stands behind the colon is not read."""
+def is_sampler(form: str) -> bool:
+    """Return whether text without a label starts with a kind of sampler; the part after ":" is not
+    checked.
+    """
     return form.partition(":")[0] in KINDS
 
 
-def parse_contenders(texts: Sequence[str], recipe: Recipe) -> list[Contender]:
-    """Read several contenders; their names have to differ."""
-    found = [parse_contender(text, recipe) for text in texts]
-    names = [contender.name for contender in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ContenderError(f"Two contenders are called {twice!r}; label them, as in mine=student:PATH.")
-    return found
+def parse_samplers(texts: Sequence[str], recipe: Recipe) -> list[SamplerSpec]:
+    """Parse several samplers; raises SamplerError if two have the same name."""
+    specs = [parse_sampler(text, recipe) for text in texts]
+    names = [spec.name for spec in specs]
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise SamplerError(f"Two samplers are named {duplicate!r}; label them, as in mine=student:PATH.")
+    return specs
 
 
-def _teacher(rest: str, recipe: Recipe) -> Contender:
+def _parse_teacher(rest: str, recipe: Recipe) -> SamplerSpec:
     if rest and not re.fullmatch(r"[1-9]\d*", rest):
-        raise ContenderError(f"'teacher:{rest}' needs a number of steps, as in teacher:4.")
+        raise SamplerError(f"'teacher:{rest}' needs a number of steps, as in teacher:4.")
     steps = int(rest or recipe.teacher.steps)
     name = f"teacher, {steps} steps" if rest else "teacher"
     full = recipe.schedule.build().at_full_scale()
     teacher = recipe.teacher
-    return Contender(
+    return SamplerSpec(
         name, "teacher", steps, teacher.guidance, full, negative_prompt=teacher.negative_prompt,
         shift=teacher.shift, text_length=teacher.max_sequence_length,
     )  # fmt: skip
 
 
-def _undistilled(rest: str, recipe: Recipe) -> Contender:
+def _parse_undistilled(rest: str, recipe: Recipe) -> SamplerSpec:
     if rest not in ("", "full"):
-        raise ContenderError(f"'undistilled:{rest}' is unknown; write undistilled or undistilled:full.")
+        raise SamplerError(f"Unknown form 'undistilled:{rest}'; write undistilled or undistilled:full.")
     name = "undistilled, full scale" if rest else "undistilled"
     schedule = recipe.schedule.build().at_full_scale() if rest else recipe.schedule.build()
-    return Contender(name, "undistilled", len(schedule), 1.0, schedule)
+    return SamplerSpec(name, "undistilled", len(schedule), 1.0, schedule)
 
 
-def _student(rest: str, recipe: Recipe) -> Contender:
+def _parse_student(rest: str, recipe: Recipe) -> SamplerSpec:
     if not rest:
-        raise ContenderError("'student' needs a file or the folder of a run, as in student:runs/mini.")
+        raise SamplerError("'student' needs a student file or a run folder, as in student:runs/mini.")
     path = Path(mini.resolve(rest, mini.STUDENT))
-    # Read at once: a missing file shall not show after an hour of the teacher's drawing.
+    # Read here, so that a missing file fails before the teacher samples for an hour.
     schedule = load_student(path).schedule
-    return Contender("student", "student", len(schedule), 1.0, schedule, path)
+    return SamplerSpec("student", "student", len(schedule), 1.0, schedule, path)
 
 
-def _folder(rest: str, recipe: Recipe) -> Contender:
+def _parse_folder(rest: str, recipe: Recipe) -> SamplerSpec:
     if not rest or not Path(rest).is_dir():
-        why = "is a file" if rest and Path(rest).exists() else "does not exist" if rest else "names none"
-        raise ContenderError(f"'folder:{rest}' {why}; give a folder that holds pictures.")
-    return Contender(Path(rest).resolve().name, "folder", path=Path(rest))
+        problem = "is a file" if rest and Path(rest).exists() else "does not exist" if rest else "has no path"
+        raise SamplerError(f"'folder:{rest}' {problem}; give a folder of images.")
+    return SamplerSpec(Path(rest).resolve().name, "folder", path=Path(rest))
 
 
-def check_fit(model: PipelineAdapter, contenders: Sequence[Contender]) -> None:
-    """Refuse students that do not fit the model and schedules it cannot draw, before anything is drawn."""
-    for contender in contenders:
-        if contender.kind == "student":
-            assert contender.path is not None
-            check_student(model.denoiser, load_student(contender.path, schedule=contender.schedule))
-        if contender.schedule is not None:
-            model.check_schedule(contender.schedule)
+def check_fit(model: PipelineAdapter, samplers: Sequence[SamplerSpec]) -> None:
+    """Raise if a student does not fit the model, or the model does not support a schedule."""
+    for spec in samplers:
+        if spec.kind == "student":
+            assert spec.path is not None
+            check_student(model.denoiser, load_student(spec.path, schedule=spec.schedule))
+        if spec.schedule is not None:
+            model.check_schedule(spec.schedule)
 
 
-def passes_of(model: PipelineAdapter, contender: Contender) -> int:
-    """Passes through the denoiser for one sample; under guidance each may be two forwards.
+def count_passes(model: PipelineAdapter, spec: SamplerSpec) -> int:
+    """Return the number of denoiser evaluations per sample, where one with guidance counts once.
 
-    A teacher's scheduler of second order (Heun's) takes two for all steps but the last.
+    A second-order scheduler of the teacher (Heun) evaluates the denoiser twice per step, except in the last.
     """
-    assert contender.schedule is not None, "a folder does not draw"
-    if contender.kind != "teacher":
-        return contender.steps
-    return len(
-        model.teacher_scheduler(contender.steps, contender.schedule.full, shift=contender.shift).timesteps
-    )
+    assert spec.schedule is not None, "a folder cannot sample"
+    if spec.kind != "teacher":
+        return spec.steps
+    return len(model.teacher_scheduler(spec.steps, spec.schedule.full, shift=spec.shift).timesteps)
 
 
 @contextmanager
 def enter(
-    model: PipelineAdapter, contender: Contender, *, precision: Precision = "float32",
+    model: PipelineAdapter, spec: SamplerSpec, *, precision: Precision = "float32",
     student: Student | None = None, weight: float = 1.0,
 ) -> Iterator[Sampler]:  # fmt: skip
-    """Give the contender's sampler; a student is fused into the model just for the time within.
+    """Give the spec's spec; a student is fused into the model just for the time within.
 
     `student`: one that is loaded already; `weight`: the part of its update that is taken.
     """
-    assert contender.schedule is not None, "a folder does not draw"
-    held: AbstractContextManager[None] = nullcontext()
-    if contender.kind == "student":
+    assert spec.schedule is not None, "a folder cannot sample"
+    context: AbstractContextManager[None] = nullcontext()
+    if spec.kind == "student":
         if student is None:
-            assert contender.path is not None
-            student = load_student(contender.path)
-        held = with_student(model.denoiser, student, weight=weight)
-    with held:
+            assert spec.path is not None
+            student = load_student(spec.path)
+        context = with_student(model.denoiser, student, weight=weight)
+    with context:
         backbone = Backbone(model, precision=precision)
-        yield partial(_sample, backbone, contender)
+        yield partial(_sample, backbone, spec)
 
 
-def encode(model: PipelineAdapter, contender: Contender, captions: Sequence[str]) -> Condition:
-    """Embed captions for a contender: the teacher reads as many tokens as its own pipeline, students those of
-    their training.
-    """
-    if contender.kind == "teacher":
-        return model.encode_for_teacher(captions, contender.text_length)
+def encode(model: PipelineAdapter, spec: SamplerSpec, captions: Sequence[str]) -> Condition:
+    """Embed captions for a sampler; the teacher has its own number of T5 tokens (`text_length`)."""
+    if spec.kind == "teacher":
+        return model.encode_for_teacher(captions, spec.text_length)
     return model.encode_prompts(captions)
 
 
 def _sample(
-    backbone: Backbone, contender: Contender, cond: Condition, uncond: Condition, seeds: Sequence[int], *,
+    backbone: Backbone, spec: SamplerSpec, cond: Condition, uncond: Condition, seeds: Sequence[int], *,
     on_step: OnStep | None = None,
 ) -> Tensor:  # fmt: skip
-    assert contender.schedule is not None
-    if contender.kind != "teacher":  # in the base's own role: a student, if any, is fused into it
-        return sample_student(backbone, contender.schedule, cond, seeds, role=TEACHER, on_step=on_step)
+    assert spec.schedule is not None
+    if spec.kind != "teacher":  # a student is fused into the base, so the role without adapters is used
+        return sample_student(backbone, spec.schedule, cond, seeds, role=TEACHER, on_step=on_step)
     return sample_teacher(
-        backbone, contender.schedule.full, cond, seeds, steps=contender.steps, guidance=contender.guidance,
-        uncond=uncond, shift=contender.shift, on_step=on_step,
+        backbone, spec.schedule.full, cond, seeds, steps=spec.steps, guidance=spec.guidance,
+        uncond=uncond, shift=spec.shift, on_step=on_step,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def draw(
-    model: PipelineAdapter | None, contender: Contender, prompts: Prompts, *,
+def generate_images(
+    model: PipelineAdapter | None, spec: SamplerSpec, prompts: Prompts, *,
     batch: int = 16,
     precision: Precision = "float32",
     numbers: Sequence[int] | None = None,
     done: ProgressCallback = no_progress,
-    known: Callable[[Sequence[int]], np.ndarray | None] = lambda _numbers: None,
-    keep: Callable[[Sequence[int], np.ndarray], None] = lambda _numbers, _images: None,
+    load_batch: Callable[[Sequence[int]], np.ndarray | None] = lambda _numbers: None,
+    save_batch: Callable[[Sequence[int], np.ndarray], None] = lambda _numbers, _images: None,
 ) -> np.ndarray:  # fmt: skip
-    """Draw all prompts, or those of some `numbers`: bytes [N, H, W, 3], videos [N, F, H, W, 3].
+    """Generate the images of all prompts, or those with the given numbers.
 
-    Image i depends on its caption and seed, not on the batch. `known(numbers)` may give a batch that was
-    drawn before; `keep(numbers, images)` is called with every other one as soon as it is drawn.
+    Returns uint8 [N, H, W, 3], or [N, T, H, W, 3] for videos. An image depends on its caption and seed, not
+    on the batch. `load_batch(numbers)` may return the images of a batch that already exist;
+    `save_batch(numbers, images)` is called for every newly generated batch.
     """
-    if contender.kind == "folder":
-        assert contender.path is not None
-        return read_folder(contender.path, prompts.captions, numbers=numbers)
+    if spec.kind == "folder":
+        assert spec.path is not None
+        return read_folder(spec.path, prompts.captions, numbers=numbers)
     numbers = range(len(prompts)) if numbers is None else numbers
-    assert model is not None, "who draws needs a model"
-    uncond = encode(model, contender, [contender.negative_prompt])
+    assert model is not None, "sampling needs a model"
+    uncond = encode(model, spec, [spec.negative_prompt])
     parts = []
-    with enter(model, contender, precision=precision) as sampler:
+    with enter(model, spec, precision=precision) as sampler:
         for start in range(0, len(numbers), batch):
             part = numbers[start : start + batch]
-            images, some = known(part), prompts.chosen(part)
+            images, selected = load_batch(part), prompts.select(part)
             if images is None:
-                x0 = sampler(encode(model, contender, some.captions), uncond, some.seeds)
+                x0 = sampler(encode(model, spec, selected.captions), uncond, selected.seeds)
                 images = to_bytes(model.decode(x0))
-                keep(part, images)
+                save_batch(part, images)
             parts.append(images)
             done(min(start + batch, len(numbers)))
     return np.concatenate(parts)
 
 
 @torch.no_grad()
-def draw_steps(
-    model: PipelineAdapter, contender: Contender, prompts: Prompts, *, precision: Precision = "float32"
+def generate_steps(
+    model: PipelineAdapter, spec: SamplerSpec, prompts: Prompts, *, precision: Precision = "float32"
 ) -> list[np.ndarray]:
-    """Draw a few prompts and decode x0 of every step: bytes [N, h_i, w_i, 3], growing with the scales.
-
-    The last one is the sample itself.
-    """
-    cond = encode(model, contender, prompts.captions)
-    uncond = encode(model, contender, [contender.negative_prompt])
-    with enter(model, contender, precision=precision) as sampler:
-        found: list[Tensor] = []
-        sample = sampler(cond, uncond, prompts.seeds, on_step=lambda _i, x0: found.append(x0))
-        return [to_bytes(model.decode(x0)) for x0 in [*found[:-1], sample]]
+    """Return the decoded x0 of every step, uint8 [N, H_i, W_i, 3]; the last entry is the final image."""
+    cond = encode(model, spec, prompts.captions)
+    uncond = encode(model, spec, [spec.negative_prompt])
+    with enter(model, spec, precision=precision) as sampler:
+        predictions: list[Tensor] = []
+        sample = sampler(cond, uncond, prompts.seeds, on_step=lambda _i, x0: predictions.append(x0))
+        return [to_bytes(model.decode(x0)) for x0 in [*predictions[:-1], sample]]

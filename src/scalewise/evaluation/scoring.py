@@ -1,4 +1,4 @@
-"""Who judges drawn pictures: a scorer, further metrics, and the real pictures that they are held against."""
+"""Load the scorer and metrics for generated images, and the reference images they are compared with."""
 
 from __future__ import annotations
 
@@ -34,146 +34,148 @@ SCORER, SPECTRUM = "scorer", "spectrum"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a comparison is asked to judge by."""
+class ScoringOptions:
+    """The scorer, further metrics and reference images of a comparison."""
 
     scorer: str | None = None
-    """A CLIP model's folder or hub id; None: the mini's own, and none for other bases."""
+    """Folder or hub id of a CLIP model; None = the mini's own scorer, and no scorer for other bases."""
     metrics: tuple[str, ...] = ()
-    """NAME or NAME=SOURCE of further metrics."""
+    """Further metrics, as NAME or NAME=SOURCE."""
     reference: Path | None = None
-    """A folder of real pictures; None: the features that come with the mini."""
+    """A folder of real images; None = the reference features shipped with the mini."""
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A scorer with real pictures to compare with, and captions to tell a prompt from."""
+class Scorers:
+    """The loaded scorer and metrics, with features of reference images and further captions."""
 
     scorer: ClipScorer | None
     reference: Tensor | None = None
-    """The scorer's features of real pictures [M, D]; without them there is no Frechet distance."""
+    """The scorer's features of real images [M, D]; None = no Fréchet distance."""
     pool: Sequence[str] = ()
-    """Further captions: prompt match needs 50 different ones, those of the prompts included."""
+    """Further captions for prompt match, which needs 50 distinct captions including the prompts."""
     examiners: tuple[tuple[Extra, Examiner], ...] = ()
     real: dict[str, Gaussian] | None = None
-    """Real pictures by metric, for those examiners that need them."""
-    is_minis: bool = False
-    """The mini's own scorer and reference: what real pictures reach by them is known."""
+    """Feature statistics of real images, for metrics that need them."""
+    is_mini_default: bool = False
+    """Whether these are the mini's own scorer and reference, for which scores of real images are
+    available.
+    """
 
-    def warn_of_few(self, drawn: int) -> None:
-        """Warn where a covariance of so many drawn pictures, or of the real ones, is not of full rank."""
+    def warn_of_few(self, generated: int) -> None:
+        """Warn if there are too few generated or real images for a covariance of full rank."""
         shapes = {} if self.reference is None else {"the scorer": self.reference.shape}
         for name in (extra.name for extra, _ in self.examiners if extra.frechet):
             if real := (self.real or {}).get(name):
                 shapes[name] = torch.Size((real.count, len(real.mean)))
         for name, (real_count, width) in shapes.items():
-            for count, which in ((real_count, "real"), (drawn, "drawn")):
+            for count, which in ((real_count, "real"), (generated, "generated")):
                 if count <= width:
                     warnings.warn(
-                        f"{count:,} {which} pictures are no more than the {width:,} features of {name}: its "
-                        "Fréchet distances are biased upwards and compare only with others of equally many "
-                        "pictures.",
+                        f"{count:,} {which} images are not more than the {width:,} features of {name}: its "
+                        "Fréchet distances are biased upwards; compare them only with distances for the same "
+                        "number of images.",
                         stacklevel=2,
                     )
 
-    def see(self, images: np.ndarray, prompts: Prompts) -> Seen:
-        """What the judges make of bytes [N, H, W, 3], or videos [N, F, H, W, 3], drawn for the prompts."""
-        return self.seen(self.look(images, prompts.captions), prompts)
+    def score(self, images: np.ndarray, prompts: Prompts) -> Seen:
+        """Score images (uint8 [N, H, W, 3], videos [N, T, H, W, 3]) generated for `prompts`."""
+        return self.combine(self.score_images(images, prompts.captions), prompts)
 
-    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the judges make of each picture by itself, by metric; the scorer's features under SCORER.
+    def score_images(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return values [N] or features [N, D] of each image by metric; the scorer's features under SCORER.
 
-        Of a video the middle frame stands for it, but for metrics of videos.
+        `images`: uint8 [N, H, W, 3], or videos [N, T, H, W, 3]. For videos, image metrics use the middle
+        frame.
         """
-        looks: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         for extra, examiner in self.examiners:
-            looks |= examiner.look(images if extra.videos else middle_frames(images), captions)
+            scores |= examiner.look(images if extra.videos else middle_frames(images), captions)
         if self.scorer:
-            looks[SCORER] = self.scorer.pictures(middle_frames(images))
-        return looks
+            scores[SCORER] = self.scorer.pictures(middle_frames(images))
+        return scores
 
-    def seen(self, looks: Mapping[str, Tensor], prompts: Prompts) -> Seen:
-        """Put together what `look` made of the prompts' pictures, their captions and the pool's."""
-        others = {name: rows for name, rows in looks.items() if name != SCORER}
+    def combine(self, scores: Mapping[str, Tensor], prompts: Prompts) -> Seen:
+        """Combine the result of `score_images` with the embeddings of captions and the reference."""
+        others = {name: rows for name, rows in scores.items() if name != SCORER}
         captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
         texts = self.scorer.texts(captions) if self.scorer else None
-        return Seen(looks.get(SCORER), prompts.number, texts, self.reference, others, self.real or {})
+        return Seen(scores.get(SCORER), prompts.prompt_index, texts, self.reference, others, self.real or {})
 
 
-def judge_of(
+def load_scorers(
     recipe: Recipe,
-    asked: Asked | None = None,
+    options: ScoringOptions | None = None,
     *,
     pool: Sequence[str] = (),
     progress: Progress = silent,
-) -> Judge:
-    """The judges that were asked for: the mini's own scorer unless another is named, and the extras.
+) -> Scorers:
+    """Load the requested scorer and metrics; the default scorer is that of the mini.
 
-    Raises RecipeError when a base other than the mini is given neither a scorer nor a metric, and when a
-    metric that needs real pictures is asked for without any.
+    Raises RecipeError if a base other than the mini has neither a scorer nor a metric, or if a metric that
+    needs real images has no reference.
     """
-    asked = asked or Asked()
-    own = recipe.model.is_mini and asked.scorer is None
-    if not own and asked.scorer is None and not asked.metrics:
+    options = options or ScoringOptions()
+    own = recipe.model.is_mini and options.scorer is None
+    if not own and options.scorer is None and not options.metrics:
         raise RecipeError(
-            "Give --scorer with a CLIP model's folder or hub id, or a --metric; only the mini has a judge of "
-            "its own."
+            "Pass --scorer with the folder or hub id of a CLIP model, or --metric; only the mini has its own "
+            "scorer."
         )
-    chosen = [parse_metric(text, EXTRAS) for text in asked.metrics]
-    known = _known_spectrum() if own and asked.reference is None else {}
+    chosen = [parse_metric(text, EXTRAS) for text in options.metrics]
+    known = _known_spectrum() if own and options.reference is None else {}
     if own and all(extra.name != SPECTRUM for extra, _ in chosen):
         chosen.insert(0, parse_metric(SPECTRUM, EXTRAS))
-    if twice := next((e.name for e, _ in chosen if [x.name for x, _ in chosen].count(e.name) > 1), None):
-        raise RecipeError(f"The metric {twice} is asked for twice; name it once.")
-    if asked.reference is None and (
-        lacking := next((e for e, _ in chosen if e.real and e.name not in known), None)
+    if duplicate := next((e.name for e, _ in chosen if [x.name for x, _ in chosen].count(e.name) > 1), None):
+        raise RecipeError(f"The metric {duplicate} is given twice; give it once.")
+    if options.reference is None and (
+        needy := next((e for e, _ in chosen if e.real and e.name not in known), None)
     ):
         raise RecipeError(
-            f"The metric {lacking.name} holds pictures against real ones; give a folder of them with "
-            "--reference."
+            f"The metric {needy.name} compares with real images; pass a folder of them with --reference."
         )
-    entries = real_pictures(asked.reference, progress) if asked.reference else []
-    if asked.reference and len(entries) < 2:
+    entries = find_real_images(options.reference, progress) if options.reference else []
+    if options.reference and len(entries) < 2:
         raise RecipeError(
-            f"A Frechet distance needs at least 2 real pictures, and {asked.reference} holds {len(entries)} "
-            "that can be used; give more."
+            f"A Frechet distance needs at least 2 real images, but {options.reference} has "
+            f"{len(entries)} usable ones; add more."
         )
     device = distributed.device()
-    source = str(mini.SCORER) if own else asked.scorer
+    source = str(mini.SCORER) if own else options.scorer
     scorer = ClipScorer.load(source, device=device) if source else None
     examiners = tuple((extra, extra.load(source, device)) for extra, source in chosen)
-    if not distributed.is_main():  # takes no figures, which is what real pictures are for
-        return Judge(scorer, examiners=examiners)
+    if not distributed.is_main():  # only the first process computes metrics, so the others need no reference
+        return Scorers(scorer, examiners=examiners)
     reference, captions = None, [*(mini.captions("test") if own else ()), *pool]
     if scorer and entries:
         reference = _features(entries, scorer.pictures, "the scorer", progress)
     elif own:
         reference = load_file(mini.REFERENCE)["test"].float()
     real = known | {
-        extra.name: _real(extra, source, examiner, entries, progress)
+        extra.name: _reference_statistics(extra, source, examiner, entries, progress)
         for (extra, source), (_, examiner) in zip(chosen, examiners, strict=True)
         if extra.real and extra.name not in known
     }
-    return Judge(scorer, reference, captions, examiners, real, is_minis=own and not entries)
+    return Scorers(scorer, reference, captions, examiners, real, is_mini_default=own and not entries)
 
 
 def _known_spectrum() -> dict[str, Gaussian]:
-    """The power levels of the mini's real pictures, held out."""
+    """Return the statistics of the power spectra of the mini's held-out real images."""
     return {SPECTRUM: Gaussian.fit(load_file(mini.REFERENCE)["test_spectrum"])}
 
 
-def real_pictures(folder: Path, progress: Progress) -> list[ImageEntry]:
-    """The usable pictures of a folder; those that are not are warned of."""
-    with progress("reading real pictures", 0):
+def find_real_images(folder: Path, progress: Progress) -> list[ImageEntry]:
+    """Return the usable images of a folder; warns about the others."""
+    with progress("reading reference images", 0):
         entries, skipped = scan_images(folder, captions=False)
     skipped.warn(folder)
     return entries
 
 
-def _real(
+def _reference_statistics(
     extra: Extra, source: str, examiner: Examiner, entries: list[ImageEntry], progress: Progress
 ) -> Gaussian:
-    """Statistics of real pictures, kept: thousands of them need not be read at every evaluation."""
+    """Return feature statistics of real images, cached on disk by the images' paths, sizes and times."""
     stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
     key = hashlib.sha256(repr((extra.name, extra.protocol, stamp(source), stamps)).encode()).hexdigest()[:16]
     path = setup.cache_folder() / "statistics" / f"{extra.name}-{key}.safetensors"
@@ -198,19 +200,19 @@ def _real(
 
 def _features(
     entries: list[ImageEntry],
-    look: Callable[[np.ndarray], Tensor],
+    extract: Callable[[np.ndarray], Tensor],
     name: str,
     progress: Progress,
 ) -> Tensor:
-    """Features [M, D] of real pictures, a chunk of one size at a time."""
+    """Compute features [M, D] of real images, in chunks of one image size."""
     parts = []
-    with progress(f"real pictures, {name}", len(entries)) as done:
-        seen = 0
+    with progress(f"reference images, {name}", len(entries)) as done:
+        count = 0
         for chunk in _same_size(entries):
             pixels = torch.stack([load_pixels(entry, (entry.height, entry.width)) for entry in chunk])
-            parts.append(look(to_bytes(pixels)))
-            seen += len(chunk)
-            done(seen)
+            parts.append(extract(to_bytes(pixels)))
+            count += len(chunk)
+            done(count)
     return torch.cat(parts)
 
 
@@ -222,26 +224,29 @@ def _same_size(entries: list[ImageEntry]) -> Iterator[list[ImageEntry]]:
             yield members[start : start + CHUNK]
 
 
-def check_asked(asked: Asked, captions: Sequence[str], *, video: bool) -> None:
-    """Refuse metrics that fit neither the model nor the prompts, and a single prompt; warn of few prompts.
+def check_scoring(options: ScoringOptions, captions: Sequence[str], *, video: bool) -> None:
+    """Raise if a metric does not fit the model or the prompts, or if there are fewer than two prompts.
 
-    What drawn pictures would show an hour later is told before the first one.
+    Warns if there are too few prompts for intervals. Fails before sampling rather than after.
     """
-    extras = [parse_metric(text, EXTRAS)[0] for text in asked.metrics]
+    extras = [parse_metric(text, EXTRAS)[0] for text in options.metrics]
     for extra in extras:
         if extra.videos and not video:
             names = ", ".join(METRICS[m.name].title for m in extra.metrics)
-            raise RecipeError(f"The metric {extra.name} ({names}) is of videos; this model draws pictures.")
+            raise RecipeError(
+                f"The metric {extra.name} ({names}) is for videos, but this model generates images; remove "
+                "it."
+            )
     if (different := len(set(captions))) < 2:
         raise RecipeError(
-            f"A comparison needs at least 2 different prompts, not {different}; draw more "
+            f"A comparison needs at least 2 different prompts, got {different}; pass more "
             "(--count, --prompts)."
         )
     if different < FEWEST:
         warnings.warn(
-            f"{different} different prompts are too few for the interval of a mean or a distance: only "
-            "shares have intervals, and better or worse is said of nothing else. Give "
-            f"{FEWEST} or more (--count, --prompts).",
+            f"{different} different prompts are too few for intervals of means and distances: only shares "
+            "have "
+            f"intervals and are marked as better or worse. Pass {FEWEST} or more (--count, --prompts).",
             stacklevel=2,
         )
     for extra in extras:

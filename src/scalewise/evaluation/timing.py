@@ -1,8 +1,8 @@
-"""Milliseconds per image: end to end and by part, with the contenders taking turns.
+"""Time samplers in milliseconds per image, in total and by part, in interleaved rounds.
 
-The speed of a machine swings by tens of per cent within minutes. A ratio of two times is therefore taken
-within a round, in which every contender runs once, and the rounds' ratios are summarised: what slows a round
-down slows both. Everything here works on callables and a clock, so that tests can use pretended ones.
+The speed of a machine varies by tens of percent within minutes. Each round therefore runs every sampler once,
+and ratios are computed within a round, where a slowdown affects all samplers, before taking medians. The
+functions take callables and a clock, so that tests can use fake ones.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from scalewise.common.progress import ProgressCallback, no_progress
 from scalewise.metrics.intervals import FEWEST_ROUNDS, Interval, median_interval
 
 Clock = Callable[[], float]
-"""Seconds since whenever; waits first until the device has done what it was given."""
+"""Returns seconds since an arbitrary start, after waiting for the device to finish its work."""
 Mark = Callable[[], None]
-"""Called by a part after each of its pieces: "denoiser/1", "denoiser/2"; the last one ends with the part."""
+"""Called by a part after each of its pieces ("denoiser/1", "denoiser/2"); the last piece ends with the
+part.
+"""
 Parts = Mapping[str, Callable[[Mark], object]]
-"""What makes up one batch, in the order in which it runs: {"text": ..., "denoiser": ..., "vae": ...}."""
-Laps = dict[str, dict[str, list[float]]]
-"""laps[contender][part][round] in milliseconds per image."""
+"""The parts of sampling one batch, in order: {"text": ..., "denoiser": ..., "vae": ...}."""
+Times = dict[str, dict[str, list[float]]]
+"""times[sampler][part][round] in milliseconds per image."""
 
 TOTAL = "total"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A contender to time: `enter(batch)` gives its parts for a batch size, and cleans up after it."""
+class TimedSampler:
+    """A sampler to time; `enter(batch)` is a context that yields its parts for a batch size."""
 
     name: str
     enter: Callable[[int], AbstractContextManager[Parts]]
@@ -42,20 +44,20 @@ class Subject:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per image of a contender at one batch size."""
+    """Milliseconds per image of a sampler at one batch size."""
 
     name: str
     batch: int
     rounds: int
     parts: dict[str, Interval]
-    """By part, and "total" from caption to pixels."""
+    """Times by part, and "total" from caption to pixels."""
     speedup: dict[str, Interval]
-    """Times faster than the baseline, within the same round; by part and in total. Empty for the baseline."""
+    """Speed-up over the baseline by part and in total, computed within rounds; empty for the baseline."""
     baseline: str
 
 
 def device_clock(device: str = "cpu") -> Clock:
-    """A clock that waits for a CUDA device before it looks at the time."""
+    """Return a clock that synchronizes a CUDA device before it reads the time."""
     if not device.startswith("cuda"):
         return time.perf_counter
     import torch
@@ -68,67 +70,68 @@ def device_clock(device: str = "cpu") -> Clock:
 
 
 def bench(
-    subjects: Sequence[Subject], *, batches: Sequence[int] = (1, 8), rounds: int = 7,
+    samplers: Sequence[TimedSampler], *, batches: Sequence[int] = (1, 8), rounds: int = 7,
     clock: Clock = time.perf_counter, done: ProgressCallback = no_progress,
 ) -> list[Timing]:  # fmt: skip
-    """Time all subjects at every batch size; the first subject is what the others are compared with."""
-    found = laps_of(subjects, batches, rounds=rounds, clock=clock, done=done)
-    return [t for batch, laps in found.items() for t in summarize(laps, batch, baseline=subjects[0].name)]
+    """Time all samplers at every batch size; the first is the baseline."""
+    found = measure_times(samplers, batches, rounds=rounds, clock=clock, done=done)
+    return [t for batch, times in found.items() for t in summarize(times, batch, baseline=samplers[0].name)]
 
 
-def laps_of(
-    subjects: Sequence[Subject], batches: Sequence[int], *, rounds: int, clock: Clock = time.perf_counter,
-    done: ProgressCallback = no_progress,
-) -> dict[int, Laps]:  # fmt: skip
-    """Run every subject once a round at every batch size, in turns; the first round of each is warm-up.
+def measure_times(
+    samplers: Sequence[TimedSampler], batches: Sequence[int], *, rounds: int,
+    clock: Clock = time.perf_counter, done: ProgressCallback = no_progress,
+) -> dict[int, Times]:  # fmt: skip
+    """Time every sampler once per round at every batch size, after one warm-up round.
 
-    `done` is called with the number of rounds finished, of len(batches) * (rounds + 1).
+    `done` is called with the number of finished rounds, out of len(batches) * (rounds + 1). ValueError for
+    fewer than one round.
     """
     if rounds < 1:
-        raise ValueError(f"Timing needs at least one round, not {rounds}; 7 give a 95% interval.")
-    found: dict[int, Laps] = {}
+        raise ValueError(f"Timing needs at least one round; got {rounds}. Use 7 for a 95% interval.")
+    found: dict[int, Times] = {}
     for at, batch in enumerate(batches):
-        laps = found[batch] = {subject.name: {} for subject in subjects}
+        batch_times = found[batch] = {sampler.name: {} for sampler in samplers}
         for number in range(rounds + 1):
-            for subject in in_turns(subjects, number):
-                lap = time_parts(subject, batch, clock)
+            for sampler in rotate(samplers, number):
+                times = time_parts(sampler, batch, clock)
                 if number > 0:
-                    for part, milliseconds in lap.items():
-                        laps[subject.name].setdefault(part, []).append(milliseconds)
+                    for part, milliseconds in times.items():
+                        batch_times[sampler.name].setdefault(part, []).append(milliseconds)
             done(at * (rounds + 1) + number + 1)
     return found
 
 
-def in_turns(items: Sequence[T], number: int) -> list[T]:
-    """Rotate the order of items, so that each round begins with the next one."""
+def rotate(items: Sequence[T], number: int) -> list[T]:
+    """Rotate items by `number`, so that each round starts with another one."""
     first = number % len(items)
     return [*items[first:], *items[:first]]
 
 
-def time_parts(subject: Subject, batch: int, clock: Clock) -> dict[str, float]:
-    """Milliseconds per image of each part and in total, from one run; entering and leaving do not count."""
-    lap, pieces = dict[str, float](), dict[str, float]()
-    with subject.enter(batch) as parts:
+def time_parts(sampler: TimedSampler, batch: int, clock: Clock) -> dict[str, float]:
+    """Return milliseconds per image of each part and in total for one run, without setup and cleanup."""
+    times, pieces = dict[str, float](), dict[str, float]()
+    with sampler.enter(batch) as parts:
         for part, work in parts.items():
             marks, started = list[float](), clock()
             work(partial(_mark, marks, clock))
             ended = clock()
-            lap[part] = 1000 * (ended - started) / batch
+            times[part] = 1000 * (ended - started) / batch
             for number, (since, until) in enumerate(pairwise([started, *marks[:-1], ended]), 1):
                 if marks:
                     pieces[f"{part}/{number}"] = 1000 * (until - since) / batch
-    return lap | {TOTAL: sum(lap.values())} | pieces
+    return times | {TOTAL: sum(times.values())} | pieces
 
 
 def _mark(marks: list[float], clock: Clock) -> None:
     marks.append(clock())
 
 
-def summarize(laps: Laps, batch: int, *, baseline: str) -> list[Timing]:
-    """Medians over rounds, and medians of the rounds' own ratios to the baseline."""
-    base = laps[baseline]
+def summarize(times: Times, batch: int, *, baseline: str) -> list[Timing]:
+    """Compute medians over rounds of the times, and of the ratios to the baseline within each round."""
+    base = times[baseline]
     timings = []
-    for name, own in laps.items():
+    for name, own in times.items():
         ratios = {
             part: median_interval([theirs / ours for theirs, ours in zip(base[part], own[part], strict=True)])
             for part in own
@@ -140,7 +143,7 @@ def summarize(laps: Laps, batch: int, *, baseline: str) -> list[Timing]:
 
 
 def timings_table(timings: Sequence[Timing]) -> str:
-    """A table in markdown: milliseconds per image by part, and the speed-up with its interval."""
+    """Return a markdown table of milliseconds per image by part, and the speed-up with its interval."""
     parts = [part for part in timings[0].parts if "/" not in part]
     head = ["", "batch", *(f"{part}, ms" for part in parts), "speed-up", "of the denoiser alone"]
     rows = []
@@ -151,19 +154,23 @@ def timings_table(timings: Sequence[Timing]) -> str:
     return markdown.table(head, rows)
 
 
-def rounds_told(rounds: int) -> str:
-    """What the figures and their brackets are."""
+def describe_rounds(rounds: int) -> str:
+    """Describe the times and the ranges in brackets."""
     if rounds == 1:
-        return "One round: nothing tells how far another would be from it."
-    brackets = "the 95 % interval of the median" if rounds >= FEWEST_ROUNDS else "the range of so few rounds"
-    return f"Medians of {rounds} rounds, in brackets {brackets}; ratios are taken within rounds."
+        return "One round, so the variation between rounds is unknown."
+    brackets = (
+        "the 95% interval of the median"
+        if rounds >= FEWEST_ROUNDS
+        else "the range (too few rounds for an interval)"
+    )
+    return f"Medians of {rounds} rounds, with {brackets} in brackets; ratios are computed within rounds."
 
 
 def format_ms(milliseconds: float) -> str:
-    """Three digits are more than timing is worth: 0.42, 4.2, 42, 420."""
+    """Format milliseconds with three significant digits, or as an integer from 100 on."""
     return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:,.0f}"
 
 
 def format_ratio(ratio: Interval | None) -> str:
-    """Such as "12.3x [11.8, 12.9]", or a dash for the baseline itself."""
+    """Format a ratio as "12.3x [11.8, 12.9]"; "-" for None (the baseline)."""
     return f"{ratio.value:.3g}x [{ratio.low:.3g}, {ratio.high:.3g}]" if ratio else "-"

@@ -1,4 +1,4 @@
-"""What a training iteration costs: seconds and peak memory, scale-wise and at full scale, loss by loss."""
+"""Measure time and peak memory of a training iteration, scale-wise and at full scale, for both losses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from scalewise.common import markdown
 from scalewise.common.progress import Progress
 from scalewise.common.results import write_json, write_text
 from scalewise.config.recipe import Recipe
-from scalewise.evaluation.sampling_speed import setting_of
-from scalewise.evaluation.timing import device_clock, in_turns, rounds_told
+from scalewise.evaluation.sampling_speed import describe_setting
+from scalewise.evaluation.timing import describe_rounds, device_clock, rotate
 from scalewise.metrics.intervals import Interval, median_interval
 from scalewise.training import setup
 from scalewise.training.trainer import Trainer
@@ -37,57 +37,59 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Mode:
-    """What an iteration of one mode takes."""
+    """Time and memory of a training iteration in one mode."""
 
     name: str
     seconds: Interval
     held: int
-    """Bytes of the base, the roles that the loss needs, their moments and their average."""
+    """Bytes of the base, the adapters that the loss needs, their optimizer moments and moving average."""
     peak: int
-    """Bytes at the fullest moment of an iteration at any step, `held` included."""
+    """Largest number of bytes during an iteration at any step, including `held`."""
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """All modes, and their ratios within rounds."""
+    """Time and memory of all modes, with the ratios of their times."""
 
     modes: list[Mode]
     ratios: dict[str, Interval]
-    """Seconds of one mode over those of another, by "one / other"."""
+    """Time of one mode divided by that of another, by "one / other", computed within rounds."""
     setting: dict[str, Any]
 
     def save(self, folder: Path) -> None:
-        """Write training.json and training.md."""
+        """Write training.json and training.md to a folder."""
         write_json(folder / "training.json", self)
         write_text(folder / "training.md", self.markdown)
 
     @property
     def markdown(self) -> str:
-        """Two tables."""
+        """The tables of modes and of ratios, with the settings."""
         show = "{:.3g}".format
         modes = [
             [mode.name, mode.seconds.show(show), show(mode.peak / GB), show(mode.held / GB)]
             for mode in self.modes
         ]
-        head = ["training", "an iteration, s", "peak memory, GB", "of it held throughout"]
+        head = ["training", "s per iteration", "peak memory, GB", "constant part, GB"]
         ratios = [[name, ratio.show(show)] for name, ratio in self.ratios.items()]
-        tables = [markdown.table(head, modes), markdown.table(["seconds of", "ratio"], ratios)]
+        tables = [markdown.table(head, modes), markdown.table(["time of", "ratio"], ratios)]
         setting = self.setting
-        told = f"Batch {setting['batch']}, {setting['dtype']} computed in {setting['precision']}, "
-        told += f"{setting['device']}. {rounds_told(setting['rounds'])} Peak memory is that of tensors."
-        return "\n\n".join([*tables, told]) + "\n"
+        note = f"Batch {setting['batch']}, {setting['dtype']} computed in {setting['precision']}, "
+        note += (
+            f"{setting['device']}. {describe_rounds(setting['rounds'])} The peak memory counts tensors only."
+        )
+        return "\n\n".join([*tables, note]) + "\n"
 
 
 def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> TrainingCost:
-    """Time and weigh training iterations of a recipe in all modes, on one base and its data.
+    """Measure time and memory of training iterations of a recipe in all modes, on one base and dataset.
 
-    A round runs every mode once over all steps of its schedule. The modes share the adapters, which train on
-    whatever the others left: times and sizes do not depend on the values.
+    A round runs every mode once over all steps of its schedule. The modes share and train the same adapters;
+    time and memory do not depend on their values.
     """
     data = setup.prepare_data(recipe, progress)
-    # A recipe that is MMD alone to begin with has no other loss to compare with.
-    wanted = [name for name, changes in MODES.items() if recipe.loss.needs_fake or MMD_ONLY in changes]
-    recipes = {name: recipe.override(list(MODES[name])) for name in wanted}
+    # A recipe with MMD alone has no full loss to compare with.
+    names = [name for name, changes in MODES.items() if recipe.loss.needs_fake or MMD_ONLY in changes]
+    recipes = {name: recipe.override(list(MODES[name])) for name in names}
     backbone = setup.training_backbone(recipe, data)
     with TemporaryDirectory() as folder:
         trainers = {
@@ -95,51 +97,50 @@ def measure_training(recipe: Recipe, *, rounds: int, progress: Progress) -> Trai
             for name, own in recipes.items()
         }
         clock = device_clock(str(backbone.device))
-        laps: dict[str, list[float]] = {name: [] for name in trainers}
+        times: dict[str, list[float]] = {name: [] for name in trainers}
         passes = (rounds + 1) * sum(trainer.batches.steps for trainer in trainers.values())
         with progress("training iterations", passes) as done:
-            ticks, peaks = itertools.count(1), {}
+            counter, peaks = itertools.count(1), {}
 
             def one_pass(trainer: Trainer) -> None:
-                """One iteration for every step of the schedule."""
+                """Run one iteration for every step of the schedule."""
                 for _ in range(trainer.batches.steps):
                     trainer.iterate()
                     trainer.iteration += 1
-                    done(next(ticks))
+                    done(next(counter))
 
             for name, trainer in trainers.items():
-                trainer.iterate()  # the optimizers' moments are there from now on
+                trainer.iterate()  # creates the optimizer moments
                 peaks[name] = peak_bytes(partial(one_pass, trainer), backbone.device)
-            names = list(trainers)
             for number in range(rounds):
-                for name in in_turns(names, number):
+                for name in rotate(list(trainers), number):
                     started = clock()
                     one_pass(trainers[name])
-                    laps[name].append((clock() - started) / trainer.batches.steps)
+                    times[name].append((clock() - started) / trainer.batches.steps)
     modes = [
-        Mode(name, median_interval(laps[name]), held_bytes(own), held_bytes(own) + peaks[name])
+        Mode(name, median_interval(times[name]), held_bytes(own), held_bytes(own) + peaks[name])
         for name, own in trainers.items()
     ]
-    setting = setting_of(recipe, backbone.device, rounds=rounds) | {
+    setting = describe_setting(recipe, backbone.device, rounds=rounds) | {
         "batch": recipe.train.batch, "accumulate": recipe.train.accumulate,
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
     }  # fmt: skip
-    return TrainingCost(modes, ratios(laps), setting)
+    return TrainingCost(modes, ratios(times), setting)
 
 
-def ratios(laps: dict[str, list[float]]) -> dict[str, Interval]:
-    """Scale-wise over full scale for each loss, and the full loss over MMD alone for each scale."""
+def ratios(times: dict[str, list[float]]) -> dict[str, Interval]:
+    """Return ratios of times: scale-wise / full scale for each loss, full loss / MMD alone for each mode."""
     pairs = [(f"scale-wise, {loss}", f"full scale, {loss}") for loss in ("full loss", "MMD alone")]
     pairs += [(f"{scale}, full loss", f"{scale}, MMD alone") for scale in ("scale-wise", "full scale")]
     return {
-        f"{one} / {other}": median_interval([a / b for a, b in zip(laps[one], laps[other], strict=True)])
+        f"{one} / {other}": median_interval([a / b for a, b in zip(times[one], times[other], strict=True)])
         for one, other in pairs
-        if one in laps and other in laps
+        if one in times and other in times
     }
 
 
 def held_bytes(trainer: Trainer) -> int:
-    """Bytes of the base, and of weights, two moments and average of what the trainer trains."""
+    """Return the bytes of the base and of the trained parameters with two moments and moving average."""
     base = [p for n, p in trainer.backbone.model.denoiser.named_parameters() if ".lora_" not in n]
     trained = [*trainer.student.parameters, *(trainer.fake.parameters if trainer.fake else [])]
     average = sum(map(_bytes, trainer.average.shadow.values())) if trainer.average else 0
@@ -151,9 +152,9 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that `work` has allocated at a time, beyond what was there before.
+    """Return the peak of bytes that `work` allocates, beyond those allocated before.
 
-    On a CPU they are those of tensors, which do not depend on what the system's allocator keeps back.
+    On a CPU, the bytes of tensors are counted, independent of the memory that the allocator caches.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -162,15 +163,15 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _Live() as live:
+    with _LiveTensorBytes() as live:
         work()
     return live.most
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make, until their storage goes.
+class _LiveTensorBytes(TorchDispatchMode):
+    """Counts the bytes of tensors created by operators until their storage is freed.
 
-    What an operator allocates for itself and frees before it returns is not seen.
+    Temporary memory inside an operator is not counted.
     """
 
     def __init__(self) -> None:
@@ -180,7 +181,7 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, *call: Any) -> Any:
         args, kwargs = call
-        # Storages that an operator is given were there before, or are counted already.
+        # The storages of inputs existed before or are counted already.
         self._note((args, kwargs), new=False)
         found = func(*args, **(kwargs or {}))
         self._note(found, new=True)

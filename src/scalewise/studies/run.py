@@ -24,8 +24,8 @@ from scalewise.common.progress import Progress, ProgressCallback
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
-from scalewise.evaluation.samplers import Contender, Prompts, draw, parse_contender, passes_of
-from scalewise.evaluation.scoring import SCORER, SPECTRUM, Judge, judge_of
+from scalewise.evaluation.samplers import Prompts, SamplerSpec, count_passes, generate_images, parse_sampler
+from scalewise.evaluation.scoring import SCORER, SPECTRUM, Scorers, load_scorers
 from scalewise.method.backbone import Backbone
 from scalewise.method.noise import NoiseProcess
 from scalewise.method.rng import SampleNoise, permutation
@@ -98,14 +98,14 @@ class Material:
     """The prompts that all arms draw, and who judges."""
 
     texts: list[str]
-    judge: Judge
+    judge: Scorers
     latents: dict[Scale, Tensor] = field(default_factory=dict)
     """Of the pictures that arms go on from, full size last."""
 
 
 def held_out(count: int) -> Material:
     """Captions that nothing was trained on, and real pictures to compare with."""
-    return Material(held_out_texts(count), judge_of(find_recipe("mini")))
+    return Material(held_out_texts(count), load_scorers(find_recipe("mini")))
 
 
 def held_out_texts(count: int) -> list[str]:
@@ -121,10 +121,10 @@ def continued(count: int) -> Material:
     """Samples of the shipped set with different captions to go on from, and others to compare with."""
     recipe, stored = find_recipe("mini"), LatentSet.open(mini.DATA)
     schedule, rows, others = recipe.schedule.build(), *chosen(stored, count)
-    judge, model = judge_of(recipe), setup.load(recipe, ("vae",))
+    judge, model = load_scorers(recipe), setup.load(recipe, ("vae",))
     parts = stored.latents(others, schedule.full).split(16)
     pictures = np.concatenate([to_bytes(model.decode(part)) for part in parts])
-    looks = judge.look(pictures, stored.captions(others))
+    looks = judge.score_images(pictures, stored.captions(others))
     real = {SPECTRUM: Gaussian.fit(looks[SPECTRUM])}
     return Material(
         stored.captions(rows),
@@ -215,7 +215,7 @@ def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) ->
         for number, metric in enumerate(study.figures):
             sampled, by_seed = dict[str, Resampled](), dict[str, list[float]]()
             for at, (arm, parts) in enumerate(looks.items(), 1):
-                each = [figure_of(metric, material.judge.seen(part, prompts)) for part in parts]
+                each = [figure_of(metric, material.judge.combine(part, prompts)) for part in parts]
                 sampled[arm] = Resampled.mean(each)
                 by_seed[arm] = [figure.value for figure in each]
                 figures[arm][metric] = sampled[arm].interval().within(*METRICS[metric].bounds)
@@ -273,11 +273,11 @@ def tokens_of(arm: Arm) -> int:
     model = setup.load(recipe, ("denoiser",))
     if not arm.contender:
         return recipe.override(list(arm.drawn)).schedule.build().tokens(model.patch)
-    contender = parse_contender(arm.contender, recipe)
+    contender = parse_sampler(arm.contender, recipe)
     assert contender.schedule is not None, "a folder is no arm"
     if contender.kind != "teacher":
         return contender.schedule.tokens(model.patch)
-    forwards = passes_of(model, contender) * (2 if contender.guidance > 1 else 1)
+    forwards = count_passes(model, contender) * (2 if contender.guidance > 1 else 1)
     return forwards * model.token_count(contender.schedule.full)
 
 
@@ -296,11 +296,13 @@ def looks_of(
     model = setup.load(recipe, ("denoiser", "vae", "text"))
     with progress(f"{arm.name}, seed {seed}: drawing", len(prompts)) as done:
         if contender:
-            images = draw(model, contender, prompts, batch=16, precision=recipe.train.precision, done=done)
+            images = generate_images(
+                model, contender, prompts, batch=16, precision=recipe.train.precision, done=done
+            )
         else:
             assert arm.start
             images = go_on(model, recipe, arm.start, prompts, latents=material.latents, done=done)
-    looks = material.judge.look(images, prompts.captions)
+    looks = material.judge.score_images(images, prompts.captions)
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
     metadata = {"arm": arm.name, "seed": str(seed)}
@@ -318,10 +320,10 @@ def read_looks(path: Path) -> Looks:
         ) from error
 
 
-def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> Contender:
+def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> SamplerSpec:
     """Who draws an arm's pictures; a student is trained first, or trained on."""
     if arm.contender:
-        return parse_contender(arm.contender, recipe)
+        return parse_sampler(arm.contender, recipe)
     folder = out / "students" / key_of(recipe)
     if not (folder / "student.safetensors").exists():
         name = f"{arm.name}, seed {recipe.train.seed}: training"
@@ -329,7 +331,7 @@ def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> Con
             for row in distill(recipe, folder, progress, resume=(folder / "recipe.yaml").exists()):
                 done(int(row["iteration"]))
     try:
-        contender = parse_contender(f"student:{folder}", recipe)
+        contender = parse_sampler(f"student:{folder}", recipe)
     except StudentError as error:
         raise RecipeError(
             f"{first_line(error).rstrip('.')} Here: delete {folder}, and the study trains that student again."

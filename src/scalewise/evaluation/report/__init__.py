@@ -12,7 +12,7 @@ import numpy as np
 from scalewise.evaluation.evaluate import Row
 from scalewise.evaluation.timing import Timing
 
-__all__ = ["Column", "Journey", "ReportContent", "Stage", "write_report"]
+__all__ = ["Column", "ReportContent", "Stage", "StepSequence", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Column:
-    """One contender's pictures of the shown prompts, bytes [N, H, W, 3]."""
+    """One sampler's pictures of the shown prompts, bytes [N, H, W, 3]."""
 
     name: str
     about: str
@@ -34,7 +34,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Journey:
+class StepSequence:
     """How one picture grows: x0 of every step, decoded, bytes [h_i, w_i, 3] each."""
 
     prompt: str
@@ -52,8 +52,8 @@ class ReportContent:
     stages: Sequence[Stage] = ()
     prompts: Sequence[str] = ()
     columns: Sequence[Column] = ()
-    """The contenders' pictures of `prompts`, from the same seeds."""
-    journeys: Sequence[Journey] = ()
+    """The samplers' pictures of `prompts`, from the same seeds."""
+    journeys: Sequence[StepSequence] = ()
     log: Sequence[Mapping[str, Any]] = ()
     """Rows of the training log, as `Trainer.fit` yields them."""
     schedule: Sequence[str] = ()
@@ -63,9 +63,9 @@ class ReportContent:
     timings: Sequence[Timing] = ()
     """Of every sampler and batch size."""
     teacher: str = "teacher"
-    """Name of the contender that speeds and differences refer to."""
+    """Name of the sampler that speeds and differences refer to."""
     student: str = "student"
-    """Name of the contender that the report is about."""
+    """Name of the sampler that the report is about."""
     notes: Sequence[str] = ()
     """Further sentences for "What the numbers say"."""
     command: str = ""

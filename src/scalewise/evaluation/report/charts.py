@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from scalewise.evaluation.report.words import first_and_last
+from scalewise.evaluation.report.findings import first_and_last
 
 # Stand-ins that matplotlib draws with, and the styles that take their place: so one plot serves both themes.
 INK, GRID = "#00000b", "#00000c"

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from scalewise.evaluation.evaluate import Row
 from scalewise.evaluation.report import ReportContent
 from scalewise.evaluation.report.charts import training_charts
+from scalewise.evaluation.report.findings import duration, findings, milliseconds, timing_of
 from scalewise.evaluation.report.images import embed, zoom
-from scalewise.evaluation.report.words import duration, findings, milliseconds, timing_of
 from scalewise.metrics import METRICS, Interval, Metric
 
 HERE = Path(__file__).parent
