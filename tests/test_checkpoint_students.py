@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from tiny_run import make_tiny
 
-from scalewise.cli.run_making import Drawing, export_student, losses_of, report_run, sample_pictures
+from scalewise.cli.run_making import SampleOptions, export_student, format_losses, report_run, sample_images
 from scalewise.common import checkpoint, console
 from scalewise.common.images import contact_sheet
 from scalewise.config.presets import RECIPES, find_recipe
@@ -52,7 +52,7 @@ def test_a_checkpoint_is_the_student_that_would_be_shipped_then(run: Run) -> Non
 
 def test_a_checkpoint_draws_is_exported_and_evaluated(run: Run, tmp_path: Path) -> None:
     path = run.out / "checkpoints" / "step-000002"
-    files, _ = sample_pictures(["a dog"], Drawing(student=str(path)), tmp_path / "drawn")
+    files, _ = sample_images(["a dog"], SampleOptions(student=str(path)), tmp_path / "drawn")
     assert len(files) == 1 and files[0].exists()
     count = export_student(str(path), tmp_path / "out.safetensors", "diffusers", None)
     exported, own = load_student(tmp_path / "out.safetensors"), load_student(path)
@@ -100,17 +100,17 @@ def test_recipes_of_real_models_draw_previews(name: str) -> None:
 
 def test_the_bar_shows_the_losses(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     row = {"iteration": 3.0, "mmd": 0.01234, "gan": 0.7, "mmd/gradient_norm": 5.0}
-    assert losses_of(row) == "mmd 0.0123, gan 0.7"
+    assert format_losses(row) == "mmd 0.0123, gan 0.7"
     shown = io.StringIO()
     with monkeypatch.context() as patched:
         patched.setattr(console, "err", Console(file=shown, force_terminal=True, width=160))
         with console.progress("distilling", 2) as done:
-            done(1, losses_of(row))
+            done(1, format_losses(row))
     assert "mmd 0.0123, gan 0.7" in shown.getvalue()
     clock = iter(range(0, 1000, 60))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress("distilling", 2) as done:
-        done(1, losses_of(row))
+        done(1, format_losses(row))
     assert capsys.readouterr().err.rstrip().endswith("; mmd 0.0123, gan 0.7")
 
 

@@ -88,8 +88,8 @@ def test_a_recipe_is_printed_as_yaml_that_reads_back(run, tmp_path: Path) -> Non
         (["sample", "a dog", "--student", "nowhere"], "There is no student at nowhere"),
         (["sample", "a dog", "--schedule", "minni"], "There is no schedule 'minni'"),
         (["export", "mini", "out.safetensors", "--form", "webui"], "There is no form 'webui'"),
-        (["export", "mini", "out.txt"], "out.txt is no name of a .safetensors file"),
-        (["sample", "a dog", "--teacher", "--schedule", "mini"], "the teacher has its own steps"),
+        (["export", "mini", "out.txt"], "out.txt must end in .safetensors"),
+        (["sample", "a dog", "--teacher", "--schedule", "mini"], "--schedule only applies to students"),
         (["sample", "a dog", "--schedule", "1000@2x8x8 800@2x8x8"], "this is a model for images"),
         (["plan", "mini", "model.base=nowhere/at-all"], "configuration of nowhere/at-all is not known"),
         (["sample", "a dog", "--student", "setup.bin"], "There is no student at setup.bin"),
@@ -125,7 +125,7 @@ def test_every_key_of_a_recipe_is_listed(run) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_kill_is_said_and_leaves_the_signals_as_they_were(run, monkeypatch, number) -> None:
-    monkeypatch.setattr("scalewise.cli.run_making.sample_pictures", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("scalewise.cli.run_making.sample_images", lambda *_: os.kill(os.getpid(), number))
     # A shell's background jobs ignore Ctrl-C; a foreground one begins like this.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -165,7 +165,7 @@ def test_a_set_is_written_every_few_minutes(recipe, tmp_path, monkeypatch) -> No
 def test_a_file_in_place_of_a_folder_is_refused_at_once(run, tmp_path, command) -> None:
     (tmp_path / "taken").write_text("kept")
     code, text = run(*command, "--out", tmp_path / "taken")
-    assert code == 1 and "taken is a file; give --out a folder" in text
+    assert code == 1 and "taken is a file; --out must be a folder" in text
     assert (tmp_path / "taken").read_text() == "kept"
 
 
@@ -187,7 +187,7 @@ def test_a_full_device_ends_in_one_sentence(run, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr("scalewise.cli.run_making.sample_pictures", full)
+    monkeypatch.setattr("scalewise.cli.run_making.sample_images", full)
     code, text = run("sample", "a dog")
     assert code == 1 and "out of memory" in text and "--batch" in text and "2 GiB" in text
 
@@ -211,7 +211,7 @@ def test_a_teacher_is_drawn_by_its_recipe_without_a_student(run, recipe_file: st
     assert code == 0, text
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
     code, text = run("sample", "a dog", "--base", "somewhere/else")
-    assert code == 1 and "Name a student of somewhere/else with --student" in text
+    assert code == 1 and "No student for somewhere/else was given; add --student" in text
 
 
 def test_a_schedule_that_does_not_fit_the_model_is_refused(run, recipe_file: str) -> None:
@@ -391,7 +391,7 @@ def test_a_student_is_exported_for_others_and_sampled_from_their_file(run, recip
     assert code == 1 and "carries no schedule" in text and "scalewise recipes" in text
     schedule = str(recipe.schedule.build())
     code, text = run("sample", "a dog", "--student", "bare.safetensors", "--schedule", schedule)
-    assert code == 1 and "give its base with --base" in text
+    assert code == 1 and "does not record its base model; give it with --base" in text
     code, text = run("sample", "a dog", "--student", "bare.safetensors", "--schedule", schedule, "--base",
                      recipe.model.base, "--out", "bare", "--weight", "1")  # fmt: skip
     assert code == 0, text
@@ -453,10 +453,10 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
     (["--scorer", "nowhere"], "Cannot load a CLIP model from 'nowhere'"),
     (["--metric", "pickscore", "--reference", "nowhere"], "There is no folder nowhere"),
     (["--metric", "spectrum=weights", "--reference", "."], "spectrum has no weights; write it without"),
-    (["--count", "5"], "There are 4 prompts, not 5; take at most as many"),
+    (["--count", "5"], "There are only 4 prompts, not 5; reduce --count"),
     (["--prompts", "."], "The prompt file . cannot be read (Is a directory); give another"),
     (["--metric", "spectrum", "--reference", ".", "///=undistilled"], "gives no folder name for its images"),
-    (["--out", "pyproject.toml/deeper"], "pyproject.toml is a file; give --out another"),
+    (["--out", "pyproject.toml/deeper"], "pyproject.toml is a file. Choose another --out"),
 ])  # fmt: skip
 def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
     run, recipe_file: str, options: list[str], message: str, tmp_path: Path

@@ -1,4 +1,4 @@
-"""The demo, shortened: a report that needs nothing else, and a plan that keeps to its time."""
+"""A shortened demo writes a self-contained report; the plan fits into the time limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalewise.cli import demo
 @pytest.mark.timeout(900)  # a minute on a quiet machine
 def test_the_demo_ends_in_a_self_contained_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "fit_plan", lambda *_, **__: demo.Plan(4, 8, 10.0, 10.0, 10.0))
-    monkeypatch.setattr(demo, "SHOWN", 6)
+    monkeypatch.setattr(demo, "GALLERY_PROMPTS", 6)
     monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
     report = demo.run_demo(tmp_path / "demo", minutes=1)
     text = report.read_text()
@@ -28,6 +28,6 @@ def test_the_demo_ends_in_a_self_contained_report(tmp_path: Path, monkeypatch: p
 def test_the_plan_stays_within_the_time_on_fast_and_slow_machines() -> None:
     for iteration, image in [(0.05, 0.05), (0.6, 0.4), (1.5, 0.8), (4.0, 2.0)]:
         plan = demo.fit_plan(300, iteration, image, minutes=14)
-        assert plan.iterations == demo.FEWEST_ITERATIONS or plan.minutes <= 14.01
-        assert demo.FEWEST_ITERATIONS <= plan.iterations <= 300 and 24 <= plan.prompts <= 100
+        assert plan.iterations == demo.MIN_ITERATIONS or plan.minutes <= 14.01
+        assert demo.MIN_ITERATIONS <= plan.iterations <= 300 and 24 <= plan.prompts <= 100
     assert demo.fit_plan(300, 0.6, 0.4, minutes=14).iterations == 300

@@ -229,7 +229,7 @@ def test_an_export_is_checked_against_the_base(tmp_path):
         assert not out.exists()
     given = (str(tmp_path / "right.safetensors"), out, "diffusers", schedule)
     assert export_student(*given, base=str(tmp_path / "sd3")) == 2
-    with pytest.warns(UserWarning, match="names no base, so it was not checked"):
+    with pytest.warns(UserWarning, match="does not record its base model, so its layers were not checked"):
         export_student(*given)
-    with pytest.warns(UserWarning, match="was not checked against its base"):
+    with pytest.warns(UserWarning, match="were not checked against its base"):
         export_student(*given, base=str(tmp_path / "gone"))

@@ -15,7 +15,7 @@ from test_judging import clip_folder, dino_folder, pictures, reference_folder  #
 
 from scalewise import mini
 from scalewise.cli import main
-from scalewise.cli.inputs import prompts_to_judge
+from scalewise.cli.inputs import evaluation_prompts
 from scalewise.cli.run_making import free_path
 from scalewise.common import console
 from scalewise.common.images import read_image, save_image, to_bytes
@@ -231,10 +231,10 @@ def test_a_contenders_pictures_are_read_as_references_are(mode: str, tmp_path: P
 def test_all_prompts_of_a_file_are_taken_unless_fewer_are_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("".join(f"prompt {i}\n" for i in range(600)))
-    assert len(prompts_to_judge(file, "mini", None)) == 600
-    assert prompts_to_judge(file, "mini", 5) == [f"prompt {i}" for i in range(5)]
-    assert len(prompts_to_judge(Path("geneval"), "mini", None)) == 553
-    assert prompts_to_judge(None, "mini", None) == mini.captions("test")
+    assert len(evaluation_prompts(file, "mini", None)) == 600
+    assert evaluation_prompts(file, "mini", 5) == [f"prompt {i}" for i in range(5)]
+    assert len(evaluation_prompts(Path("geneval"), "mini", None)) == 553
+    assert evaluation_prompts(None, "mini", None) == mini.captions("test")
 
 
 def test_pictures_are_not_overwritten(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_schedule_that_cannot_be_read_is_said_so(text: str) -> None:
     [
         (["study", "training-cost", "--seed", "0"], "training-cost only accepts --rounds"),
         (["study", "losses", "--rounds", "2"], "--rounds only applies to training-cost"),
-        (["study", "losses", "--count", "500"], "There are 299 held-out captions, not 500"),
+        (["study", "losses", "--count", "500"], "There are only 299 held-out captions, not 500"),
         (
             ["bench", "mini", "--training", "--set", "model.dtype=float16"],
             "model.dtype=float16 is only for sampling",

@@ -87,14 +87,14 @@ def test_every_path_of_a_command_may_begin_with_it(home, monkeypatch, called, wo
     assert ended.value.code in (0, None)
     got[-1].pop("typed", None)  # words to be printed as they were typed
     # What is printed again as it was typed keeps it.
-    text = repr([{k: v for k, v in g.items() if k != "typed"} if isinstance(g, dict) else g for g in got])
+    text = repr([{k: v for k, v in g.items() if k != "arguments"} if isinstance(g, dict) else g for g in got])
     assert "'~" not in text and "=~" not in text
     assert text.count(str(home)) >= words.count("=~/")
 
 
 def test_prompts_are_not_taken_for_paths(home, monkeypatch):
     got: list[Any] = []
-    monkeypatch.setattr(f"{MAKING}.sample_pictures", lambda *args: (got.extend(args), ([], 0.0))[1])
+    monkeypatch.setattr(f"{MAKING}.sample_images", lambda *args: (got.extend(args), ([], 0.0))[1])
     monkeypatch.setattr(f"{MEASURING}.run_bench", lambda *args: got.extend(args))
     for words in (["sample", "~/a dog", "--student=~/s", "--base=~/b", "--out=~/o"],
                   ["bench", "mini", "--prompt", "~/a dog"]):  # fmt: skip

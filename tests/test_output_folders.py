@@ -1,4 +1,4 @@
-"""Where commands write: never outside the folder that was meant, never among files of others."""
+"""Output folders of commands: never outside the requested folder, never among other files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from tiny_run import make_tiny
 
 from scalewise.cli import main
-from scalewise.cli.inputs import check_set_folder, run_folder
+from scalewise.cli.inputs import check_dataset_folder, default_run_folder
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
@@ -36,12 +36,12 @@ def generate(recipe: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "", " ", "a/b", "/x", "..\\x", "a\nb", "a\0b"])
-def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path, monkeypatch):
+def test_a_name_that_leaves_the_runs_folder_is_rejected(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        RecipeError, match=r"cannot name a folder in runs/; change it \(name=...\) or give --out"
+        RecipeError, match=r"cannot be used as a folder in runs/; change it \(name=...\) or give --out"
     ):
-        run_folder(find_recipe("mini").override([f"name={name}"]))
+        default_run_folder(find_recipe("mini").override([f"name={name}"]))
     if "\0" not in name:
         with pytest.raises(SystemExit) as ended:
             main(["distill", "mini", f"name={name}"])
@@ -50,26 +50,27 @@ def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path, 
 
 @pytest.mark.parametrize("name", ["mini", "my run #2", "..a", "über", "1.10"])
 def test_any_other_name_is_a_folder_in_runs(name):
-    assert run_folder(find_recipe("mini").override([f"name={name}"])) == Path("runs") / name
+    assert default_run_folder(find_recipe("mini").override([f"name={name}"])) == Path("runs") / name
 
 
-def test_a_set_is_not_made_among_files_of_others(generate, tmp_path):
+def test_a_dataset_is_not_generated_among_other_files(generate, tmp_path):
     for number, name in enumerate(("cat.png", "train", "shard-00000.txt")):
         out = tmp_path / str(number)
         (out / name).mkdir(parents=True)
         code, text = generate(out, 2)
-        assert code == 1 and f"{out} holds {name}, which is not of a set; give --out" in text
+        assert code == 1 and f"{out} contains {name}, which does not belong to a dataset; choose" in text
         assert [p.name for p in out.iterdir()] == [name]
     (tmp_path / "0" / "dog.png").touch()
-    with pytest.raises(RecipeError, match=r"holds cat\.png and 1 more"):
-        check_set_folder(tmp_path / "0")
+    with pytest.raises(RecipeError, match=r"contains cat\.png and 1 more"):
+        check_dataset_folder(tmp_path / "0")
 
 
-def test_a_smaller_count_on_a_larger_set_says_that_all_stays(generate, tmp_path):
+def test_a_smaller_count_on_a_larger_dataset_reports_that_nothing_is_removed(generate, tmp_path):
     text = generate(tmp_path / "set", 6)[1]
     assert f"6 samples at 3 scales in {tmp_path / 'set'}" in text and "more than" not in text
     (tmp_path / "set" / ".DS_Store").touch()
     code, text = generate(tmp_path / "set", 4)
-    assert code == 0 and f"6 samples at 3 scales in {tmp_path / 'set'} That is more than --count 4:" in text
-    assert "training reads all 6. For a smaller set give another --out" in text
+    assert code == 0 and f"6 samples at 3 scales in {tmp_path / 'set'} The dataset already had more" in text
+    assert "more than --count 4 samples: none was generated or removed" in text
+    assert "training uses all 6. For a smaller dataset use another --out" in text
     assert len(LatentSet.open(tmp_path / "set")) == 6

@@ -74,10 +74,10 @@ def test_a_distillation_of_no_recipe_or_into_no_folder_is_refused(tmp_path: Path
     (["plan", "mini", "--memory", "inf", "--card", "4090"], 2, "--memory must be a finite number; got inf"),
     (["sample", "a dog", "--weight", "inf"], 2, "--weight must be a finite number; got inf"),
     (["spectrum", "mini", "--margin", "nan"], 2, "--margin must be a finite number; got nan"),
-    (["distill", "mini", "name=" + "x" * 300], 1, "cannot name a folder in runs/; change it"),
-    (["distill", "mini", "name=" + "é" * 128], 1, "cannot name a folder in runs/; change it"),
-    (["distill", "mini", "--out", "x" * 300], 1, "cannot be made, its name is too long; give --out another"),
-    (["distill", "mini", "name=../../x", "--dry-run"], 1, "The recipe's name '../../x' cannot name a folder"),
+    (["distill", "mini", "name=" + "x" * 300], 1, "cannot be used as a folder in runs/; change it"),
+    (["distill", "mini", "name=" + "é" * 128], 1, "cannot be used as a folder in runs/; change it"),
+    (["distill", "mini", "--out", "x" * 300], 1, "its name is too long. Choose another --out"),
+    (["distill", "mini", "name=../../x", "--dry-run"], 1, "The recipe name '../../x' cannot be used"),
     (["evaluate", "mini", "folder:nothere"], 1, "'folder:nothere' does not exist; give a folder"),
 ])  # fmt: skip
 def test_a_command_refuses_in_one_sentence(words, code, said, tmp_path, monkeypatch, capfd) -> None:
@@ -91,7 +91,7 @@ def test_a_command_refuses_in_one_sentence(words, code, said, tmp_path, monkeypa
 
 def test_an_empty_folder_is_told_as_empty_and_a_file_as_a_file(tmp_path: Path) -> None:
     folder = parse_sampler(f"folder:{tmp_path}", MINI)
-    with pytest.raises(DataError, match=r"No usable image in .*Put images there, or name another") as error:
+    with pytest.raises(DataError, match=r"No usable image in .*Put images there, or give another") as error:
         read_folder(folder.path, ["a dog"])
     assert "caption_from_name" not in str(error.value)
     (tmp_path / "a").touch()

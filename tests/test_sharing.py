@@ -1,4 +1,4 @@
-"""Work that several processes share: everything is done once, and a dead process holds nobody up."""
+"""Work shared by several processes: every task is done once, and a dead process blocks nobody."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from filelock import Timeout
 
 from scalewise.studies import work_queue
-from scalewise.studies.work_queue import Task, taken, work_off
+from scalewise.studies.work_queue import Task, run_tasks, try_lock
 
 
 def quiet(what: str, total: int):
@@ -19,25 +19,25 @@ def quiet(what: str, total: int):
 
 
 @pytest.fixture(autouse=True)
-def often(monkeypatch):
-    monkeypatch.setattr(work_queue, "SECONDS_BETWEEN_LOOKS", 0.01)
+def poll_often(monkeypatch):
+    monkeypatch.setattr(work_queue, "POLL_SECONDS", 0.01)
 
 
-def test_two_at_once_do_every_task_once_between_them(tmp_path):
-    """Each comes upon a task that the other has in hand, and neither goes before all are done."""
-    made, met = {}, threading.Barrier(2, timeout=20)
+def test_two_workers_share_the_tasks_and_run_each_once(tmp_path):
+    """Each finds a task locked by the other, and neither returns before all are done."""
+    done, met = {}, threading.Barrier(2, timeout=20)
 
     def work(worker: str) -> None:
         def run(name: str) -> None:
-            if name in made:
+            if name in done:
                 return
-            if worker not in made.values():
-                met.wait()  # both have their first in hand now
-            made[name] = worker
+            if worker not in done.values():
+                met.wait()  # both have locked their first task
+            done[name] = worker
 
         tasks = [Task(name, lambda name=name: run(name)) for name in "abcd"]
-        work_off(tasks, tmp_path, progress=quiet)
-        assert set(made) == set("abcd")
+        run_tasks(tasks, tmp_path, progress=quiet)
+        assert set(done) == set("abcd")
         finished.append(worker)
 
     finished: list[str] = []
@@ -47,10 +47,10 @@ def test_two_at_once_do_every_task_once_between_them(tmp_path):
     for thread in threads:
         thread.join(timeout=30)
     assert sorted(finished) == ["one", "two"]
-    assert set(made.values()) == {"one", "two"}
+    assert set(done.values()) == {"one", "two"}
 
 
-def test_it_waits_for_what_is_in_hand_and_says_so(tmp_path):
+def test_it_waits_for_locked_tasks_and_reports_it(tmp_path):
     said, ran = [], []
 
     def progress(what: str, total: int):
@@ -61,21 +61,21 @@ def test_it_waits_for_what_is_in_hand_and_says_so(tmp_path):
     release, held = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with taken(Task("a", lambda: None), tmp_path) as mine:
-            assert mine
+        with try_lock(Task("a", lambda: None), tmp_path) as locked:
+            assert locked
             held.set()
             assert release.wait(20)
 
     thread = threading.Thread(target=hold)
     thread.start()
     assert held.wait(20)
-    work_off([Task(name, lambda name=name: ran.append(name)) for name in "ab"], tmp_path, progress=progress)
+    run_tasks([Task(name, lambda name=name: ran.append(name)) for name in "ab"], tmp_path, progress=progress)
     thread.join(timeout=20)
     assert ran == ["b", "a"]
-    assert said == ["1 left, in hand of other processes: waiting"]
+    assert said == ["waiting for 1 task of other processes"]
 
 
-def test_the_work_of_a_killed_process_is_taken_up(tmp_path):
+def test_the_task_of_a_killed_process_is_run_by_another(tmp_path):
     program = (
         "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire();"
         "print('held', flush=True); time.sleep(60)"
@@ -84,22 +84,22 @@ def test_the_work_of_a_killed_process_is_taken_up(tmp_path):
         [sys.executable, "-c", program, str(tmp_path / "a.lock")], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout and holder.stdout.readline() == "held\n"
-    with taken(Task("a", lambda: None), tmp_path) as mine:
-        assert not mine
+    with try_lock(Task("a", lambda: None), tmp_path) as locked:
+        assert not locked
     holder.kill()
     holder.wait()
     ran: list[str] = []
-    work_off([Task("a", lambda: ran.append("a"))], tmp_path, progress=quiet)
+    run_tasks([Task("a", lambda: ran.append("a"))], tmp_path, progress=quiet)
     assert ran == ["a"]
 
 
-def test_an_error_ends_it_and_lets_go(tmp_path):
-    """Also one that looks like a lock in somebody's hand."""
+def test_an_error_is_raised_and_releases_the_lock(tmp_path):
+    """Even a Timeout, which could be mistaken for a locked task."""
 
     def fail() -> None:
         raise Timeout("elsewhere")
 
     with pytest.raises(Timeout, match="elsewhere"):
-        work_off([Task("a", fail)], tmp_path, progress=quiet)
-    with taken(Task("a", fail), tmp_path) as mine:
-        assert mine
+        run_tasks([Task("a", fail)], tmp_path, progress=quiet)
+    with try_lock(Task("a", fail), tmp_path) as locked:
+        assert locked

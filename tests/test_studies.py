@@ -1,4 +1,4 @@
-"""Studies: how verdicts fall, that every arm can be trained, and one study from end to end."""
+"""Studies: every variant can be trained; a study from start to end; errors before anything is computed."""
 
 from __future__ import annotations
 
@@ -21,41 +21,45 @@ from scalewise.method.rng import SampleNoise
 from scalewise.method.scales import Scale, upscale_latents
 from scalewise.metrics import measure
 from scalewise.models import load_model
-from scalewise.studies import STUDIES, Arm, Claim, Effort, Study, run_study, write_page
+from scalewise.studies import STUDIES, Claim, Study, StudySettings, Variant, run_study, write_page
 from scalewise.studies import run as running
 from scalewise.studies.base import Start
-from scalewise.studies.run import key_of, recipe_of
+from scalewise.studies.run import cache_key, variant_recipe
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_is_a_recipe_of_equal_training(name):
-    recipes = [recipe_of(arm, 1, None) for arm in STUDIES[name].arms]
+def test_every_variant_has_a_recipe_with_the_same_training(name):
+    recipes = [variant_recipe(variant, 1, None) for variant in STUDIES[name].variants]
     assert len({(r.train.iterations, r.train.batch, r.train.seed) for r in recipes}) == 1
-    for arm, recipe in zip(STUDIES[name].arms, recipes, strict=True):
-        drawn = recipe.override(list(arm.drawn)).schedule.build()
-        assert drawn.full == recipe.schedule.build().full
-    trained = [not arm.contender and not arm.start for arm in STUDIES[name].arms]
-    students = [key_of(r) for is_trained, r in zip(trained, recipes, strict=True) if is_trained]
-    # Two arms share a student only where they differ in how it draws.
+    for variant, recipe in zip(STUDIES[name].variants, recipes, strict=True):
+        sampled = recipe.override(list(variant.sampling_overrides)).schedule.build()
+        assert sampled.full == recipe.schedule.build().full
+    trained = [not variant.sampler and not variant.start for variant in STUDIES[name].variants]
+    students = [cache_key(r) for is_trained, r in zip(trained, recipes, strict=True) if is_trained]
+    # Two variants share a student only if they differ in sampling.
     expected = len(
-        {a.overrides for is_trained, a in zip(trained, STUDIES[name].arms, strict=True) if is_trained}
+        {a.overrides for is_trained, a in zip(trained, STUDIES[name].variants, strict=True) if is_trained}
     )
     assert len(set(students)) == expected
 
 
-def test_studies_share_what_they_have_in_common():
-    main_arms = [STUDIES["scale-vs-full"].arms[1], STUDIES["losses"].arms[0], STUDIES["schedules"].arms[0]]
-    assert len({key_of(recipe_of(arm, 0, None)) for arm in main_arms}) == 1
-    assert key_of(recipe_of(main_arms[0], 1, None)) != key_of(recipe_of(main_arms[0], 0, None))
+def test_studies_share_students():
+    shared = [
+        STUDIES["scale-vs-full"].variants[1],
+        STUDIES["losses"].variants[0],
+        STUDIES["schedules"].variants[0],
+    ]
+    assert len({cache_key(variant_recipe(variant, 0, None)) for variant in shared}) == 1
+    assert cache_key(variant_recipe(shared[0], 1, None)) != cache_key(variant_recipe(shared[0], 0, None))
 
 
-def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
+def test_a_study_runs_resumes_and_writes_its_page(tmp_path, monkeypatch):
     study = Study(
         "tiny", "A tiny one", "nowhere",
         (
-            Arm("untrained", contender="undistilled"),
-            Arm("trained", ("loss.mmd_only=true", "train.batch=2", "train.sample_prompts=[]")),
-            Arm("drawn at full scale", ("loss.mmd_only=true", "train.batch=2", "train.sample_prompts=[]"),
+            Variant("untrained", sampler="undistilled"),
+            Variant("trained", ("loss.mmd_only=true", "train.batch=2", "train.sample_prompts=[]")),
+            Variant("drawn at full scale", ("loss.mmd_only=true", "train.batch=2", "train.sample_prompts=[]"),
                 ("schedule.full_scale=true",)),
         ),
         (Claim("training helps", "trained", "untrained"), Claim("scales do no harm", "trained",
@@ -63,38 +67,42 @@ def test_a_study_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch):
                                                                 ("trained", "untrained"))),
         "everything",
     )  # fmt: skip
-    effort = Effort(seeds=(0, 1), count=20, iterations=2)
-    found = run_study(study, tmp_path, effort, progress=console.progress)
-    assert len(list((tmp_path / "students").iterdir())) == 2  # the third arm draws with the second's student
+    settings = StudySettings(seeds=(0, 1), count=20, iterations=2)
+    outcome = run_study(study, tmp_path, settings, progress=console.progress)
+    assert (
+        len(list((tmp_path / "students").iterdir())) == 2
+    )  # the third variant uses the student of the second
     assert len(list((tmp_path / "drawn").glob("*.safetensors"))) == 6
-    write_page(found, tmp_path)
+    write_page(outcome, tmp_path)
     stored = json.loads((tmp_path / "tiny.json").read_text())
     assert set(stored["figures"]) == {"untrained", "trained", "drawn at full scale"}
     assert len(stored["findings"]) == 4 and set(stored["verdicts"]) == {"training helps", "scales do no harm"}
-    for finding in found.findings:
+    for finding in outcome.findings:
         mean = sum(finding.gain.by_seed) / 2
-        if finding.metric == "clip_score":  # a mean over pictures, so the seeds' mean is the whole
+        if finding.metric == "clip_score":  # a mean over images, so the mean of the seeds is that of all
             assert finding.gain.value == pytest.approx(mean, abs=1e-6)
-    monkeypatch.setattr(running, "generate_images", lambda *_, **__: pytest.fail("drawn again"))
-    again = run_study(study, tmp_path, effort, progress=console.progress)
-    assert again.to_dict() == found.to_dict()
-    assert found.tokens == {"untrained": 564, "trained": 564, "drawn at full scale": 1024}
-    page = write_page(found, tmp_path / "pages").read_text()
+    monkeypatch.setattr(running, "generate_images", lambda *_, **__: pytest.fail("sampled again"))
+    again = run_study(study, tmp_path, settings, progress=console.progress)
+    assert again.to_dict() == outcome.to_dict()
+    assert outcome.tokens == {"untrained": 564, "trained": 564, "drawn at full scale": 1024}
+    page = write_page(outcome, tmp_path / "pages").read_text()
     for word in (
         "training helps",
         "everything",
         "tiny.png",
         "--seed 0 --seed 1",
-        found.verdict("training helps"),
+        outcome.verdict("training helps"),
         "1,024 |",
     ):
         assert word in page
     assert (tmp_path / "pages" / "tiny.png").stat().st_size > 5000
 
 
-def test_a_start_is_noised_before_or_after_it_is_enlarged():
+def test_a_start_is_noised_before_or_after_upscaling():
     small, full = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 16, 16)
-    make = partial(running.noised, small=small, full=full, seeds=[3, 4], process=FlowMatching(), t=400.0)
+    make = partial(
+        running.noise_latents, small=small, full=full, seeds=[3, 4], process=FlowMatching(), t=400.0
+    )
     eps, small_eps = (SampleNoise([3, 4])((4, side, side)) for side in (16, 8))
     torch.testing.assert_close(make("noised"), 0.6 * full + 0.4 * eps)
     enlarged = upscale_latents(small, Scale(1, 16, 16))
@@ -103,31 +111,31 @@ def test_a_start_is_noised_before_or_after_it_is_enlarged():
     torch.testing.assert_close(make("noised, enlarged"), late)
 
 
-def test_the_teacher_goes_on_from_samples_of_its_set(tmp_path):
-    """From little noise the pictures stay what they were; noise enlarged too is no noise to the teacher."""
+def test_the_teacher_continues_from_samples_of_its_dataset(tmp_path):
+    """With little noise the images hardly change; upscaled noise is not removed by the teacher."""
     starts = {"A": Start("noised", 200), "C": Start("noised, enlarged", 600)}
     study = Study(
-        "starts", "Starts", "nowhere", tuple(Arm(name, start=start) for name, start in starts.items()),
+        "starts", "Starts", "nowhere", tuple(Variant(name, start=start) for name, start in starts.items()),
         (Claim("noise comes last", "A", "C"),), "everything",
     )  # fmt: skip
-    found = run_study(study, tmp_path, Effort(seeds=(0,), count=20), progress=console.progress)
-    material = running.continued(20)
-    full = list(material.latents.values())[-1]
-    clean = material.judge.scorer.pictures(to_bytes(load_model(mini.TEACHER).decode(full)))
+    outcome = run_study(study, tmp_path, StudySettings(seeds=(0,), count=20), progress=console.progress)
+    data = running.load_starts(20)
+    full = list(data.latents.values())[-1]
+    clean = data.scoring.scorer.pictures(to_bytes(load_model(mini.TEACHER).decode(full)))
     stored = {}
     for path in (tmp_path / "drawn").glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             stored[file.metadata()["arm"]] = file.get_tensor("scorer")
     near, far = ((clean * stored[name]).sum(-1).mean() for name in ("A", "C"))
     assert 1 - near < 0.01 and 1 - far > 5 * (1 - near)
-    assert [f.claim.text for f in found.findings] == ["noise comes last"] * 2
-    # Nothing is trained, so that one seed is enough for an interval.
-    assert all(f.gain.interval.known and not f.gain.trained for f in found.findings)
+    assert [f.claim.text for f in outcome.findings] == ["noise comes last"] * 2
+    # Nothing is trained, so one seed is enough for an interval.
+    assert all(f.gain.interval.known and not f.gain.trained for f in outcome.findings)
     with pytest.raises(RecipeError, match="too few for 900 prompts"):
-        running.continued(900)
+        running.load_starts(900)
 
 
-def test_the_command_lists_studies_and_names_those_there_are(capsys):
+def test_the_command_lists_studies_and_rejects_unknown_ones(capsys):
     with pytest.raises(SystemExit) as end:
         main(["study"])
     assert not end.value.code
@@ -136,25 +144,26 @@ def test_the_command_lists_studies_and_names_those_there_are(capsys):
     with pytest.raises(SystemExit) as end:
         main(["study", "loses"])
     assert (
-        end.value.code and "no study 'loses'; there are upscaling, scale-vs-full" in capsys.readouterr().err
+        end.value.code
+        and "Unknown study 'loses'; available: upscaling, scale-vs-full" in capsys.readouterr().err
     )
 
 
 def test_seeds_have_to_differ():
-    with pytest.raises(RecipeError, match="different seeds"):
-        Effort(seeds=(1, 1))
-    with pytest.raises(RecipeError, match="different seeds"):
-        Effort(seeds=())
-    with pytest.raises(RecipeError, match=r"from 0 on, not \[-1\]"):
-        Effort(seeds=(-1,))
+    with pytest.raises(RecipeError, match="one or more different integers"):
+        StudySettings(seeds=(1, 1))
+    with pytest.raises(RecipeError, match="one or more different integers"):
+        StudySettings(seeds=())
+    with pytest.raises(RecipeError, match=r">= 0; got \[-1\]"):
+        StudySettings(seeds=(-1,))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["losses", "--count", "0"], "0 prompts have no intervals"),
-    (["losses", "--count", "49"], "49 prompts tell students too badly apart; give --count 50 or more"),
-    (["losses", "--count", "300"], "There are 299 held-out captions, not 300"),
-    (["scale-vs-full", "upscaling", "--count", "299", "--iterations", "0"], "1 iteration or more, not 0"),
-    (["losses", "--out", "{file}/sub"], "cannot be made"),
+    (["losses", "--count", "0"], "0 prompts are too few for intervals; use 20 or more"),
+    (["losses", "--count", "49"], "49 prompts are too few to compare students; use --count 50 or more"),
+    (["losses", "--count", "300"], "There are only 299 held-out captions, not 300; reduce --count"),
+    (["scale-vs-full", "upscaling", "--count", "299", "--iterations", "0"], "must be 1 or more; got 0"),
+    (["losses", "--out", "{file}/sub"], "cannot be created"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_before_anything_is_computed(arguments, message, capsys, tmp_path):
     (tmp_path / "file").write_text("")
@@ -168,7 +177,7 @@ def test_bad_input_is_one_sentence_before_anything_is_computed(arguments, messag
     assert not (tmp_path / "new").exists()
 
 
-def test_every_study_is_checked_before_the_first_begins(capsys, tmp_path, monkeypatch):
+def test_every_study_is_checked_before_the_first_starts(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(mini, "captions", lambda split: ["a"] * 1000)
     with pytest.raises(SystemExit) as end:
         main(["study", "losses", "upscaling", "--count", "900", "--out", str(tmp_path / "new")])
@@ -176,50 +185,52 @@ def test_every_study_is_checked_before_the_first_begins(capsys, tmp_path, monkey
     assert not (tmp_path / "new").exists()
 
 
-def test_a_study_takes_a_difference_as_evaluation_does(tmp_path):
-    """The same halves of the prompts: the interval is that of `scalewise evaluate`."""
-    material, torch_rows = running.held_out(40), torch.Generator().manual_seed(0)
-    a, b = (torch.randn(40, material.judge.reference.shape[1], generator=torch_rows) for _ in "ab")
+def test_a_study_computes_a_difference_like_evaluate(tmp_path):
+    """The halves of the prompts are the same, so the interval is that of `scalewise evaluate`."""
+    data, torch_rows = running.load_held_out(40), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(40, data.scoring.reference.shape[1], generator=torch_rows) for _ in "ab")
     a, b = (rows / rows.norm(dim=1, keepdim=True) for rows in (a, b))
-    prompts = Prompts.of(material.texts)
-    seen = [material.judge.combine({"scorer": rows}, prompts) for rows in (a, b)]
+    prompts = Prompts.of(data.captions)
+    seen = [data.scoring.combine({"scorer": rows}, prompts) for rows in (a, b)]
     expected = measure(seen[0], against=seen[1])["frechet"]
-    one, two = (running.figure_of("frechet", s) for s in seen)
+    one, two = (running.compute_metric("frechet", s) for s in seen)
     assert (one - two).interval().to_list() == pytest.approx(expected.to_list(), abs=1e-12)
 
 
-def test_an_arms_tokens_are_those_of_its_passes():
-    arms = {arm.name: running.tokens_of(arm) for arm in STUDIES["scale-vs-full"].arms}
-    assert arms["scale-wise, 4 steps"] == 8 * 8 + 10 * 10 + 12 * 12 + 16 * 16 == arms["undistilled"]
-    assert (arms["full-scale, 4 steps"], arms["full-scale, 2 steps"]) == (4 * 256, 2 * 256)
-    assert arms["teacher"] == 28 * 2 * 256
-    drawn = {arm.name: running.tokens_of(arm) for arm in STUDIES["untrained-scales"].arms}
-    assert drawn["trained at full scale, drawn scale-wise"] == 564
+def test_tokens_of_a_variant_are_summed_over_its_passes():
+    tokens = {variant.name: running.count_tokens(variant) for variant in STUDIES["scale-vs-full"].variants}
+    assert tokens["scale-wise, 4 steps"] == 8 * 8 + 10 * 10 + 12 * 12 + 16 * 16 == tokens["undistilled"]
+    assert (tokens["full-scale, 4 steps"], tokens["full-scale, 2 steps"]) == (4 * 256, 2 * 256)
+    assert tokens["teacher"] == 28 * 2 * 256
+    sampled = {
+        variant.name: running.count_tokens(variant) for variant in STUDIES["untrained-scales"].variants
+    }
+    assert sampled["trained at full scale, drawn scale-wise"] == 564
 
 
-def test_what_another_version_of_the_mini_made_is_not_gone_on_with(monkeypatch):
-    recipe = recipe_of(STUDIES["losses"].arms[0], 0, None)
-    before = key_of(recipe)
-    assert key_of(recipe) == before
+def test_results_of_another_version_of_the_mini_are_not_reused(monkeypatch):
+    recipe = variant_recipe(STUDIES["losses"].variants[0], 0, None)
+    before = cache_key(recipe)
+    assert cache_key(recipe) == before
     monkeypatch.setattr(mini, "fingerprint", lambda *_: "another")
-    assert key_of(recipe) != before
+    assert cache_key(recipe) != before
 
 
-def test_a_damaged_file_of_pictures_is_named_with_the_remedy(tmp_path):
+def test_a_damaged_feature_file_is_named_with_the_remedy(tmp_path):
     path = tmp_path / "0123.safetensors"
     path.write_bytes(b"\x10\x00")
-    with pytest.raises(RecipeError, match=r"0123.safetensors is damaged .*delete it, and the study draws"):
-        running.read_looks(path)
+    with pytest.raises(RecipeError, match=r"0123.safetensors is damaged .*delete it and run the study again"):
+        running.load_features(path)
 
 
-def test_a_stopped_study_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_study_says_that_the_same_command_resumes(tmp_path, monkeypatch):
     def stopped(*_, **__):
         yield {"iteration": 1}
         raise TrainingInterrupted("SIGTERM", 1)
 
     monkeypatch.setattr(running, "distill", stopped)
-    arm, recipe = STUDIES["losses"].arms[0], recipe_of(STUDIES["losses"].arms[0], 0, 2)
+    variant, recipe = STUDIES["losses"].variants[0], variant_recipe(STUDIES["losses"].variants[0], 0, 2)
     with pytest.raises(
         TrainingStopped, match=r"SIGTERM after iteration 1; saved\. Run the same command again"
     ):
-        running.contender_of(arm, recipe, tmp_path, console.progress)
+        running.prepare_sampler(variant, recipe, tmp_path, console.progress)

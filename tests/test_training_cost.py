@@ -15,7 +15,7 @@ from scalewise.common import console
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation.training_cost import MODES, TrainingCost, measure_training, peak_bytes, ratios
 from scalewise.metrics.intervals import Interval
-from scalewise.studies.training_cost import CLAIMS, page, run_cost
+from scalewise.studies.training_cost import CLAIMS, format_page, run_training_cost
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -110,13 +110,13 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 
 def test_a_verdict_needs_the_whole_interval_on_the_papers_side() -> None:
-    cheaper, _, dearer = CLAIMS
+    cheaper, _, more_expensive = CLAIMS
     assert cheaper.verdict(Interval(0.6, 0.5, 0.9), 6) == "reproduced"
     assert cheaper.verdict(Interval(0.9, 0.8, 1.1), 6) == "undecided"
     assert cheaper.verdict(Interval(1.2, 1.1, 1.3), 6) == "not reproduced"
-    assert dearer.verdict(Interval(6.0, 5.0, 7.0), 6) == "reproduced"
-    assert dearer.verdict(Interval(6.0, 5.0, 7.0), 5) == "undecided"  # a range is no interval
-    assert dearer.verdict(Interval(0.9, 0.8, 0.95), 6) == "not reproduced"
+    assert more_expensive.verdict(Interval(6.0, 5.0, 7.0), 6) == "reproduced"
+    assert more_expensive.verdict(Interval(6.0, 5.0, 7.0), 5) == "undecided"  # a range, not an interval
+    assert more_expensive.verdict(Interval(0.9, 0.8, 0.95), 6) == "not reproduced"
 
 
 def test_the_command_writes_tables_and_numbers(
@@ -148,10 +148,10 @@ def test_the_study_writes_its_page(
     tiny: Recipe, cost: TrainingCost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scalewise.studies.training_cost.measure_training", lambda *_, **__: cost)
-    verdicts = run_cost(tmp_path, rounds=2, progress=console.progress)
+    verdicts = run_training_cost(tmp_path, rounds=2, progress=console.progress)
     assert json.loads((tmp_path / "training-cost.json").read_text())["verdicts"] == verdicts
     assert Image.open(tmp_path / "training-cost.png").size[0] > 400
     text = (tmp_path / "training-cost.md").read_text()
-    assert text == page(cost, verdicts, 2)
+    assert text == format_page(cost, verdicts, 2)
     for claim in CLAIMS:
         assert f"| {claim.text} | **{verdicts[claim.text]}** |" in text

@@ -1,4 +1,4 @@
-"""Verdicts of studies: what makes a difference uncertain, and how often chance is taken for a finding."""
+"""Verdicts of studies: uncertainty of a difference, and how often chance is called a result."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 from scalewise.common import console
 from scalewise.metrics import Resampled
-from scalewise.studies import STUDIES, Claim, Effort, run_study
+from scalewise.studies import STUDIES, Claim, StudySettings, run_study
 from scalewise.studies import run as running
-from scalewise.studies.base import Effect, Finding, find, overall
+from scalewise.studies.base import Effect, Finding, combine_verdicts, evaluate_claim
 
 BETTER = Claim("a beats b", "a", "b")
 AS_GOOD = Claim("a is as good as b", "a", "b", ("b", "c"), tolerance=0.1)
 
 
-def figure(value: float, error: float = 0.0, seed: int = 0) -> Resampled:
-    """A figure of 100 prompts with a known error over them."""
+def resampled(value: float, error: float = 0.0, seed: int = 0) -> Resampled:
+    """Return a metric of 100 prompts with a known standard error over them."""
     halves = torch.randn(2000, generator=torch.Generator().manual_seed(seed)).double()
     return Resampled(value, value + error * (halves - halves.mean()) / halves.std(), 100)
 
@@ -32,8 +32,8 @@ def test_the_interval_adds_the_squares_of_both_parts() -> None:
     found = Effect(3.0, 0.5, 299, by_seed).interval
     half = math.hypot(1.96796 * 0.5, 3.18245 * 2.160247 / 2)  # t(298), t(3), the deviation of four seeds
     assert found.to_list() == pytest.approx([3.0, 3.0 - half, 3.0 + half], abs=1e-3)
-    noise_alone = Effect(3.0, 0.5, 299, by_seed, trained=False).interval
-    assert noise_alone.high - 3.0 == pytest.approx(1.96796 * 0.5, abs=1e-4)
+    noise_only = Effect(3.0, 0.5, 299, by_seed, trained=False).interval
+    assert noise_only.high - 3.0 == pytest.approx(1.96796 * 0.5, abs=1e-4)
     assert not Effect(3.0, 0.5, 299, (3.0,)).interval.known
     assert Effect(3.0, 0.5, 299, (3.0,), trained=False).interval.known
 
@@ -42,8 +42,8 @@ def test_a_verdict_needs_the_whole_interval() -> None:
     assert verdict(3, 1, [2, 4, 3, 3]) == "reproduced"
     assert verdict(-3, 1, [-2, -4, -3, -3]) == "not reproduced"
     assert verdict(3, 2, [2, 4, 3, 3]) == "undecided"
-    assert verdict(3, 1, [-1, 7, 3, 3]) == "undecided"  # trainings differ by more
-    assert verdict(3, 0.1, [2, 4]) == "undecided"  # two seeds hardly tell by how much
+    assert verdict(3, 1, [-1, 7, 3, 3]) == "undecided"  # the trainings differ by more than that
+    assert verdict(3, 0.1, [2, 4]) == "undecided"  # two seeds hardly show by how much
     assert verdict(3, 0.1, [3]) == "undecided" and verdict(3, 0.1, [3], trained=False) == "reproduced"
     assert verdict(2.0, 1, [2] * 4) == "undecided"  # other halves might move the end, at 0.03, across 0
     assert verdict(2.2, 1, [2.2] * 4) == "reproduced"
@@ -51,14 +51,14 @@ def test_a_verdict_needs_the_whole_interval() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3, 4])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
-def test_chance_is_taken_for_a_finding_in_at_most_two_and_a_half_percent(seeds: int, spread: float) -> None:
-    """No true gain; seeds differ by 0 to 2 errors over prompts. The rule before, that the interval over
-    prompts and every seed say so, gave 11.8% with two seeds and a spread of 2.
+def test_chance_is_called_a_result_in_at_most_two_and_a_half_percent(seeds: int, spread: float) -> None:
+    """The true gain is 0; seeds differ by 0 to 2 standard errors over prompts. The earlier rule (the
+    interval over prompts and every seed must agree) gave 11.8% with two seeds and a spread of 2.
     """
-    draw = torch.Generator().manual_seed(seeds)
-    # A quarter of the variance over prompts is of each seed's own noise.
-    own = torch.randn(4000, seeds, generator=draw) * math.sqrt(spread**2 + 0.25 * seeds)
-    by_seed = own + 0.75**0.5 * torch.randn(4000, 1, generator=draw)
+    generator = torch.Generator().manual_seed(seeds)
+    # A quarter of the variance over prompts comes from the noise of each seed.
+    own = torch.randn(4000, seeds, generator=generator) * math.sqrt(spread**2 + 0.25 * seeds)
+    by_seed = own + 0.75**0.5 * torch.randn(4000, 1, generator=generator)
     found = [verdict(sum(row) / seeds, 1.0, row) for row in by_seed.tolist()]
     assert found.count("reproduced") / 4000 <= 0.025
     assert found.count("not reproduced") / 4000 <= 0.025
@@ -67,12 +67,12 @@ def test_chance_is_taken_for_a_finding_in_at_most_two_and_a_half_percent(seeds: 
         assert 0.08 < float(before.float().mean()) < 0.12
 
 
-def test_a_finding_is_not_lost_to_more_seeds() -> None:
-    """Four errors over prompts, seeds that differ by one: most of four seeds find it, and more of eight."""
+def test_more_seeds_find_a_true_gain_more_often() -> None:
+    """A gain of 4 standard errors with a spread of 1 is usually found with 4 seeds, more often with 8."""
     rates = []
     for seeds in (4, 8):
-        draw = torch.Generator().manual_seed(seeds)
-        by_seed = 4 + torch.randn(500, 1, generator=draw) + torch.randn(500, seeds, generator=draw)
+        generator = torch.Generator().manual_seed(seeds)
+        by_seed = 4 + torch.randn(500, 1, generator=generator) + torch.randn(500, seeds, generator=generator)
         found = [verdict(sum(row) / seeds, 1.0, row) for row in by_seed.tolist()]
         rates.append(found.count("reproduced") / 500)
     assert rates[1] > rates[0] > 0.75
@@ -89,49 +89,53 @@ def test_a_finding_is_not_lost_to_more_seeds() -> None:
     (AS_GOOD, "clip_score", -12.0, "not reproduced"),
     (AS_GOOD, "clip_score", 5.0, "reproduced"),
 ])  # fmt: skip
-def test_claims_are_judged_by_the_arms_figures(
+def test_claims_are_evaluated_from_the_metrics_of_the_variants(
     claim: Claim, metric: str, difference: float, expected: str
 ) -> None:
-    figures = {"a": figure(100 + difference, 1.0), "b": figure(100), "c": figure(30)}
+    values = {"a": resampled(100 + difference, 1.0), "b": resampled(100), "c": resampled(30)}
     by_seed = {"a": [100 + difference] * 3, "b": [100.0] * 3, "c": [30.0] * 3}
-    found = find(claim, metric, figures, by_seed, trained={"a", "b", "c"})
+    found = evaluate_claim(claim, metric, values, by_seed, trained={"a", "b", "c"})
     assert found.verdict == expected
     sign = 1 if metric == "clip_score" else -1
-    assert found.gain.value == pytest.approx(sign * difference) and found.gain.prompts == pytest.approx(1.0)
+    assert found.gain.value == pytest.approx(sign * difference) and found.gain.prompt_error == pytest.approx(
+        1.0
+    )
     assert found.gain.by_seed == pytest.approx([sign * difference] * 3)
-    assert found.allowed == pytest.approx(7.0 if claim is AS_GOOD else 0.0)
+    assert found.allowed_loss == pytest.approx(7.0 if claim is AS_GOOD else 0.0)
 
 
-def test_a_measure_that_may_be_nothing_decides_nothing() -> None:
-    """A claim of "as good" leans on two arms; they have to differ, and their difference is uncertain too."""
+def test_a_claim_is_undecided_if_the_reference_variants_may_be_equal() -> None:
+    """The allowed loss of "as good" depends on two variants: they must differ, by an uncertain amount."""
 
-    def judged(a: Resampled, b: Resampled, c: Resampled, third: list[float] | None = None) -> str:
+    def verdict_for(a: Resampled, b: Resampled, c: Resampled, third: list[float] | None = None) -> str:
         by_seed = {"a": [a.value] * 4, "b": [b.value] * 4, "c": third or [c.value] * 4}
-        return find(AS_GOOD, "clip_score", {"a": a, "b": b, "c": c}, by_seed, trained={"a", "b", "c"}).verdict
+        return evaluate_claim(
+            AS_GOOD, "clip_score", {"a": a, "b": b, "c": c}, by_seed, trained={"a", "b", "c"}
+        ).verdict
 
-    assert judged(figure(100), figure(100, 4), figure(95)) == "undecided"
-    assert judged(figure(100), figure(100), figure(130)) == "undecided"  # c is better than b
-    # 7 may be lost and 6 are, with certainty; 70 is 70 +- 40 though, and so 7 is anything from 3 to 11.
-    assert judged(figure(94), figure(100), figure(30, 20)) == "undecided"
-    assert judged(figure(94), figure(100), figure(30), [10.0, 50.0, 10.0, 50.0]) == "undecided"
-    assert judged(figure(94), figure(100), figure(30)) == "reproduced"
+    assert verdict_for(resampled(100), resampled(100, 4), resampled(95)) == "undecided"
+    assert verdict_for(resampled(100), resampled(100), resampled(130)) == "undecided"  # c is better than b
+    # A loss of 7 is allowed and 6 are lost for certain; but 70 is 70 +- 40, so 7 is anything from 3 to 11.
+    assert verdict_for(resampled(94), resampled(100), resampled(30, 20)) == "undecided"
+    assert verdict_for(resampled(94), resampled(100), resampled(30), [10.0, 50.0, 10.0, 50.0]) == "undecided"
+    assert verdict_for(resampled(94), resampled(100), resampled(30)) == "reproduced"
 
 
-def test_a_claim_is_decided_if_all_figures_say_the_same() -> None:
+def test_a_claim_is_decided_if_all_metrics_agree() -> None:
     good, bad, unclear = (
         Finding(BETTER, "clip_score", Effect(value, 0.5, 299, (value,) * 4)) for value in (3.0, -3.0, 0.0)
     )
-    assert overall([good, good]) == "reproduced"
-    assert overall([bad, bad]) == "not reproduced"
-    assert overall([good, unclear]) == overall([bad, unclear]) == "undecided"
-    assert overall([good, bad]) == overall([unclear]) == "undecided"
+    assert combine_verdicts([good, good]) == "reproduced"
+    assert combine_verdicts([bad, bad]) == "not reproduced"
+    assert combine_verdicts([good, unclear]) == combine_verdicts([bad, unclear]) == "undecided"
+    assert combine_verdicts([good, bad]) == combine_verdicts([unclear]) == "undecided"
 
 
-def test_four_seeds_are_the_default_and_a_single_one_is_warned_of(tmp_path, monkeypatch) -> None:
-    assert Effort().seeds == (0, 1, 2, 3)
-    monkeypatch.setattr(running, "material_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_four_seeds_are_the_default_and_one_seed_gives_a_warning(tmp_path, monkeypatch) -> None:
+    assert StudySettings().seeds == (0, 1, 2, 3)
+    monkeypatch.setattr(running, "load_study_data", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with (
-        pytest.warns(UserWarning, match="1 seed does not tell how trainings differ"),
+        pytest.warns(UserWarning, match="with 1 seed, the variation between trainings is unknown"),
         pytest.raises(KeyboardInterrupt),
     ):
-        run_study(STUDIES["losses"], tmp_path, Effort(seeds=(3,)), progress=console.progress)
+        run_study(STUDIES["losses"], tmp_path, StudySettings(seeds=(3,)), progress=console.progress)

@@ -60,9 +60,12 @@ def generate(
     from scalewise.cli.run_making import run_generate
     from scalewise.method.scales import Scale
 
-    also = [Scale.parse(text) for text in scale or ()]
-    chosen, typed = recipe_of(recipe, overrides), [recipe, *(overrides or ())]
-    run_generate(chosen, prompts, count=count, batch=batch, seed=seed, also=also, out=out, typed=typed)
+    extra_scales = [Scale.parse(text) for text in scale or ()]
+    chosen, arguments = recipe_of(recipe, overrides), [recipe, *(overrides or ())]
+    run_generate(
+        chosen, prompts, count=count, batch=batch, seed=seed, extra_scales=extra_scales, out=out,
+        arguments=arguments,
+    )  # fmt: skip
 
 
 def distill(
@@ -84,11 +87,11 @@ def distill(
     data.path=my-images`, `scalewise distill mini --out runs/mini --resume`
     """
     console.quiet_libraries()
-    from scalewise.cli.inputs import run_folder
+    from scalewise.cli.inputs import default_run_folder
     from scalewise.cli.run_making import print_dry_run, run_distill
 
     chosen = recipe_of(recipe, overrides)
-    folder = out or run_folder(chosen)
+    folder = out or default_run_folder(chosen)
     if dry_run:
         print_dry_run(chosen)
         return
@@ -134,11 +137,11 @@ def sample(
     Example: `scalewise sample "a red apple, fluent style" "a dog face, noto style" --count 4`
     """
     console.quiet_libraries()
-    from scalewise.cli.run_making import Drawing, sample_pictures
+    from scalewise.cli.run_making import SampleOptions, sample_images
 
     texts, overrides = model_overrides(prompts)
-    settings = Drawing(student, teacher, recipe, base, schedule, weight, seed, count, batch, overrides)
-    files, seconds = sample_pictures(texts, settings, out)
+    options = SampleOptions(student, teacher, recipe, base, schedule, weight, seed, count, batch, overrides)
+    files, seconds = sample_images(texts, options, out)
     console.out.print(
         f"{len(files)} {'image' if len(files) == 1 else 'images'} in {seconds:.1f} s after loading: "
         f"{', '.join(map(str, files))}",

@@ -168,15 +168,15 @@ def evaluate(
     Example: `scalewise evaluate mini teacher teacher:4 undistilled student:runs/mini --count 100`
     """
     console.quiet_libraries()
-    from scalewise.cli.run_measuring import Evaluation, run_evaluate
+    from scalewise.cli.run_measuring import EvaluationOptions, run_evaluate
     from scalewise.evaluation.scoring import ScoringOptions
 
     samplers, overrides = split_overrides(samplers, override)
     if not samplers:
         raise typer.BadParameter("No sampler given; add at least one, such as teacher or student:runs/mini.")
     requested = ScoringOptions(scorer, tuple(metric or ()), reference)
-    how = Evaluation(count=count, each=each, batch=batch, seed=seed, speed=speed)
-    run_evaluate(recipe_of(recipe, overrides), samplers, prompts, how, scoring=requested, out=out)
+    options = EvaluationOptions(count=count, each=each, batch=batch, seed=seed, speed=speed)
+    run_evaluate(recipe_of(recipe, overrides), samplers, prompts, options, scoring=requested, out=out)
 
 
 def metrics() -> None:
@@ -265,7 +265,7 @@ def study(
     """
     console.quiet_libraries()
     from scalewise.cli.run_measuring import list_studies, run_studies
-    from scalewise.studies import Effort
+    from scalewise.studies import StudySettings
     from scalewise.studies.training_cost import NAME
 
     if not names:
@@ -275,5 +275,7 @@ def study(
         raise typer.BadParameter(f"{NAME} only accepts --rounds and --out; remove the other options.")
     if rounds and NAME not in names:
         raise typer.BadParameter(f"--rounds only applies to {NAME}; remove it.")
-    effort = Effort(tuple(seeds or Effort.seeds), Effort.count if count is None else count, iterations)
-    run_studies(names, effort, rounds=rounds or 7, out=out)
+    settings = StudySettings(
+        tuple(seeds or StudySettings.seeds), StudySettings.count if count is None else count, iterations
+    )
+    run_studies(names, settings, rounds=rounds or 7, out=out)

@@ -1,4 +1,4 @@
-"""What the commands do that make something, with progress; the command line only reads options."""
+"""Implementation of the commands that create something; their options are declared in `making`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from scalewise import mini
-from scalewise.cli.inputs import check_out, check_set_folder, folder_for, read_prompts
+from scalewise.cli.inputs import check_dataset_folder, check_out, make_folder, read_prompts
 from scalewise.common import console, distributed
 from scalewise.common.images import save_image, to_bytes
 from scalewise.config.overrides import replaced
@@ -36,13 +36,13 @@ from scalewise.training.run import distill
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What `scalewise sample` was asked for."""
+class SampleOptions:
+    """Options of `scalewise sample`."""
 
     student: str | None = None
     teacher: bool = False
     recipe: str | None = None
-    """Whose teacher draws, in place of a student's."""
+    """Recipe whose teacher to use, instead of the teacher of a student."""
     base: str | None = None
     schedule: str | None = None
     weight: float = 1.0
@@ -50,88 +50,94 @@ class Drawing:
     count: int = 1
     batch: int = 8
     overrides: tuple[str, ...] = ()
-    """Of the recipe that the model is loaded by, such as model.offload=components."""
+    """Overrides of the recipe used to load the model, such as model.offload=components."""
 
 
-def sample_pictures(prompts: list[str], asked: Drawing, out: Path) -> tuple[list[Path], float]:
-    """Draw each prompt `count` times and save it; returns the files and the seconds after loading."""
-    folder_for(out)
-    contender, recipe, student = _who_draws(asked)
-    model = setup.load(recipe.override(asked.overrides), ALL_PARTS)
-    assert contender.schedule is not None
-    model.check_schedule(contender.schedule)
-    texts = [p for p in prompts for _ in range(asked.count)]
-    seeds = [asked.seed + i for i in range(len(texts))]
+def sample_images(prompts: list[str], options: SampleOptions, out: Path) -> tuple[list[Path], float]:
+    """Generate and save `count` images per prompt; returns the files and the seconds spent after loading."""
+    make_folder(out)
+    spec, recipe, student = _resolve_sampler(options)
+    model = setup.load(recipe.override(options.overrides), ALL_PARTS)
+    assert spec.schedule is not None
+    model.check_schedule(spec.schedule)
+    texts = [p for p in prompts for _ in range(options.count)]
+    seeds = [options.seed + i for i in range(len(texts))]
     files, started = list[Path](), time.perf_counter()
-    uncond = encode(model, contender, [contender.negative_prompt])
-    passes = count_passes(model, contender)
+    uncond = encode(model, spec, [spec.negative_prompt])
+    passes = count_passes(model, spec)
     with (
-        warned_once(model, contender, texts),
-        # What the student was trained in may be slow here, and another precision draws nearly the same.
-        enter(model, contender, precision="auto", student=student, weight=asked.weight) as sampler,
-        console.progress("drawing", passes * -(-len(texts) // asked.batch)) as done,
+        warned_once(model, spec, texts),
+        # The training precision may be slow on this device, and another one gives nearly the same images.
+        enter(model, spec, precision="auto", student=student, weight=options.weight) as sampler,
+        console.progress("sampling", passes * -(-len(texts) // options.batch)) as done,
     ):
-        for number, start in enumerate(range(0, len(texts), asked.batch)):
-            part = slice(start, start + asked.batch)
+        for batch, start in enumerate(range(0, len(texts), options.batch)):
+            rows = slice(start, start + options.batch)
 
-            def on_step(i: int, _x0: Tensor, *, before: int = number * passes) -> None:
+            def on_step(i: int, _x0: Tensor, *, before: int = batch * passes) -> None:
                 done(before + i + 1)
 
-            cond = encode(model, contender, texts[part])
-            x0 = sampler(cond, uncond, seeds[part], on_step=on_step)
-            for text, own, sample in zip(texts[part], seeds[part], model.decode(x0), strict=True):
+            cond = encode(model, spec, texts[rows])
+            x0 = sampler(cond, uncond, seeds[rows], on_step=on_step)
+            for text, seed, sample in zip(texts[rows], seeds[rows], model.decode(x0), strict=True):
                 name = "".join(c if c.isalnum() else "-" for c in text.lower())[:60].strip("-") or "untitled"
-                files.append(save_sample(sample, out / f"{name}-{own}"))
+                files.append(save_sample(sample, out / f"{name}-{seed}"))
     return files, time.perf_counter() - started
 
 
-def _who_draws(asked: Drawing) -> tuple[SamplerSpec, Recipe, Student | None]:
-    """The contender, the recipe of its model, and the student if there is one."""
-    if asked.teacher and asked.schedule:
-        raise RecipeError("--schedule is a student's; the teacher has its own steps. Leave one of them out.")
-    if asked.recipe:
-        if not asked.teacher:
-            raise RecipeError("--recipe tells whose teacher draws; add --teacher, or name a student.")
-        recipe = find_recipe(asked.recipe).with_values({"model.base": asked.base} if asked.base else {})
-        return parse_sampler("teacher", recipe), recipe, None
-    if asked.student is None and asked.base and not mini.is_named(asked.base):
+def _resolve_sampler(options: SampleOptions) -> tuple[SamplerSpec, Recipe, Student | None]:
+    """Return the sampler, the recipe of its model, and the student if it is one."""
+    if options.teacher and options.schedule:
         raise RecipeError(
-            f"Name a student of {asked.base} with --student, or a recipe of its teacher with --teacher "
-            "--recipe."
+            "--schedule only applies to students, not to the teacher; remove --schedule or --teacher."
         )
-    path = mini.resolve(asked.student or "mini", mini.STUDENT)
-    student = load_student(path, schedule=read_schedule(asked.schedule) if asked.schedule else None)
-    base = asked.base or student.base
-    if not base:
-        raise RecipeError(f"{path} does not say which model it is for; give its base with --base.")
-    recipe = _recipe_of(student, base)
-    if asked.teacher:
+    if options.recipe:
+        if not options.teacher:
+            raise RecipeError(
+                "--recipe only applies to the teacher; add --teacher, or use --student instead."
+            )
+        recipe = find_recipe(options.recipe).with_values({"model.base": options.base} if options.base else {})
         return parse_sampler("teacher", recipe), recipe, None
-    contender = SamplerSpec(
+    if options.student is None and options.base and not mini.is_named(options.base):
+        raise RecipeError(
+            f"No student for {options.base} was given; add --student, or --teacher and --recipe for the "
+            "teacher of a recipe."
+        )
+    path = mini.resolve(options.student or "mini", mini.STUDENT)
+    student = load_student(path, schedule=read_schedule(options.schedule) if options.schedule else None)
+    base = options.base or student.base
+    if not base:
+        raise RecipeError(f"{path} does not record its base model; give it with --base.")
+    recipe = _student_recipe(student, base)
+    if options.teacher:
+        return parse_sampler("teacher", recipe), recipe, None
+    spec = SamplerSpec(
         "student", "student", len(student.schedule), schedule=student.schedule, path=Path(path)
     )
-    return contender, recipe, student
+    return spec, recipe, student
 
 
-def _recipe_of(student: Student, base: str) -> Recipe:
-    """The student's recipe, or for a file of others one that names base and schedule."""
+def _student_recipe(student: Student, base: str) -> Recipe:
+    """Return the recipe of a student, or a recipe with its base and schedule if the file contains none."""
     if student.recipe:
         return Recipe.from_mapping(student.recipe, origin="the student's recipe").with_values(
             {"model.base": base}
         )
     schedule = {"timesteps": student.schedule.timesteps, "scales": [str(s) for s in student.schedule.scales]}
-    # Bases of others are large: on a GPU in half precision, as they are published.
+    # Other base models are large: use bfloat16 on a GPU, as they are published.
     model = {"base": base, "dtype": "bfloat16" if distributed.device().type == "cuda" else "float32"}
     return Recipe.from_mapping({"name": "foreign", "model": model, "schedule": schedule})
 
 
 def save_sample(sample: Tensor, stem: Path) -> Path:
-    """Save pixels [3, H, W] as PNG, a video [3, F, H, W] as an animated one."""
+    """Save an image [3, H, W] as PNG, or a video [3, T, H, W] as animated PNG; returns the file."""
     return save_image(to_bytes(sample[None])[0], free_path(stem.with_name(stem.name + ".png")))
 
 
 def free_path(path: Path) -> Path:
-    """The path itself, or with the first of -2, -3, ... that is not taken: pictures are not overwritten."""
+    """Return the path, with -2, -3, ... appended to its name if the file exists: images are not
+    overwritten.
+    """
     names = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
     return next(p for p in itertools.chain([path], map(path.with_name, names)) if not p.exists())
 
@@ -139,76 +145,79 @@ def free_path(path: Path) -> Path:
 def export_student(
     student: str, out: Path, form: str, schedule: str | None, *, base: str | None = None
 ) -> int:
-    """Write a student under another convention's names; returns the number of weights.
+    """Write a student in another LoRA format and return the number of weights.
 
-    It is checked against the base's configuration, which also tells the paths in names of kohya's kind.
+    The layers are checked against the configuration of the base, which is also needed to read kohya names.
     """
-    kind, given = lora_keys.read_form(form), read_schedule(schedule) if schedule else None
+    kind, given_schedule = lora_keys.read_form(form), read_schedule(schedule) if schedule else None
     if kind != "peft" and (out.is_dir() or out.suffix != ".safetensors"):
-        raise RecipeError(f"{out} is no name of a .safetensors file; give one (for --form peft a folder).")
-    found = load_student(mini.resolve(student, mini.STUDENT), schedule=given)
-    found = _checked(replace(found, base=base or found.base), student)
-    write_student(out, found, form=kind)
-    return len(found.tensors)
+        raise RecipeError(f"{out} must end in .safetensors; rename it, or use --form peft to write a folder.")
+    loaded = load_student(mini.resolve(student, mini.STUDENT), schedule=given_schedule)
+    loaded = _match_base(replace(loaded, base=base or loaded.base), student)
+    write_student(out, loaded, form=kind)
+    return len(loaded.tensors)
 
 
-def _checked(found: Student, student: str) -> Student:
-    """The student with the layer names of its base, into which it has to fit; warns where none is known."""
-    named = all(lora_keys.is_path(name) for name in found.tensors)
-    if not found.base:
-        if not named:
-            raise RecipeError(f"{student} names layers as kohya does; say of which model with --base.")
+def _match_base(student: Student, name: str) -> Student:
+    """Return the student with the layer names of its base; warns if the base is unknown or not available."""
+    has_paths = all(lora_keys.is_path(key) for key in student.tensors)
+    if not student.base:
+        if not has_paths:
+            raise RecipeError(
+                f"{name} uses kohya layer names, which need the base model; give it with --base."
+            )
         warnings.warn(
-            f"{student} names no base, so it was not checked against one; give --base.", stacklevel=2
+            f"{name} does not record its base model, so its layers were not checked; give --base.",
+            stacklevel=2,
         )
-        return found
+        return student
     try:
-        denoiser = skeleton(mini.resolve(found.base, mini.TEACHER)).denoiser
+        denoiser = skeleton(mini.resolve(student.base, mini.TEACHER)).denoiser
     except ModelError as error:
-        if not named:
+        if not has_paths:
             raise
-        warnings.warn(f"{student} was not checked against its base: {error}", stacklevel=2)
-        return found
-    return found.matched(denoiser)
+        warnings.warn(f"The layers of {name} were not checked against its base: {error}", stacklevel=2)
+        return student
+    return student.matched(denoiser)
 
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:
-    """Train with a progress bar that shows the losses."""
+    """Train a student with a progress bar that shows the losses."""
     check_out(out)
     distributed.init_from_env()
     console.set_verbose(distributed.is_main())
     console.err.print(f"{recipe.name}: {recipe.about}; {recipe.train.iterations} iterations")
-    follow(distill(recipe, out, console.progress, resume=resume), recipe.train.iterations)
+    run_with_progress(distill(recipe, out, console.progress, resume=resume), recipe.train.iterations)
     report_run(recipe, out)
     distributed.shutdown()
 
 
 def report_run(recipe: Recipe, out: Path) -> None:
-    """Print what a finished run's folder holds, and the command that draws with its student."""
+    """Print the files of a finished run and the command to sample with its student."""
     sheets = sorted((out / "samples").glob("*.png"))
     shown = f", previews: {sheets[-1]}" if sheets else ""
     prompt = next(iter(recipe.train.sample_prompts), "a cat")
-    say = partial(console.out.print, markup=False, soft_wrap=True, highlight=False)
-    say(f"The student is {out / 'student.safetensors'}; losses: {out / 'log.jsonl'}{shown}")
-    say(f"Next: {shlex.join(['scalewise', 'sample', prompt, '--student', str(out)])}")
+    print_line = partial(console.out.print, markup=False, soft_wrap=True, highlight=False)
+    print_line(f"The student is {out / 'student.safetensors'}; losses: {out / 'log.jsonl'}{shown}")
+    print_line(f"Next: {shlex.join(['scalewise', 'sample', prompt, '--student', str(out)])}")
 
 
-def follow(rows: Iterator[Numbers], total: int) -> None:
-    """Run a distillation to its end and show how far it is; the first row says where it starts."""
+def run_with_progress(rows: Iterator[Numbers], total: int) -> None:
+    """Run a training to its end with a progress bar; the first row contains the first iteration."""
     first = int(next(rows)["iteration"])
     with console.progress("distilling", total) as done:
         done(first)
         for row in rows:
-            done(int(row["iteration"]), losses_of(row))
+            done(int(row["iteration"]), format_losses(row))
 
 
-def losses_of(row: Numbers) -> str:
-    """The losses of an iteration, for the eye: "mmd 0.0123, dmd 0.45"."""
+def format_losses(row: Numbers) -> str:
+    """Format the losses of an iteration, such as "mmd 0.0123, dmd 0.45"."""
     return ", ".join(f"{name} {row[name]:.3g}" for name in ("mmd", "dmd", "gan") if name in row)
 
 
 def print_dry_run(recipe: Recipe) -> None:
-    """Show what a run would build."""
+    """Print what a run would train, with its sizes and memory."""
     facts = setup.dry_run(recipe)
     table = Table("step", "t", "scale", "tokens", box=None, header_style="bold")
     for i, (t, scale, tokens) in enumerate(facts["steps"]):
@@ -218,14 +227,15 @@ def print_dry_run(recipe: Recipe) -> None:
     console.out.print(
         f"tokens per sample: {facts['tokens']:,} of {facts['full_tokens']:,} at full scale ({share:.0%})"
     )
-    console.out.print(f"frozen base: {facts['base_parameters']:,} parameters, held once")
+    console.out.print(f"frozen base: {facts['base_parameters']:,} parameters, stored once")
     for role, count in facts["trainable"].items():
         console.out.print(f"trainable ({role}): {count:,} parameters")
     memory = ", ".join(f"{name} {size:,.1f} MB" for name, size in facts["megabytes"].items())
-    console.out.print(f"memory held besides activations: {memory}")
+    console.out.print(f"memory without activations: {memory}")
     effective = recipe.train.batch * recipe.train.accumulate * distributed.world()
     console.out.print(
-        f"{recipe.train.iterations} iterations of {effective} samples per update; nothing was trained"
+        f"{recipe.train.iterations} iterations of {effective} samples per update; dry run, nothing was "
+        "trained"
     )
 
 
@@ -236,42 +246,42 @@ def run_generate(
     count: int,
     batch: int,
     seed: int,
-    also: Sequence[Scale],
+    extra_scales: Sequence[Scale],
     out: Path,
-    typed: Sequence[str] = (),
+    arguments: Sequence[str] = (),
 ) -> None:
-    """Make a synthetic set; goes on where a stopped one ended.
+    """Generate a synthetic dataset, or resume an interrupted one.
 
-    `typed`: the recipe's name or file and its overrides, for the command that comes next; without them the
-    recipe's name.
+    `arguments` are the recipe (name or file) and its overrides as given on the command line, used to print
+    the next command; by default the name of the recipe.
     """
-    check_set_folder(out)
+    check_dataset_folder(out)
     distributed.init_from_env()
     console.set_verbose(distributed.is_main())
     texts = read_prompts(prompts, recipe.model.base, "train")
     teacher = setup.teacher(recipe)
     setup.check_recipe(recipe, teacher)
     with console.progress("generating", count) as done:
-        drawing = generate(
-            teacher, recipe, texts, out, count=count, batch=batch, seed=seed, extra_scales=also
+        counts = generate(
+            teacher, recipe, texts, out, count=count, batch=batch, seed=seed, extra_scales=extra_scales
         )
-        for number in drawing:
-            done(number)
+        for finished in counts:
+            done(finished)
     if distributed.is_main():
-        _report_set(out, typed or [recipe.name], count=count)
+        _report_dataset(out, arguments or [recipe.name], count=count)
     distributed.shutdown()
 
 
-def _report_set(out: Path, typed: Sequence[str], *, count: int) -> None:
-    """Print what a finished set holds, and that it is more than was asked for if it is."""
+def _report_dataset(out: Path, arguments: Sequence[str], *, count: int) -> None:
+    """Print the size of a finished dataset, and whether it is larger than requested."""
     header = SetHeader.read(out)
-    say = partial(console.out.print, markup=False, soft_wrap=True)
-    say(f"{header.rows} samples at {len(header.scales)} scales in {out}")
+    print_line = partial(console.out.print, markup=False, soft_wrap=True)
+    print_line(f"{header.rows} samples at {len(header.scales)} scales in {out}")
     if header.rows > count:
-        say(
-            f"That is more than --count {count}: they were there before, none was drawn or removed, and "
-            f"training reads all {header.rows}. For a smaller set give another --out."
+        print_line(
+            f"The dataset already had more than --count {count} samples: none was generated or removed, and "
+            f"training uses all {header.rows}. For a smaller dataset use another --out."
         )
-    recipe, *overrides = typed
+    recipe, *overrides = arguments
     words = ["scalewise", "distill", recipe, *replaced(overrides, [f"data.path={out}"])]
-    say(f"Next: {shlex.join(words)}", highlight=False)
+    print_line(f"Next: {shlex.join(words)}", highlight=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from scalewise.cli.inputs import check_set_folder
+from scalewise.cli.inputs import check_dataset_folder
 from scalewise.common import console, distributed
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
@@ -168,7 +168,7 @@ def typed_as(name: str, overrides: Sequence[str], *, recipe: Recipe) -> TypedRec
     if recipe.data.is_mini:
         return TypedRecipe(name, overrides, recipe)
     try:
-        check_set_folder(Path(folder))
+        check_dataset_folder(Path(folder))
     except RecipeError:  # images of the user, which must not be overwritten
         return TypedRecipe(name, overrides, recipe, photos=folder)
     return TypedRecipe(name, overrides, recipe, set_folder=folder)

@@ -1,22 +1,22 @@
-"""Claims of the paper that anyone can check on the mini."""
+"""Claims of the paper that can be checked on the mini."""
 
 from __future__ import annotations
 
-from scalewise.studies.base import Arm, Claim, Study
+from scalewise.studies.base import Claim, Study, Variant
 from scalewise.studies.definitions import STUDIES
 from scalewise.studies.page import write_page
-from scalewise.studies.run import Effort, Outcome, refuse_count, run_study
-from scalewise.studies.training_cost import run_cost
+from scalewise.studies.run import Outcome, StudySettings, check_count, run_study
+from scalewise.studies.training_cost import run_training_cost
 
 __all__ = [
     "STUDIES",
-    "Arm",
     "Claim",
-    "Effort",
     "Outcome",
     "Study",
-    "refuse_count",
-    "run_cost",
+    "StudySettings",
+    "Variant",
+    "check_count",
     "run_study",
+    "run_training_cost",
     "write_page",
 ]

@@ -1,4 +1,4 @@
-"""What a study is: arms that are trained, drawn and judged alike, and the paper's claims about them."""
+"""Studies: variants that are trained, sampled and evaluated in the same way, and claims about them."""
 
 from __future__ import annotations
 
@@ -15,119 +15,121 @@ Verdict = Literal["reproduced", "not reproduced", "undecided"]
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to make pictures: a student that the study trains, or a contender that needs no training."""
+class Variant:
+    """A student that the study trains, or a sampler that needs no training."""
 
     name: str
     overrides: tuple[str, ...] = ()
-    """Of the recipe `mini`; every student has its iterations and batch."""
-    drawn: tuple[str, ...] = ()
-    """Further overrides that only the sampler sees: a schedule that the student was not trained for."""
-    contender: str = ""
-    """Instead of a student: teacher, teacher:4, undistilled."""
+    """Overrides of the recipe `mini`. Iterations and batch size are those of the recipe for all students."""
+    sampling_overrides: tuple[str, ...] = ()
+    """Further overrides for sampling only, such as a schedule that the student was not trained with."""
+    sampler: str = ""
+    """Sampler to use instead of a student: teacher, teacher:4, undistilled."""
     start: Start | None = None
-    """The teacher goes on from noised samples of its set."""
+    """If set, the teacher continues from noised samples of its dataset."""
 
 
+# The repr of this class is part of the names of stored files: renaming it or its fields invalidates them.
 @dataclass(frozen=True)
 class Start:
-    """Latents of known pictures brought to the level nearest to t in the teacher's schedule."""
+    """Noised latents of known images, at the timestep of the teacher's schedule nearest to t."""
 
     how: Literal["noised", "enlarged, noised", "noised, enlarged"]
-    """From the full-size latent, or from that of the schedule's first scale."""
+    """Noise the full-size latent, or the latent of the smallest scale after or before upscaling it."""
     t: float
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That one arm is better than another; or as good, if a `yardstick` is given: worse by at most a part
-    (`tolerance`) of that by which the yardstick's first arm is better than its second.
+    """Claim that a variant is better than another one, or as good as it if `reference` is given.
 
-    A share of the figure itself would say little: a CLIP score of 70 of 77 may be that of a broken model.
+    "As good" allows a loss of `tolerance` times the difference between the two variants of `reference`. A
+    tolerance relative to the metric itself would mean little: a CLIP score of 70 instead of 77 can be that of
+    a broken model.
     """
 
     text: str
-    arm: str
+    variant: str
     other: str
-    yardstick: tuple[str, str] | None = None
+    reference: tuple[str, str] | None = None
     tolerance: float = 0.1
 
     @property
     def relation(self) -> Literal["better", "as good"]:
-        """What is claimed."""
-        return "as good" if self.yardstick else "better"
+        """The claimed relation of `variant` to `other`."""
+        return "as good" if self.reference else "better"
 
     @property
-    def named(self) -> set[str]:
-        """All arms that it takes to judge it."""
-        return {self.arm, self.other, *(self.yardstick or ())}
+    def variants(self) -> set[str]:
+        """Names of all variants needed to evaluate the claim."""
+        return {self.variant, self.other, *(self.reference or ())}
 
 
 @dataclass(frozen=True)
 class Study:
-    """A claim of the paper, or some, made checkable on the mini."""
+    """One or more claims of the paper that can be checked on the mini."""
 
     name: str
     title: str
     source: str
-    """Where the paper says so."""
-    arms: tuple[Arm, ...]
+    """Section and table of the paper."""
+    variants: tuple[Variant, ...]
     claims: tuple[Claim, ...]
-    differs: str
-    """What differs from the paper's setting."""
+    differences: str
+    """Differences from the setting of the paper."""
     metrics: tuple[str, ...] = ("frechet", "clip_score")
-    """What the claims are judged by."""
-    also: tuple[str, ...] = ("spectrum",)
-    """Figures that are shown beside them."""
+    """Metrics that decide the claims."""
+    extra_metrics: tuple[str, ...] = ("spectrum",)
+    """Metrics that are only shown."""
 
     @property
-    def figures(self) -> tuple[str, ...]:
-        """All metrics, each once."""
-        return tuple(dict.fromkeys((*self.metrics, *self.also)))
+    def all_metrics(self) -> tuple[str, ...]:
+        """Metrics to compute, without duplicates."""
+        return tuple(dict.fromkeys((*self.metrics, *self.extra_metrics)))
 
     @property
     def trained(self) -> set[str]:
-        """The arms that are students."""
-        return {arm.name for arm in self.arms if not arm.contender and not arm.start}
+        """Names of the variants that are students."""
+        return {v.name for v in self.variants if not v.sampler and not v.start}
 
     @property
-    def continues(self) -> bool:
-        """Whether the arms go on from samples of the set, instead of drawing held-out captions."""
-        return any(arm.start for arm in self.arms)
+    def starts_from_data(self) -> bool:
+        """Whether the variants continue from samples of the dataset instead of sampling held-out captions."""
+        return any(v.start for v in self.variants)
 
     def __post_init__(self) -> None:
-        names = [arm.name for arm in self.arms]
-        assert len(set(names)) == len(names), "arms have different names"
-        assert {name for c in self.claims for name in c.named} <= set(names), "claims are about arms"
-        assert set(self.figures) <= set(METRICS), "metrics are known"
-        assert not self.continues or all(arm.start for arm in self.arms), "arms draw the same prompts"
+        names = [v.name for v in self.variants]
+        assert len(set(names)) == len(names), "names of variants must be different"
+        assert {name for c in self.claims for name in c.variants} <= set(names), "claims name known variants"
+        assert set(self.all_metrics) <= set(METRICS), "metrics must be known"
+        assert not self.starts_from_data or all(v.start for v in self.variants), "all variants share prompts"
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference between arms, and what makes it uncertain."""
+    """A difference between variants with its uncertainty."""
 
     value: float
     """Mean over S seeds."""
-    prompts: float
-    """Its standard error over prompts."""
+    prompt_error: float
+    """Standard error over prompts."""
     count: int
-    """Of prompts."""
+    """Number of prompts."""
     by_seed: tuple[float, ...]
-    """The same for every seed alone, [S]."""
+    """The difference for each seed, [S]."""
     trained: bool = True
-    """Whether a seed decides a training. Else it decides noise alone, which every image has its own of, and
-    the error over prompts holds all."""
+    """Whether each seed is a separate training. If not, a seed only changes the noise, which differs for each
+    image in any case, so the error over prompts covers it."""
 
     @property
     def interval(self) -> Interval:
-        """The 95% interval, over prompts and trainings; unknown with a single seed of training.
+        """The 95% interval over prompts and trainings; unknown for a single training seed.
 
-        The squares of both parts' half widths add up: t(prompts - 1) times the error over prompts, and
-        t(S - 1) times the standard deviation of seeds / sqrt(S). Whatever the seeds' spread, a true effect of
-        0 lies below such an interval in at most 2.5% of studies (docs/log.md has the simulation).
+        The squares of two half-widths are added: t(prompts - 1) times the standard error over prompts, and
+        t(S - 1) times the standard deviation over seeds / sqrt(S). Whatever the spread of the seeds, a true
+        effect of 0 lies below such an interval in at most 2.5% of studies (simulation in docs/log.md).
         """
-        half = t_quantile(self.count - 1) * self.prompts
+        half = t_quantile(self.count - 1) * self.prompt_error
         if self.trained:
             seeds = len(self.by_seed)
             if seeds < 2:
@@ -136,47 +138,49 @@ class Effect:
         return Interval(self.value, self.value - half, self.value + half)
 
     @classmethod
-    def of(cls, figure: Resampled, by_seed: Sequence[float], *, trained: bool) -> Effect:
-        """Of a difference over the same halves of all prompts and seeds, and of every seed alone."""
-        return cls(figure.value, figure.error, figure.count, tuple(by_seed), trained)
+    def from_resampled(cls, difference: Resampled, by_seed: Sequence[float], *, trained: bool) -> Effect:
+        """Build an effect from a difference resampled over prompts (mean over seeds) and its value per
+        seed.
+        """
+        return cls(difference.value, difference.error, difference.count, tuple(by_seed), trained)
 
     def to_dict(self) -> dict[str, Any]:
-        """All that a verdict rests on, as stored in JSON."""
+        """Return everything that a verdict depends on, as stored in JSON."""
         return {
-            "interval": self.interval, "error_over_prompts": self.prompts,
+            "interval": self.interval, "error_over_prompts": self.prompt_error,
             "by_seed": self.by_seed, "trained": self.trained,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a claim came to in one figure."""
+    """Result of a claim in one metric."""
 
     claim: Claim
     metric: str
     gain: Effect
-    """By how much the arm is better than the other; below 0 it is worse."""
-    stake: Effect | None = None
-    """By how much the yardstick's first arm is better than its second, if there is one."""
-    leeway: Effect | None = None
-    """The gain and what the claim lets the arm lose, together: paired, so that both are uncertain at once."""
+    """How much better `claim.variant` is than `claim.other`; negative if it is worse."""
+    reference_gain: Effect | None = None
+    """How much better the first variant of `claim.reference` is than the second."""
+    margin: Effect | None = None
+    """The gain plus the allowed loss. Both are uncertain, and are resampled together."""
 
     @property
-    def allowed(self) -> float:
-        """How much worse the claim lets the arm be."""
-        return self.claim.tolerance * self.stake.value if self.stake else 0.0
+    def allowed_loss(self) -> float:
+        """How much worse `claim.variant` may be."""
+        return self.claim.tolerance * self.reference_gain.value if self.reference_gain else 0.0
 
     @property
     def verdict(self) -> Verdict:
-        """Reproduced if all of the interval says so, not reproduced if all of it says the opposite.
+        """Reproduced if the whole interval supports the claim, not reproduced if it supports the opposite.
 
-        Nothing is decided by a yardstick that may be of no length, without an interval, or by an end that
-        other random halves could move across 0: by up to a fortieth of the interval, three standard errors of
-        a standard deviation of 2,000 rounds.
+        Undecided without an interval, if the reference variants may be equal, or if an end of the interval is
+        so close to 0 that other random halves could move it across: within a fortieth of the interval, which
+        is three standard errors of a standard deviation estimated from 2,000 rounds.
         """
-        if self.stake and self.stake.interval.low <= 0:
+        if self.reference_gain and self.reference_gain.interval.low <= 0:
             return "undecided"
-        decisive = (self.leeway or self.gain).interval
+        decisive = (self.margin or self.gain).interval
         if not decisive.known:
             return "undecided"
         chance = (decisive.high - decisive.low) / 40
@@ -185,44 +189,47 @@ class Finding:
         return "not reproduced" if decisive.high < -chance else "undecided"
 
     def to_dict(self) -> dict[str, Any]:
-        """What was found, as stored in JSON."""
+        """Return the finding as stored in JSON (the keys are part of the file format)."""
         return {
-            "claim": self.claim.text, "arm": self.claim.arm, "other": self.claim.other,
-            "relation": self.claim.relation, "yardstick": self.claim.yardstick, "metric": self.metric,
-            "gain": self.gain, "stake": self.stake, "allowed": self.allowed, "leeway": self.leeway,
-            "verdict": self.verdict,
+            "claim": self.claim.text, "arm": self.claim.variant, "other": self.claim.other,
+            "relation": self.claim.relation, "yardstick": self.claim.reference, "metric": self.metric,
+            "gain": self.gain, "stake": self.reference_gain, "allowed": self.allowed_loss,
+            "leeway": self.margin, "verdict": self.verdict,
         }  # fmt: skip
 
 
-def find(
-    claim: Claim, metric: str, figures: Mapping[str, Resampled], by_seed: Mapping[str, Sequence[float]], *,
+def evaluate_claim(
+    claim: Claim, metric: str, resampled: Mapping[str, Resampled], by_seed: Mapping[str, Sequence[float]], *,
     trained: Collection[str],
 ) -> Finding:  # fmt: skip
-    """Judge a claim in a metric by the arms' figures, over the same halves of all prompts and seeds, and by
-    those of every seed alone. `trained` names the arms whose seed decides a training.
+    """Evaluate a claim in one metric, given the values of the metric by variant.
+
+    `resampled` has means over seeds with the same random halves of the prompts for all variants, `by_seed`
+    the values of each seed. `trained` names the variants whose seeds are separate trainings.
     """
     sign = 1.0 if METRICS[metric].better == "higher" else -1.0
 
     def difference(one: str, other: str) -> tuple[Resampled, list[float]]:
         seeds = [sign * (a - b) for a, b in zip(by_seed[one], by_seed[other], strict=True)]
-        return sign * (figures[one] - figures[other]), seeds
+        return sign * (resampled[one] - resampled[other]), seeds
 
-    gain, gains = difference(claim.arm, claim.other)
-    differs = bool({claim.arm, claim.other} & set(trained))
-    found = Effect.of(gain, gains, trained=differs)
-    if not claim.yardstick:
-        return Finding(claim, metric, found)
-    stake, stakes = difference(*claim.yardstick)
-    leeway = gain + claim.tolerance * stake
-    leeways = [g + claim.tolerance * s for g, s in zip(gains, stakes, strict=True)]
-    measure_differs = bool(set(claim.yardstick) & set(trained))
+    gain, seed_gains = difference(claim.variant, claim.other)
+    gain_trained = bool({claim.variant, claim.other} & set(trained))
+    gain_effect = Effect.from_resampled(gain, seed_gains, trained=gain_trained)
+    if not claim.reference:
+        return Finding(claim, metric, gain_effect)
+    reference, seed_references = difference(*claim.reference)
+    margin = gain + claim.tolerance * reference
+    seed_margins = [g + claim.tolerance * r for g, r in zip(seed_gains, seed_references, strict=True)]
+    reference_trained = bool(set(claim.reference) & set(trained))
     return Finding(
-        claim, metric, found, Effect.of(stake, stakes, trained=measure_differs),
-        Effect.of(leeway, leeways, trained=differs or measure_differs),
+        claim, metric, gain_effect,
+        Effect.from_resampled(reference, seed_references, trained=reference_trained),
+        Effect.from_resampled(margin, seed_margins, trained=gain_trained or reference_trained),
     )  # fmt: skip
 
 
-def overall(findings: Sequence[Finding]) -> Verdict:
-    """One verdict over several figures: what all of them say."""
+def combine_verdicts(findings: Sequence[Finding]) -> Verdict:
+    """Return the verdict shared by all metrics, or undecided if they differ."""
     verdicts = {f.verdict for f in findings}
     return verdicts.pop() if len(verdicts) == 1 else "undecided"

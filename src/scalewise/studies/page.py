@@ -1,4 +1,4 @@
-"""A study's page: claims with verdicts, figures by arm, a plot, and what differs from the paper."""
+"""Page of a study: claims with verdicts, metrics by variant, a plot, and the differences from the paper."""
 
 from __future__ import annotations
 
@@ -15,124 +15,132 @@ from scalewise.metrics import METRICS, Interval
 from scalewise.studies.base import Claim, Finding
 from scalewise.studies.run import Outcome
 
-HOW_JUDGED = (
-    "A figure is the mean over seeds, each with images of its own for all prompts; its interval is over "
-    "prompts. A gain is by how much the first arm is better than the second. Its interval holds 95 % over "
-    "prompts and, where students are trained, over trainings: the squares of its half widths, t(prompts - 1) "
-    "times the standard error over prompts and t(seeds - 1) times that over seeds, add up. A claim is "
-    "reproduced in a figure if the whole interval says so, not reproduced if all of it says the opposite; it "
-    "is decided if all figures say the same. Claims are judged one by one, without allowing for their number."
+METHOD = (
+    "Metrics are means over seeds; every seed has its own images for all prompts. Intervals of metrics are "
+    "over prompts. A gain is how much better the first variant is than the second. Its 95% interval is over "
+    "prompts and, where students are trained, also over trainings: the squares of two half-widths are added, "
+    "t(prompts - 1) times the standard error over prompts and t(seeds - 1) times the standard error over "
+    "seeds. In each metric, a claim is reproduced if the whole interval supports it, not reproduced if the "
+    "whole interval supports the opposite, and undecided otherwise. If the metrics disagree, the claim is "
+    "undecided. There is no correction for the number of claims."
 )
-YARDSTICK = (
-    " Where an arm may lose something, the interval that decides is that of the gain above what is allowed, "
-    "both uncertain; nothing is decided if the two arms that set the measure cannot be told apart."
+TOLERANCE = (
+    " Where a variant may lose something, the interval that decides is that of the margin, which is the gain "
+    "plus the allowed loss (both are uncertain). The claim is undecided if the two variants that define "
+    "the allowed loss may be equal."
 )
-TOKENS = "Tokens: what goes through the denoiser for a picture, in all steps, twice under guidance.\n"
-COLOUR = "#2b6cb0"
+TOKENS = (
+    "Tokens: image tokens processed by the denoiser per image, summed over all steps; guidance counts twice."
+    "\n"
+)
+COLOR = "#2b6cb0"
 
 
 def write_page(outcome: Outcome, folder: Path) -> Path:
-    """Write <study>.json, .md and .png into a folder, by one process at a time; return the page."""
+    """Write <study>.json, .md and .png into a folder, one process at a time; return the path of the page."""
     name = outcome.study.name
     with exclusive(folder / "locks" / name):
         write_json(folder / f"{name}.json", outcome)
         write_atomically(folder / f"{name}.png", partial(plot, outcome))
-        write_text(folder / f"{name}.md", page(outcome))
+        write_text(folder / f"{name}.md", format_page(outcome))
     return folder / f"{name}.md"
 
 
-def page(outcome: Outcome) -> str:
-    """The page in markdown."""
-    study, effort = outcome.study, outcome.effort
-    seeds = " ".join(f"--seed {seed}" for seed in effort.seeds)
-    trained = f" --iterations {effort.iterations}" if effort.iterations is not None else ""
+def format_page(outcome: Outcome) -> str:
+    """Return the page in markdown."""
+    study, settings = outcome.study, outcome.settings
+    seeds = " ".join(f"--seed {seed}" for seed in settings.seeds)
+    iterations = f" --iterations {settings.iterations}" if settings.iterations is not None else ""
     parts = [
         f"# {study.title}\n\nPaper: {study.source}.\n",
-        f"    scalewise study {study.name} {seeds} --count {effort.count}{trained}\n",
+        f"    scalewise study {study.name} {seeds} --count {settings.count}{iterations}\n",
         claims_table(outcome),
-        figures_table(outcome),
-        f"![figures by arm]({study.name}.png)\n",
+        metrics_table(outcome),
+        f"![metrics by variant]({study.name}.png)\n",
         *([TOKENS] if outcome.tokens else []),
-        f"Seeds: {len(effort.seeds)}, {seeds_of(outcome)}; prompts: "
-        f"{effort.count}. {HOW_JUDGED}{YARDSTICK if any(c.yardstick for c in study.claims) else ''}\n",
-        f"## What differs from the paper\n{study.differs}{fewer(outcome)}\n",
+        f"Prompts: {settings.count}; seeds: {len(settings.seeds)}, {seeds_note(outcome)}. "
+        f"{METHOD}{TOLERANCE if any(c.reference for c in study.claims) else ''}\n",
+        f"## Differences from the paper\n{study.differences}{iterations_note(outcome)}\n",
     ]
     return "\n".join(parts)
 
 
-def fewer(outcome: Outcome) -> str:
-    """What is to say of students that were not trained as the recipe says."""
-    iterations = outcome.effort.iterations
-    if iterations is None or outcome.study.continues:
+def iterations_note(outcome: Outcome) -> str:
+    """Return a sentence on the number of iterations if it is not that of the recipe."""
+    iterations = outcome.settings.iterations
+    if iterations is None or outcome.study.starts_from_data:
         return ""
-    return f" Students of this page were trained for {iterations} iterations, not as many as the recipe has."
+    return f" The students of this page were trained for {iterations} iterations, unlike those of the recipe."
 
 
-def seeds_of(outcome: Outcome) -> str:
-    """What a seed decides."""
-    if outcome.study.continues:
-        return "each of the noise; nothing is trained"
-    return "each of a student and of its noise"
+def seeds_note(outcome: Outcome) -> str:
+    """Describe what a seed changes."""
+    if outcome.study.starts_from_data:
+        return "each with its own noise (nothing is trained)"
+    return "each with its own training and noise"
 
 
 def claims_table(outcome: Outcome) -> str:
-    """Every claim with its verdict, and the gain in every figure."""
+    """Return a table of claims with verdicts and the gain in each metric."""
     metrics = [METRICS[name] for name in outcome.study.metrics]
     rows = []
     for claim in outcome.study.claims:
-        own = [f for f in outcome.findings if f.claim == claim]
-        cells = [gain_cell(next(f for f in own if f.metric == m.name)) for m in metrics]
-        rows.append([f"{claim.text} ({terms(claim)})", f"**{outcome.verdict(claim.text)}**", *cells])
+        findings = [f for f in outcome.findings if f.claim == claim]
+        cells = [gain_cell(next(f for f in findings if f.metric == m.name)) for m in metrics]
+        rows.append(
+            [f"{claim.text} ({format_comparison(claim)})", f"**{outcome.verdict(claim.text)}**", *cells]
+        )
     head = ["claim", "verdict", *(f"gain, {m.title}" for m in metrics)]
     return markdown.table(head, rows, left=len(head)) + "\n"
 
 
-def terms(claim: Claim) -> str:
-    """Which arms are compared, and what "as good" allows."""
-    terms = f"{claim.arm} against {claim.other}"
-    if claim.yardstick:
-        terms += f"; may lose {claim.tolerance:.0%} of what lies between {' and '.join(claim.yardstick)}"
-    return terms
+def format_comparison(claim: Claim) -> str:
+    """Return the compared variants and, for "as good", the allowed loss."""
+    text = f"{claim.variant} against {claim.other}"
+    if claim.reference:
+        one, other = claim.reference
+        text += f"; may lose {claim.tolerance:.0%} of the difference between {one} and {other}"
+    return text
 
 
 def gain_cell(finding: Finding) -> str:
-    """Such as "0.0121 [0.0042, 0.0200]; seeds 0.0101 0.0141: reproduced"."""
+    """Format a finding, such as "0.0121 [0.0042, 0.0200]; seeds 0.0101 0.0141: reproduced"."""
     show = partial(METRICS[finding.metric].show, finer=1)
     seeds = " ".join(show(value) for value in finding.gain.by_seed)
     allowed = ""
-    if finding.stake and finding.leeway:
-        allowed = ", measure undecided"
-        if finding.stake.interval.low > 0:
-            above = finding.leeway.interval.show(show)
-            allowed = f", allowed {show(-finding.allowed)}; above it by {above}"
+    if finding.reference_gain and finding.margin:
+        allowed = ", allowed loss unknown"
+        if finding.reference_gain.interval.low > 0:
+            margin = finding.margin.interval.show(show)
+            allowed = f"; allowed {show(-finding.allowed_loss)}, margin {margin}"
     return f"{finding.gain.interval.show(show)}; seeds {seeds}{allowed}: {finding.verdict}"
 
 
-def figures_table(outcome: Outcome) -> str:
-    """Every arm's figures."""
-    there = next(iter(outcome.figures.values()))  # a stored study may be older than a figure
-    metrics = [METRICS[name] for name in outcome.study.figures if name in there]
-    head = ["arm", *(m.heading for m in metrics), *["tokens"] * bool(outcome.tokens)]
+def metrics_table(outcome: Outcome) -> str:
+    """Return a table of all metrics by variant."""
+    stored = next(iter(outcome.values.values()))  # older studies do not have all metrics
+    metrics = [METRICS[name] for name in outcome.study.all_metrics if name in stored]
+    head = ["variant", *(m.heading for m in metrics), *["tokens"] * bool(outcome.tokens)]
     rows = []
-    for arm, values in outcome.figures.items():
+    for variant, values in outcome.values.items():
         cells = [values[m.name].show(m.show) for m in metrics]
-        if arm in outcome.tokens:
-            cells.append(f"{outcome.tokens[arm]:,}")
-        rows.append([arm, *cells])
+        if variant in outcome.tokens:
+            cells.append(f"{outcome.tokens[variant]:,}")
+        rows.append([variant, *cells])
     return markdown.table(head, rows) + "\n"
 
 
 def plot(outcome: Outcome, path: Path) -> None:
-    """A panel for every figure, the arms below each other with their intervals."""
-    arms, panels = list(outcome.figures), {}
-    for name in outcome.study.figures:
+    """Plot one panel per metric, with one row per variant."""
+    variants, panels = list(outcome.values), {}
+    for name in outcome.study.all_metrics:
         title = f"{METRICS[name].title}, {METRICS[name].better} is better"
-        panels[title] = [outcome.figures[arm][name] for arm in arms]
-    plot_panels(arms, panels, path)
+        panels[title] = [outcome.values[variant][name] for variant in variants]
+    plot_panels(variants, panels, path)
 
 
 def plot_panels(rows: Sequence[str], panels: Mapping[str, Sequence[Interval]], path: Path) -> None:
-    """Values of the same rows side by side, a panel for every title, as points with their intervals."""
+    """Plot panels with shared rows side by side; values are points with their intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -148,8 +156,8 @@ def plot_panels(rows: Sequence[str], panels: Mapping[str, Sequence[Interval]], p
 
 def _panel(panel: Any, intervals: Sequence[Interval]) -> None:
     for row, interval in enumerate(intervals):
-        panel.plot([interval.low, interval.high], [row, row], color=COLOUR, linewidth=2)
-        panel.plot(interval.value, row, "o", color=COLOUR)
+        panel.plot([interval.low, interval.high], [row, row], color=COLOR, linewidth=2)
+        panel.plot(interval.value, row, "o", color=COLOR)
     panel.grid(axis="x", alpha=0.3, linewidth=0.5)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)

@@ -1,4 +1,4 @@
-"""Run a study: train what is missing, draw, judge; every part is kept, so that a stopped study goes on."""
+"""Run a study: train, sample and evaluate its variants. Results are cached, so interrupted studies resume."""
 
 from __future__ import annotations
 
@@ -35,148 +35,156 @@ from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, resamp
 from scalewise.metrics.base import Gaussian
 from scalewise.models import PipelineAdapter
 from scalewise.models.lora import StudentError
-from scalewise.studies.base import Arm, Finding, Start, Study, Verdict, find, overall
-from scalewise.studies.work_queue import Task, work_off
+from scalewise.studies.base import Finding, Start, Study, Variant, Verdict, combine_verdicts, evaluate_claim
+from scalewise.studies.work_queue import Task, run_tasks
 from scalewise.training import setup
 from scalewise.training.run import distill
 
-SHOWN = 24  # pictures on an arm's sheet
-Looks = dict[str, Tensor]
-"""What judges made of every picture [P, ...], by metric."""
-TRAINING = 2  # raised when the same recipe trains or draws something else: what is kept of before is then
-# made anew (2: all updates of an iteration have one step of the schedule)
+SHEET_IMAGES = 24
+"""Images on the contact sheet of a variant."""
+Features = dict[str, Tensor]
+"""Features of P images, each [P, ...], by feature extractor."""
+CACHE_VERSION = 2
+"""Increased when the same recipe gives different students or images, so that older cached files are ignored.
+2: all updates of an iteration use one step of the schedule."""
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is drawn and trained."""
+class StudySettings:
+    """Number of seeds, prompts and iterations of a study."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """Each trains a student of every arm and draws its own pictures."""
+    """For each seed, every variant is trained and sampled."""
     count: int = 299
-    """Prompts, held out."""
+    """Number of held-out prompts."""
     iterations: int | None = None
-    """Of every student; None = the recipe's."""
+    """Training iterations of each student (default: those of the recipe)."""
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise RecipeError(f"Give one or more different seeds from 0 on, not {list(self.seeds)}.")
+            raise RecipeError(f"seeds must be one or more different integers >= 0; got {list(self.seeds)}.")
         if self.count < FEWEST:
-            raise RecipeError(f"{self.count} prompts have no intervals; give {FEWEST} or more.")
+            raise RecipeError(f"{self.count} prompts are too few for intervals; use {FEWEST} or more.")
         if self.iterations is not None and self.iterations < 1:
-            raise RecipeError(f"A student has 1 iteration or more, not {self.iterations}.")
+            raise RecipeError(f"iterations must be 1 or more; got {self.iterations}.")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A study's figures and findings."""
+    """Results of a study."""
 
     study: Study
-    effort: Effort
-    figures: dict[str, dict[str, Interval]]
-    """By arm and metric, over all seeds."""
+    settings: StudySettings
+    values: dict[str, dict[str, Interval]]
+    """Metrics by variant and metric, over all seeds."""
     findings: list[Finding]
     tokens: dict[str, int]
-    """Of the denoiser for a picture, over all passes, by arm; none where the teacher goes on from others."""
+    """Image tokens processed by the denoiser per image, by variant; empty if variants start from data."""
 
     def verdict(self, text: str) -> Verdict:
-        """The verdict on a claim, over all figures."""
-        return overall([f for f in self.findings if f.claim.text == text])
+        """Return the verdict of the claim with this text, over all metrics."""
+        return combine_verdicts([f for f in self.findings if f.claim.text == text])
 
     def to_dict(self) -> dict[str, Any]:
-        """What was found, as stored in JSON."""
+        """Return the results as stored in JSON (the keys are part of the file format)."""
         return {
-            "study": self.study.name, "source": self.study.source, "seeds": self.effort.seeds,
-            "prompts": self.effort.count, "iterations": self.effort.iterations, "figures": self.figures,
+            "study": self.study.name, "source": self.study.source, "seeds": self.settings.seeds,
+            "prompts": self.settings.count, "iterations": self.settings.iterations, "figures": self.values,
             "tokens": self.tokens, "findings": self.findings,
             "verdicts": {claim.text: self.verdict(claim.text) for claim in self.study.claims},
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Material:
-    """The prompts that all arms draw, and who judges."""
+class StudyData:
+    """Prompts and metrics shared by all variants of a study."""
 
-    texts: list[str]
-    judge: Scorers
+    captions: list[str]
+    scoring: Scorers
     latents: dict[Scale, Tensor] = field(default_factory=dict)
-    """Of the pictures that arms go on from, full size last."""
+    """Latents [P, C, H, W] to start from, smallest and full scale, in this order."""
 
 
-def held_out(count: int) -> Material:
-    """Captions that nothing was trained on, and real pictures to compare with."""
-    return Material(held_out_texts(count), load_scorers(find_recipe("mini")))
+def load_held_out(count: int) -> StudyData:
+    """Load held-out captions, with the real images of the mini as reference."""
+    return StudyData(held_out_captions(count), load_scorers(find_recipe("mini")))
 
 
-def held_out_texts(count: int) -> list[str]:
-    """The first held-out captions; raises RecipeError if there are not so many."""
-    texts = mini.captions("test")
-    if count > len(texts):
-        raise RecipeError(f"There are {len(texts)} held-out captions, not {count}; take at most as many.")
-    return texts[:count]
+def held_out_captions(count: int) -> list[str]:
+    """Return the first `count` held-out captions; RecipeError if there are fewer."""
+    captions = mini.captions("test")
+    if count > len(captions):
+        raise RecipeError(f"There are only {len(captions)} held-out captions, not {count}; reduce --count.")
+    return captions[:count]
 
 
 @torch.no_grad()
-def continued(count: int) -> Material:
-    """Samples of the shipped set with different captions to go on from, and others to compare with."""
+def load_starts(count: int) -> StudyData:
+    """Load samples of the shipped dataset to start from, with other samples of it as reference."""
     recipe, stored = find_recipe("mini"), LatentSet.open(mini.DATA)
-    schedule, rows, others = recipe.schedule.build(), *chosen(stored, count)
-    judge, model = load_scorers(recipe), setup.load(recipe, ("vae",))
-    parts = stored.latents(others, schedule.full).split(16)
-    pictures = np.concatenate([to_bytes(model.decode(part)) for part in parts])
-    looks = judge.score_images(pictures, stored.captions(others))
-    real = {SPECTRUM: Gaussian.fit(looks[SPECTRUM])}
-    return Material(
+    schedule, rows, reference_rows = recipe.schedule.build(), *choose_rows(stored, count)
+    scoring, model = load_scorers(recipe), setup.load(recipe, ("vae",))
+    parts = stored.latents(reference_rows, schedule.full).split(16)
+    images = np.concatenate([to_bytes(model.decode(part)) for part in parts])
+    features = scoring.score_images(images, stored.captions(reference_rows))
+    real = {SPECTRUM: Gaussian.fit(features[SPECTRUM])}
+    return StudyData(
         stored.captions(rows),
-        replace(judge, reference=looks[SCORER], real=real),
+        replace(scoring, reference=features[SCORER], real=real),
         {scale: stored.latents(rows, scale) for scale in (schedule.scales[0], schedule.full)},
     )
 
 
-def chosen(stored: LatentSet, count: int) -> tuple[list[int], list[int]]:
-    """Samples with different captions to go on from, and as many others; RecipeError if there are too few."""
+def choose_rows(stored: LatentSet, count: int) -> tuple[list[int], list[int]]:
+    """Return `count` rows to start from and `count` reference rows, all with different captions.
+
+    RecipeError if the dataset has too few different captions.
+    """
     captions = stored.captions(range(len(stored)))
     rows = list({captions[i]: i for i in permutation(len(stored), "upscaling").tolist()}.values())
     if len(rows) < 2 * count:
         raise RecipeError(
-            f"The set has {len(rows)} different captions, too few for {count} prompts and as many samples "
-            f"to compare with; take at most {len(rows) // 2}."
+            f"The dataset has {len(rows)} different captions, too few for {count} prompts and the same "
+            f"number of reference samples; use --count {len(rows) // 2} or less."
         )
     return rows[:count], rows[count : 2 * count]
 
 
 @torch.no_grad()
-def go_on(
+def sample_from_start(
     model: PipelineAdapter, recipe: Recipe, start: Start, prompts: Prompts, *,
     latents: Mapping[Scale, Tensor], done: ProgressCallback,
 ) -> np.ndarray:  # fmt: skip
-    """Let the teacher finish noised latents of known pictures: bytes [N, H, W, 3]."""
+    """Denoise noised latents of known images with the teacher; returns N images as uint8 [N, H, W, 3]."""
     small, full = latents
     backbone = Backbone(model, precision=recipe.train.precision)
     teacher = recipe.teacher
-    levels = model.teacher_scheduler(teacher.steps, full, shift=teacher.shift).timesteps
+    timesteps = model.teacher_scheduler(teacher.steps, full, shift=teacher.shift).timesteps
     encode = partial(model.encode_for_teacher, length=teacher.max_sequence_length)
-    begin = int((levels - start.t).abs().argmin())
+    first_step = int((timesteps - start.t).abs().argmin())
     uncond, parts = encode([teacher.negative_prompt]), list[np.ndarray]()
-    for at in range(0, len(prompts), 16):
-        some, part = prompts[at : at + 16], slice(at, at + 16)
-        x_t = noised(
-            start.how, latents[small][part], latents[full][part], seeds=some.seeds, process=model.noise,
-            t=float(levels[begin]),
+    for first in range(0, len(prompts), 16):
+        batch, rows = prompts[first : first + 16], slice(first, first + 16)
+        x_t = noise_latents(
+            start.how, latents[small][rows], latents[full][rows], seeds=batch.seeds, process=model.noise,
+            t=float(timesteps[first_step]),
         )  # fmt: skip
         x0 = sample_teacher(
-            backbone, full, encode(some.captions), some.seeds, steps=teacher.steps,
-            guidance=teacher.guidance, uncond=uncond, shift=teacher.shift, start=x_t, begin=begin,
+            backbone, full, encode(batch.captions), batch.seeds, steps=teacher.steps,
+            guidance=teacher.guidance, uncond=uncond, shift=teacher.shift, start=x_t, begin=first_step,
         )  # fmt: skip
         parts.append(to_bytes(model.decode(x0)))
-        done(at + len(some))
+        done(first + len(batch))
     return np.concatenate(parts)
 
 
-def noised(
+def noise_latents(
     how: str, small: Tensor, full: Tensor, *, seeds: Sequence[int], process: NoiseProcess, t: float
 ) -> Tensor:
-    """Bring clean latents to the level t: the full-size ones, or the small ones enlarged before or after."""
+    """Add noise at timestep t to clean latents `small` or `full` ([N, C, H, W]) as `Start.how` says.
+
+    Returns x_t at the size of `full`.
+    """
     scale, noise = Scale(1, *full.shape[-2:]), SampleNoise(seeds)
     if how == "enlarged, noised":
         full = upscale_latents(small, scale)
@@ -185,155 +193,162 @@ def noised(
     return upscale_latents(x_t, scale)
 
 
-def material_of(study: Study, count: int) -> Material:
-    """What all arms of a study have in common."""
-    return continued(count) if study.continues else held_out(count)
+def load_study_data(study: Study, count: int) -> StudyData:
+    """Load what all variants of a study share."""
+    return load_starts(count) if study.starts_from_data else load_held_out(count)
 
 
-def refuse_count(study: Study, count: int) -> None:
-    """Raise RecipeError for more prompts than a study has, before anything is computed."""
-    if study.continues:
-        chosen(LatentSet.open(mini.DATA), count)
+def check_count(study: Study, count: int) -> None:
+    """Check that a study has `count` prompts; RecipeError if not. Computes nothing."""
+    if study.starts_from_data:
+        choose_rows(LatentSet.open(mini.DATA), count)
     else:
-        held_out_texts(count)
+        held_out_captions(count)
 
 
-def run_study(study: Study, out: Path, effort: Effort, *, progress: Progress) -> Outcome:
-    """Train and draw every arm with every seed, and judge the claims."""
-    if study.trained and len(effort.seeds) < 2:
+def run_study(study: Study, out: Path, settings: StudySettings, *, progress: Progress) -> Outcome:
+    """Train and sample every variant with every seed, and evaluate the claims."""
+    if study.trained and len(settings.seeds) < 2:
         warnings.warn(
-            f"{study.name}: 1 seed does not tell how trainings differ, so that nothing is decided about "
-            "students; give --seed twice or more often.",
+            f"{study.name}: with 1 seed, the variation between trainings is unknown and claims about "
+            "students stay undecided; repeat --seed to use 2 or more.",
             stacklevel=2,
         )
-    material = material_of(study, effort.count)
-    looks = looks_of_all(study, material, out=out, effort=effort, progress=progress)
-    prompts = Prompts.of(material.texts)
-    figures: dict[str, dict[str, Interval]] = {arm: {} for arm in looks}
+    data = load_study_data(study, settings.count)
+    features = compute_all_features(study, data, out=out, settings=settings, progress=progress)
+    prompts = Prompts.of(data.captions)
+    values: dict[str, dict[str, Interval]] = {variant: {} for variant in features}
     findings = list[Finding]()
-    with progress(f"{study.name}: figures", len(study.figures) * len(looks)) as done:
-        for number, metric in enumerate(study.figures):
-            sampled, by_seed = dict[str, Resampled](), dict[str, list[float]]()
-            for at, (arm, parts) in enumerate(looks.items(), 1):
-                each = [figure_of(metric, material.judge.combine(part, prompts)) for part in parts]
-                sampled[arm] = Resampled.mean(each)
-                by_seed[arm] = [figure.value for figure in each]
-                figures[arm][metric] = sampled[arm].interval().within(*METRICS[metric].bounds)
-                done(number * len(looks) + at)
+    with progress(f"{study.name}: metrics", len(study.all_metrics) * len(features)) as done:
+        for number, metric in enumerate(study.all_metrics):
+            resampled, by_seed = dict[str, Resampled](), dict[str, list[float]]()
+            for i, (variant, seed_features) in enumerate(features.items(), 1):
+                each = [compute_metric(metric, data.scoring.combine(part, prompts)) for part in seed_features]
+                resampled[variant] = Resampled.mean(each)
+                by_seed[variant] = [one.value for one in each]
+                values[variant][metric] = resampled[variant].interval().within(*METRICS[metric].bounds)
+                done(number * len(features) + i)
             if metric in study.metrics:
                 findings += [
-                    find(claim, metric, sampled, by_seed, trained=study.trained) for claim in study.claims
+                    evaluate_claim(claim, metric, resampled, by_seed, trained=study.trained)
+                    for claim in study.claims
                 ]
-    tokens = {} if study.continues else {arm.name: tokens_of(arm) for arm in study.arms}
-    return Outcome(study, effort, figures, findings, tokens)
+    tokens = {} if study.starts_from_data else {v.name: count_tokens(v) for v in study.variants}
+    return Outcome(study, settings, values, findings, tokens)
 
 
-def looks_of_all(
-    study: Study, material: Material, *, out: Path, effort: Effort, progress: Progress
-) -> dict[str, list[Looks]]:
-    """What the judges made of the pictures, by arm and seed; processes with the same `out` share work."""
-    get = partial(looks_of, material=material, out=out, effort=effort, progress=progress)
-    every = [(arm, seed) for seed in effort.seeds for arm in study.arms]
-    work_off(
-        [Task(owner_of(arm, seed, effort.iterations), partial(get, arm, seed)) for arm, seed in every],
+def compute_all_features(
+    study: Study, data: StudyData, *, out: Path, settings: StudySettings, progress: Progress
+) -> dict[str, list[Features]]:
+    """Return the features by variant and seed. Processes with the same `out` share the work."""
+    get = partial(compute_features, data=data, out=out, settings=settings, progress=progress)
+    pairs = [(variant, seed) for seed in settings.seeds for variant in study.variants]
+    run_tasks(
+        [Task(lock_key(v, seed, settings.iterations), partial(get, v, seed)) for v, seed in pairs],
         out / "locks", progress=progress,
     )  # fmt: skip
-    return {arm.name: [get(arm, seed) for seed in effort.seeds] for arm in study.arms}
+    return {variant.name: [get(variant, seed) for seed in settings.seeds] for variant in study.variants}
 
 
-def figure_of(metric: str, seen: Seen) -> Resampled:
-    """A metric of one seed's pictures, over all prompts and over halves of them, the same for all seeds."""
+def compute_metric(metric: str, seen: Seen) -> Resampled:
+    """Compute a metric for the images of one seed, over all prompts and over random halves of them.
+
+    The halves are the same for all seeds and variants.
+    """
     statistic = METRICS[metric].statistic(seen)
-    assert statistic is not None, f"{metric} can be taken of one picture a prompt"
+    assert statistic is not None, f"{metric} must be defined for one image per prompt"
     return resample(statistic, seen.prompts)
 
 
-def recipe_of(arm: Arm, seed: int, iterations: int | None) -> Recipe:
-    """The recipe that trains an arm's student."""
-    changes = [*arm.overrides, f"train.seed={seed}", "train.sample_every=0"]
+def variant_recipe(variant: Variant, seed: int, iterations: int | None) -> Recipe:
+    """Return the recipe that trains the student of a variant."""
+    changes = [*variant.overrides, f"train.seed={seed}", "train.sample_every=0"]
     if iterations is not None:
         changes.append(f"train.iterations={iterations}")
     return find_recipe("mini").override(changes)
 
 
-def key_of(recipe: Recipe, *more: str) -> str:
-    """A short name of everything that decides a student or its pictures; arms of several studies share it."""
-    parts = [str(TRAINING), mini.fingerprint(), recipe.to_yaml(), *more]
+def cache_key(recipe: Recipe, *more: str) -> str:
+    """Return a hash of everything that a student or its images depend on, for use in file names."""
+    parts = [str(CACHE_VERSION), mini.fingerprint(), recipe.to_yaml(), *more]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def owner_of(arm: Arm, seed: int, iterations: int | None) -> str:
-    """What only one process may make at a time: arms that share a student have the same."""
-    return key_of(recipe_of(arm, seed, iterations), arm.contender, str(arm.start))
+def lock_key(variant: Variant, seed: int, iterations: int | None) -> str:
+    """Return the key of a variant's lock, which is the same for variants that share a student."""
+    return cache_key(variant_recipe(variant, seed, iterations), variant.sampler, str(variant.start))
 
 
-def tokens_of(arm: Arm) -> int:
-    """Image tokens that go through the denoiser for one picture, twice where there is guidance."""
-    recipe = recipe_of(arm, 0, None)
+def count_tokens(variant: Variant) -> int:
+    """Count the image tokens processed by the denoiser per image; guidance counts twice."""
+    recipe = variant_recipe(variant, 0, None)
     model = setup.load(recipe, ("denoiser",))
-    if not arm.contender:
-        return recipe.override(list(arm.drawn)).schedule.build().tokens(model.patch)
-    contender = parse_sampler(arm.contender, recipe)
-    assert contender.schedule is not None, "a folder is no arm"
-    if contender.kind != "teacher":
-        return contender.schedule.tokens(model.patch)
-    forwards = count_passes(model, contender) * (2 if contender.guidance > 1 else 1)
-    return forwards * model.token_count(contender.schedule.full)
+    if not variant.sampler:
+        return recipe.override(list(variant.sampling_overrides)).schedule.build().tokens(model.patch)
+    sampler = parse_sampler(variant.sampler, recipe)
+    assert sampler.schedule is not None, "a folder cannot be a variant"
+    if sampler.kind != "teacher":
+        return sampler.schedule.tokens(model.patch)
+    forwards = count_passes(model, sampler) * (2 if sampler.guidance > 1 else 1)
+    return forwards * model.token_count(sampler.schedule.full)
 
 
-def looks_of(
-    arm: Arm, seed: int, material: Material, *, out: Path, effort: Effort, progress: Progress
-) -> Looks:
-    """What the judges made of an arm's P pictures of one seed; trained and drawn unless it is there."""
-    recipe = recipe_of(arm, seed, effort.iterations)
-    judges = [mini.fingerprint(mini.SCORER), *(extra.name for extra, _ in material.judge.examiners)]
-    key = key_of(recipe, arm.contender, str(arm.start), *arm.drawn, *material.texts, *judges)
+def compute_features(
+    variant: Variant, seed: int, data: StudyData, *, out: Path, settings: StudySettings, progress: Progress
+) -> Features:
+    """Return the features of a variant's P images for one seed; trains and samples unless they are cached."""
+    recipe = variant_recipe(variant, seed, settings.iterations)
+    extractors = [mini.fingerprint(mini.SCORER), *(extra.name for extra, _ in data.scoring.examiners)]
+    key = cache_key(
+        recipe, variant.sampler, str(variant.start), *variant.sampling_overrides, *data.captions, *extractors
+    )
     path = out / "drawn" / f"{key}.safetensors"
     if path.exists():
-        return read_looks(path)
-    contender = None if arm.start else contender_of(arm, recipe, out, progress)
-    prompts = Prompts.of(material.texts, seed=seed)
+        return load_features(path)
+    sampler = None if variant.start else prepare_sampler(variant, recipe, out, progress)
+    prompts = Prompts.of(data.captions, seed=seed)
     model = setup.load(recipe, ("denoiser", "vae", "text"))
-    with progress(f"{arm.name}, seed {seed}: drawing", len(prompts)) as done:
-        if contender:
+    with progress(f"{variant.name}, seed {seed}: sampling", len(prompts)) as done:
+        if sampler:
             images = generate_images(
-                model, contender, prompts, batch=16, precision=recipe.train.precision, done=done
+                model, sampler, prompts, batch=16, precision=recipe.train.precision, done=done
             )
         else:
-            assert arm.start
-            images = go_on(model, recipe, arm.start, prompts, latents=material.latents, done=done)
-    looks = material.judge.score_images(images, prompts.captions)
+            assert variant.start
+            images = sample_from_start(model, recipe, variant.start, prompts, latents=data.latents, done=done)
+    features = data.scoring.score_images(images, prompts.captions)
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(list(images[:SHOWN]), columns=12).save(path.with_suffix(".png"))
-    metadata = {"arm": arm.name, "seed": str(seed)}
-    write_atomically(path, lambda temporary: save_file(looks, temporary, metadata=metadata))
-    return looks
+    contact_sheet(list(images[:SHEET_IMAGES]), columns=12).save(path.with_suffix(".png"))
+    metadata = {"arm": variant.name, "seed": str(seed)}
+    write_atomically(path, lambda temporary: save_file(features, temporary, metadata=metadata))
+    return features
 
 
-def read_looks(path: Path) -> Looks:
-    """What was kept of an arm's pictures; raises RecipeError for a damaged file."""
+def load_features(path: Path) -> Features:
+    """Load cached features; RecipeError if the file is damaged."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise RecipeError(
-            f"{path} is damaged ({first_line(error)}); delete it, and the study draws those pictures again."
+            f"{path} is damaged ({first_line(error)}); delete it and run the study again to regenerate it."
         ) from error
 
 
-def contender_of(arm: Arm, recipe: Recipe, out: Path, progress: Progress) -> SamplerSpec:
-    """Who draws an arm's pictures; a student is trained first, or trained on."""
-    if arm.contender:
-        return parse_sampler(arm.contender, recipe)
-    folder = out / "students" / key_of(recipe)
+def prepare_sampler(variant: Variant, recipe: Recipe, out: Path, progress: Progress) -> SamplerSpec:
+    """Return the sampler of a variant; a student is trained first, or its training resumed."""
+    if variant.sampler:
+        return parse_sampler(variant.sampler, recipe)
+    folder = out / "students" / cache_key(recipe)
     if not (folder / "student.safetensors").exists():
-        name = f"{arm.name}, seed {recipe.train.seed}: training"
+        name = f"{variant.name}, seed {recipe.train.seed}: training"
         with resumed_by_same_command(), progress(name, recipe.train.iterations) as done:
             for row in distill(recipe, folder, progress, resume=(folder / "recipe.yaml").exists()):
                 done(int(row["iteration"]))
     try:
-        contender = parse_sampler(f"student:{folder}", recipe)
+        sampler = parse_sampler(f"student:{folder}", recipe)
     except StudentError as error:
         raise RecipeError(
-            f"{first_line(error).rstrip('.')} Here: delete {folder}, and the study trains that student again."
+            f"{first_line(error).rstrip('.')}. To retrain this student, delete {folder} and run the study "
+            "again."
         ) from error
-    return replace(contender, schedule=recipe.override(list(arm.drawn)).schedule.build())
+    return replace(sampler, schedule=recipe.override(list(variant.sampling_overrides)).schedule.build())

@@ -1,4 +1,4 @@
-"""The study of training cost, which times iterations and needs no student."""
+"""Study of training cost: times training iterations instead of training students."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from scalewise.metrics.intervals import FEWEST_ROUNDS
 from scalewise.studies.base import Verdict
 from scalewise.studies.page import plot_panels
 
-NAME, TITLE, SOURCE = "training-cost", "What a training iteration costs", "section 5.3, table 5"
+NAME, TITLE, SOURCE = "training-cost", "Cost of a training iteration", "section 5.3, table 5"
 
 
 @dataclass(frozen=True)
 class CostClaim:
-    """That one kind of iteration takes less time than another."""
+    """Claim about the ratio of the times of two kinds of iterations."""
 
     text: str
     ratio: str
-    """As `TrainingCost.ratios` names it."""
+    """Key of `TrainingCost.ratios`."""
     paper: float
-    """The ratio of the table's figures for SD3.5 Medium."""
+    """The ratio according to table 5 of the paper, for SD3.5 Medium."""
 
     def verdict(self, ratio: Interval, rounds: int) -> Verdict:
-        """Reproduced if the interval of one / other lies on the paper's side of 1; fewer than six rounds have
-        no interval, and decide nothing.
+        """Reproduced if the whole interval of the ratio is on the same side of 1 as in the paper.
+
+        Undecided with fewer than six rounds, which give no interval.
         """
         if rounds < FEWEST_ROUNDS:
             return "undecided"
@@ -52,34 +53,34 @@ CLAIMS = (
         "the full loss costs more than MMD alone", "scale-wise, full loss / scale-wise, MMD alone", 3.2 / 0.4
     ),
 )  # fmt: skip
-DIFFERS = (
-    "The mini on a processor instead of SD3.5 Medium on GPUs. The fake model is updated as often for one "
-    "update of the student as the recipe `mini` says; with MMD alone it does not exist. Peak memory is that "
-    "of tensors, base and optimizers included."
+DIFFERENCES = (
+    "The mini on a CPU instead of SD3.5 Medium on GPUs. The number of updates of the fake model per update "
+    "of the student is that of the recipe `mini`; with MMD alone there is no fake model. Peak memory only "
+    "counts tensors, including the base and the optimizer states."
 )
 
 
-def run_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict]:
-    """Measure and write training-cost.json, .md and .png; returns the verdicts by claim."""
+def run_training_cost(out: Path, *, rounds: int, progress: Progress) -> dict[str, Verdict]:
+    """Measure, write training-cost.json, .md and .png, and return the verdicts by claim."""
     cost = measure_training(find_recipe("mini"), rounds=rounds, progress=progress)
     verdicts = {claim.text: claim.verdict(cost.ratios[claim.ratio], rounds) for claim in CLAIMS}
-    found: dict[str, Any] = {"study": NAME, "source": SOURCE, **vars(cost), "verdicts": verdicts}
+    result: dict[str, Any] = {"study": NAME, "source": SOURCE, **vars(cost), "verdicts": verdicts}
     with exclusive(out / "locks" / NAME):
-        write_json(out / f"{NAME}.json", found)
+        write_json(out / f"{NAME}.json", result)
         write_atomically(out / f"{NAME}.png", partial(plot, cost))
-        write_text(out / f"{NAME}.md", page(cost, verdicts, rounds))
+        write_text(out / f"{NAME}.md", format_page(cost, verdicts, rounds))
     return verdicts
 
 
 def plot(cost: TrainingCost, path: Path) -> None:
-    """Seconds and peak memory of every mode."""
+    """Plot the time and peak memory of each mode."""
     peaks = [Interval(m.peak / GB, m.peak / GB, m.peak / GB) for m in cost.modes]
-    panels = {"an iteration, seconds": [m.seconds for m in cost.modes], "peak memory, GB": peaks}
+    panels = {"seconds per iteration": [m.seconds for m in cost.modes], "peak memory, GB": peaks}
     plot_panels([mode.name for mode in cost.modes], panels, path)
 
 
-def page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
-    """The study's page in markdown."""
+def format_page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
+    """Return the page in markdown."""
     show = "{:.3g}".format
     rows = [
         [c.text, f"**{verdicts[c.text]}**", cost.ratios[c.ratio].show(show), f"{c.paper:.2g}"] for c in CLAIMS
@@ -87,12 +88,12 @@ def page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -> str:
     parts = [
         f"# {TITLE}\n\nPaper: {SOURCE}.\n",
         f"    scalewise study {NAME} --rounds {rounds}\n",
-        markdown.table(["claim", "verdict", "measured ratio", "paper's"], rows, left=2) + "\n",
+        markdown.table(["claim", "verdict", "measured ratio", "paper"], rows, left=2) + "\n",
         cost.markdown,
-        f"![seconds and memory by mode]({NAME}.png)\n",
-        "In a round every mode runs once over all steps, in turns. A claim is reproduced if the whole "
-        f"interval lies on the paper's side of 1; fewer than {FEWEST_ROUNDS} rounds have no interval and "
-        "decide nothing.\n",
-        f"## What differs from the paper\n{DIFFERS}\n",
+        f"![time and memory by mode]({NAME}.png)\n",
+        "In each round, every mode runs once over all steps, in alternating order. A claim is reproduced if "
+        "the whole interval is on the same side of 1 as in the paper, and undecided with fewer than "
+        f"{FEWEST_ROUNDS} rounds, which give no interval.\n",
+        f"## Differences from the paper\n{DIFFERENCES}\n",
     ]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Several processes in one folder share work: each takes what no other has in hand."""
+"""Distribute tasks among processes that share a folder: each runs tasks that no other process has locked."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from filelock import FileLock, Timeout
 
 from scalewise.common.progress import Progress
 
-SECONDS_BETWEEN_LOOKS = 1.0
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work that is done once, by whoever comes first."""
+    """Work that is done once, by the first process that locks it."""
 
     key: str
-    """No two processes work on tasks of one key at a time."""
+    """Tasks with the same key are never run by two processes at the same time."""
     run: Callable[[], object]
-    """Has nothing left to do if another process has done it."""
+    """Must return immediately if another process has done the work."""
 
 
-def work_off(tasks: Sequence[Task], locks: Path, *, progress: Progress) -> None:
-    """Return when all tasks are done, by this process or by others with the same folder of locks.
+def run_tasks(tasks: Sequence[Task], locks: Path, *, progress: Progress) -> None:
+    """Run tasks until all are done, by this process or by others with the same `locks` folder.
 
-    A process that dies lets go of its task (the system releases its lock), and another takes it up.
+    If a process dies, the system releases its lock, and another process runs the task.
     """
     locks.mkdir(parents=True, exist_ok=True)
-    left = list(tasks)
-    while left:
-        for task in left:
-            with taken(task, locks) as mine:
-                if mine:
+    remaining = list(tasks)
+    while remaining:
+        for task in remaining:
+            with try_lock(task, locks) as locked:
+                if locked:
                     task.run()
-            if mine:
-                left.remove(task)
+            if locked:
+                remaining.remove(task)
                 break
         else:
-            wait(left, locks, progress=progress)
+            wait_for_any(remaining, locks, progress=progress)
 
 
 @contextmanager
-def taken(task: Task, locks: Path) -> Iterator[bool]:
-    """Have a task in hand; False if another process has it."""
+def try_lock(task: Task, locks: Path) -> Iterator[bool]:
+    """Lock a task; yields False if another process has locked it."""
     lock = FileLock(locks / f"{task.key}.lock")
     try:
         lock.acquire(blocking=False)
@@ -59,14 +59,16 @@ def taken(task: Task, locks: Path) -> Iterator[bool]:
         lock.release()
 
 
-def wait(tasks: Sequence[Task], locks: Path, *, progress: Progress) -> None:
-    """Return when one of the tasks is in nobody's hand."""
+def wait_for_any(tasks: Sequence[Task], locks: Path, *, progress: Progress) -> None:
+    """Return as soon as one of the tasks is not locked."""
 
-    def free(task: Task) -> bool:
-        with taken(task, locks) as mine:
-            return mine
+    def is_free(task: Task) -> bool:
+        with try_lock(task, locks) as locked:
+            return locked
 
-    with progress(f"{len(tasks)} left, in hand of other processes: waiting", 0) as done:
-        while not any(map(free, tasks)):
+    with progress(
+        f"waiting for {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} of other processes", 0
+    ) as done:
+        while not any(map(is_free, tasks)):
             done(0)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(POLL_SECONDS)
