@@ -13,7 +13,7 @@ from torch import Tensor
 from scalewise.evaluation.evaluate import Row, load_rows, save_rows, table
 from scalewise.evaluation.report import ReportContent
 from scalewise.evaluation.report.findings import quality
-from scalewise.evaluation.report.page import page
+from scalewise.evaluation.report.page import render
 from scalewise.metrics import Interval, Seen, measure, shares
 from scalewise.metrics.base import Mean
 from scalewise.metrics.intervals import Resampled, t_quantile
@@ -133,10 +133,10 @@ def test_fewer_than_twenty_prompts_have_no_interval_of_a_mean_or_distance_and_no
 
 def test_a_report_says_of_too_few_prompts_that_they_are() -> None:
     first, row = few_prompts(19)
-    shown = page(ReportContent("Few", "", figures=[first, row]))
+    shown = render(ReportContent("Few", "", rows=[first, row]))
     assert f"<td><strong>{row.values['clip_score'].value:.1f}</strong></td>" in shown
     said = " ".join(quality(row))
-    assert "too few prompts to tell a difference to a in" in said and "inf" not in said and "None" not in said
+    assert "too few prompts for a comparison with a in" in said and "inf" not in said and "None" not in said
 
 
 def test_an_unknown_interval_excludes_nothing_and_stays_unknown_within_bounds() -> None:

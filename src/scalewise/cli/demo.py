@@ -179,10 +179,12 @@ def collect_report(
         stages=stages,
         prompts=shown,
         columns=columns,
-        journeys=collect_journeys(model, samplers[1], prompts=prompts, labels=labels, recipe=recipe),
+        step_sequences=collect_step_sequences(
+            model, samplers[1], prompts=prompts, labels=labels, recipe=recipe
+        ),
         log=[json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()],
         schedule=labels,
-        figures=outcome.rows,
+        rows=outcome.rows,
         timings=outcome.timings,
         command=f"scalewise demo --out {out}",
         recipe=recipe.to_yaml(),
@@ -196,7 +198,7 @@ def collect_report(
     )
 
 
-def collect_journeys(
+def collect_step_sequences(
     model: PipelineAdapter, student: SamplerSpec, *, prompts: Prompts, labels: list[str], recipe: Recipe
 ) -> list[StepSequence]:
     """Return the x0 predictions of every step of the student for the first prompts."""

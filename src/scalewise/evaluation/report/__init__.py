@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file that needs nothing else."""
+"""The report of a comparison as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Column", "ReportContent", "Stage", "StepSequence", "write_report"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that was done, and how long it took."""
+    """A stage of a run and its duration."""
 
     name: str
     about: str
@@ -26,7 +26,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Column:
-    """One sampler's pictures of the shown prompts, bytes [N, H, W, 3]."""
+    """One sampler's images of the shown prompts, uint8 [N, H, W, 3]."""
 
     name: str
     about: str
@@ -35,16 +35,16 @@ class Column:
 
 @dataclass(frozen=True)
 class StepSequence:
-    """How one picture grows: x0 of every step, decoded, bytes [h_i, w_i, 3] each."""
+    """The decoded x0 of every step of one image, uint8 [H_i, W_i, 3] each."""
 
     prompt: str
     labels: Sequence[str]
-    pictures: Sequence[np.ndarray]
+    images: Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything a report shows. What is empty is left out."""
+    """The content of a report; sections without content are omitted."""
 
     title: str
     summary: str
@@ -52,22 +52,22 @@ class ReportContent:
     stages: Sequence[Stage] = ()
     prompts: Sequence[str] = ()
     columns: Sequence[Column] = ()
-    """The samplers' pictures of `prompts`, from the same seeds."""
-    journeys: Sequence[StepSequence] = ()
+    """The samplers' images of `prompts`, from the same seeds."""
+    step_sequences: Sequence[StepSequence] = ()
     log: Sequence[Mapping[str, Any]] = ()
     """Rows of the training log, as `Trainer.fit` yields them."""
     schedule: Sequence[str] = ()
     """A label for each step of the schedule, such as "t 1000, 8x8"."""
-    figures: Sequence[Row] = ()
-    """The metrics of every sampler; those of real images in a row of kind "real"."""
+    rows: Sequence[Row] = ()
+    """The metrics of every sampler; real images have rows of kind "real"."""
     timings: Sequence[Timing] = ()
-    """Of every sampler and batch size."""
+    """Times of every sampler and batch size."""
     teacher: str = "teacher"
-    """Name of the sampler that speeds and differences refer to."""
+    """Name of the sampler that is the baseline of speed-ups and differences."""
     student: str = "student"
     """Name of the sampler that the report is about."""
     notes: Sequence[str] = ()
-    """Further sentences for "What the numbers say"."""
+    """Further sentences for "Summary of the results"."""
     command: str = ""
     recipe: str = ""
     """The recipe as YAML."""
@@ -78,15 +78,15 @@ class ReportContent:
         for column in self.columns:
             if len(column.images) != len(self.prompts):
                 raise ValueError(
-                    f"{column.name!r} has {len(column.images)} pictures for {len(self.prompts)} prompts; "
-                    "give one for each."
+                    f"{column.name!r} has {len(column.images)} images for {len(self.prompts)} prompts; "
+                    "the numbers must match."
                 )
 
 
 def write_report(path: Path, content: ReportContent) -> Path:
-    """Write a report to `path`, styles, pictures and plots inside, no script, nothing fetched; return it."""
-    from scalewise.evaluation.report.page import page
+    """Write a report with embedded styles, images and plots to `path`, without scripts; return `path`."""
+    from scalewise.evaluation.report.page import render
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(content), encoding="utf-8")
+    path.write_text(render(content), encoding="utf-8")
     return path

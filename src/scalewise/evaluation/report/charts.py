@@ -1,4 +1,4 @@
-"""Curves of a training log as inline SVG whose colours follow the page, light or dark."""
+"""Plot a training log as inline SVG with the light or dark colors of the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from scalewise.evaluation.report.findings import first_and_last
 
-# Stand-ins that matplotlib draws with, and the styles that take their place: so one plot serves both themes.
+# Placeholder colors for matplotlib, replaced by CSS styles so that one plot fits both themes.
 INK, GRID = "#00000b", "#00000c"
 SERIES = tuple(f"#0000{i}a" for i in range(1, 7))
 _STYLES = {
@@ -35,12 +35,12 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Gradients of the terms in x0", ("mmd/gradient_norm", "dmd/gradient_norm", "gan/gradient_norm")),
     ("Gradient norms", ("student/gradient_norm", "fake/gradient_norm")),
 )
-_BY_STEP = {"mmd", "dmd", "gan"}  # numbers that belong to the step of the schedule in their row
+_BY_STEP = {"mmd", "dmd", "gan"}  # values that depend on the schedule step of their row
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel: its title, what it shows in words, and the drawing."""
+    """A panel: its title, a text description and the SVG."""
 
     title: str
     alt: str
@@ -57,19 +57,19 @@ class Line:
 
 
 def training_charts(log: Sequence[Mapping[str, Any]], schedule: Sequence[str]) -> list[Chart]:
-    """One panel for every term that was logged; the student's have a line for each step of the schedule."""
+    """Return a panel for each logged term; terms of the student have a line for each schedule step."""
     charts = []
     for title, keys in PANELS:
         lines = [line for key in keys for line in lines_of(log, key, schedule, several=len(keys) > 1)]
         if lines:
-            charts.append(Chart(title, describe(title, log, keys), Markup(draw(lines, name=title))))
+            charts.append(Chart(title, describe(title, log, keys), Markup(plot(lines, name=title))))
     return charts
 
 
 def lines_of(
     log: Sequence[Mapping[str, Any]], key: str, schedule: Sequence[str], *, several: bool = False
 ) -> list[Line]:
-    """The curves of a logged number: one, or one for each step of the schedule."""
+    """Return the curves of a logged value: one, or one for each schedule step."""
     rows = [row for row in log if key in row]
     if len(rows) < 2:
         return []
@@ -87,7 +87,7 @@ def _line(rows: Sequence[Mapping[str, Any]], key: str, label: str) -> Line:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a twentieth of the curve; at the ends over what there is."""
+    """Return the centered moving mean [N] of values [N] over about a twentieth of the curve."""
     half = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
@@ -96,7 +96,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def describe(title: str, log: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    """The curve in words, for whoever does not see it."""
+    """Describe the curves in words for screen readers."""
     parts = []
     for key in keys:
         if ends := first_and_last(log, key):
@@ -106,23 +106,23 @@ def describe(title: str, log: Sequence[Mapping[str, Any]], keys: Sequence[str]) 
     return f"{title} over the iterations" + (": " + "; ".join(parts) if parts else "")
 
 
-def draw(lines: Sequence[Line], *, name: str) -> str:
-    """Draw curves, raw ones faint under smoothed ones."""
+def plot(lines: Sequence[Line], *, name: str) -> str:
+    """Plot curves as SVG, with the raw values faint behind the smoothed ones."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # The salt makes ids differ between the plots of a page, and equal between two runs.
+    # The salt gives each plot of a page different ids, which are the same in every run.
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.color": INK}
     ):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for i, line in enumerate(lines):
-            colour = SERIES[i % len(SERIES)]
-            axes.plot(line.x, line.y, color=colour, linewidth=0.7, alpha=0.28)
-            axes.plot(line.x, smooth(line.y), color=colour, linewidth=1.8, label=line.label)
+            color = SERIES[i % len(SERIES)]
+            axes.plot(line.x, line.y, color=color, linewidth=0.7, alpha=0.28)
+            axes.plot(line.x, smooth(line.y), color=color, linewidth=1.8, label=line.label)
         _style(axes)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -150,12 +150,12 @@ def _style(axes: Any) -> None:
 
 
 def to_inline(svg: str) -> str:
-    """Strip what a file needs and an element does not, and let the page's styles colour the rest."""
+    """Remove the parts of an SVG file that an inline element does not need, and insert CSS colors."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
     svg = svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
-    for colour, style in _STYLES.items():
-        svg = svg.replace(colour, style)
+    for color, style in _STYLES.items():
+        svg = svg.replace(color, style)
     return svg.strip()
