@@ -148,7 +148,7 @@ def test_the_command_writes_tables_and_numbers(tiny, tmp_path, capsys):
         assert g["reached"][0] == pytest.approx(g["measured"][0] / g["expected"])
     text = (tmp_path / "b" / "bench.md").read_text()
     assert text.count("| scale-wise") == 4 and "denoiser/" not in text
-    assert "of 3x by operations" in capsys.readouterr().out
+    assert "expected from FLOPs: 3x, reached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
