@@ -115,7 +115,7 @@ def sample(
     ] = False,
     recipe: Annotated[
         str | None,
-        typer.Option(help="With --teacher: use the teacher of this recipe; needs no student."),
+        typer.Option(help="Only with --teacher: recipe whose teacher to use; needs no student."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model to use instead of the one recorded in the student.")
@@ -126,7 +126,7 @@ def sample(
             help="Schedule of a student without one: name of a recipe, or '1000@64 896@80 737@96 602@128'."
         ),
     ] = None,
-    weight: Annotated[float, typer.Option(min=0, help="LoRA scale of the student (1 = full).")] = 1.0,
+    weight: Annotated[float, typer.Option(min=0, help="LoRA weight of the student (1 = full).")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; sample i uses seed + i.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,

@@ -104,9 +104,7 @@ def spectrum(
         float, typer.Option(help="Required ratio of noise to the signal that a scale cannot represent.")
     ] = 1.0,
     smallest: Annotated[float, typer.Option(help="Smallest side relative to the full one.")] = 0.25,
-    at: Annotated[
-        str | None, typer.Option(help="Timesteps of the panels of the figure, such as '900 700 500'.")
-    ] = None,
+    at: Annotated[str | None, typer.Option(help="Timesteps to plot, such as '900 700 500'.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("spectrum"),
 ) -> None:
     """Measure the spectrum of the data: which scale is safe at which timestep; propose a schedule.
@@ -129,7 +127,7 @@ def evaluate(
         list[str],
         typer.Argument(
             help="teacher, teacher:4, undistilled, undistilled:full, student:PATH, folder:PATH; "
-            "name=... labels one. Overrides such as model.base=my-model may be mixed in."
+            "prefix NAME= to set a label. Overrides such as model.base=my-model may be mixed in."
         ),
     ],
     prompts: Annotated[
@@ -142,7 +140,7 @@ def evaluate(
     count: Annotated[
         int | None, typer.Option(min=4, help="Use only the first COUNT prompts (default: all).")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     speed: Annotated[bool, typer.Option(help="Also measure milliseconds per image.")] = True,
     override: OldOverrides = None,
@@ -254,7 +252,9 @@ def study(
     iterations: Annotated[
         int | None, typer.Option(help="Training iterations of each student (default: those of the recipe).")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of training-cost (default: 7).")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Timing rounds of training-cost (default: 7).")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Output folder; an interrupted study resumes there.")] = Path(
         "studies"
     ),

@@ -37,17 +37,19 @@ class ModelRecipe(Frozen):
     variant: str | None = Field(
         None, description="weight variant of the base, such as fp16; null = the default, or the only one"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the base; float16 for sampling only"
+    )
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none",
         description="bits of the linear layers of the frozen base, also when sampling (needs bitsandbytes)",
     )
     offload_text: bool = Field(
-        False, description="keep text encoders in main memory and move each to the GPU while it encodes"
+        False, description="keep text encoders in CPU memory and move each to the GPU while it encodes"
     )
     offload: Literal["none", "components", "blocks"] = Field(
         "none",
-        description="when sampling and encoding, keep weights in main memory and load them as needed",
+        description="when sampling and encoding, keep weights in CPU memory and load them as needed",
     )
     max_sequence_length: int | None = Field(
         None, ge=1, description="T5 tokens; null = the default of the model family"
@@ -75,7 +77,7 @@ class ModelRecipe(Frozen):
 class TeacherRecipe(Frozen):
     """Sampling settings of the teacher, for the synthetic dataset and as a baseline in evaluation."""
 
-    steps: int = Field(28, ge=1)
+    steps: int = Field(28, ge=1, description="sampling steps of the teacher")
     guidance: float = Field(
         4.5, ge=1, description="classifier-free guidance scale, or the guidance input of FLUX; 1 = none"
     )
@@ -93,12 +95,15 @@ class TeacherRecipe(Frozen):
 class ScheduleRecipe(Frozen):
     """Timesteps (1000 x sigma, decreasing) with one latent scale each ("16", "16x24" or "21x60x104")."""
 
-    timesteps: tuple[float, ...]
-    scales: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...]  # YAML reads 16 as a number
-    full_scale: bool = Field(False, description="work at the last scale in every step (the baseline)")
+    timesteps: tuple[float, ...] = Field(description="decreasing timesteps in (0, 1000]")
+    # YAML reads 16 as a number.
+    scales: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = Field(
+        description="non-decreasing latent scales, one per timestep"
+    )
+    full_scale: bool = Field(False, description="run every step at the last scale (the full-scale baseline)")
 
     def build(self) -> ScaleSchedule:
-        """Return the schedule, at full scale if asked for."""
+        """Return the schedule, at full scale with `full_scale`."""
         schedule = ScaleSchedule.build(self.timesteps, self.scales)
         return schedule.at_full_scale() if self.full_scale else schedule
 
@@ -109,10 +114,10 @@ class ScheduleRecipe(Frozen):
 
 
 class LoraRecipe(Frozen):
-    """Adapters on the frozen base, one for each trained role."""
+    """LoRA adapters on the frozen base, one for each trained role."""
 
-    rank: int = Field(64, ge=1)
-    alpha: float | None = Field(None, description="null = rank, as released")
+    rank: int = Field(64, ge=1, description="rank of the LoRA")
+    alpha: float | None = Field(None, description="scale of the LoRA; null = same as lora.rank, as released")
     targets: tuple[str, ...] | None = Field(
         None, description="module names; null = those of the model family"
     )
@@ -164,11 +169,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerRecipe(Frozen):
     """AdamW for the student and the fake model."""
 
-    lr: float = Field(4e-6, gt=0)
+    lr: float = Field(4e-6, gt=0, description="learning rate of the student")
     fake_lr: float | None = Field(None, gt=0, description="learning rate of the fake model; null = lr")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(10.0, gt=0)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="betas of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    clip: float = Field(10.0, gt=0, description="maximum gradient norm")
     warmup: int = Field(0, ge=0, description="iterations of linear learning rate warm-up")
 
 
@@ -178,18 +183,19 @@ class TrainRecipe(Frozen):
     iterations: int = Field(3000, ge=1, description="student updates")
     batch: int = Field(16, ge=1, description="samples per process and batch")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged before each update")
-    seed: int = Field(0, ge=0, lt=2**63 - 1)  # torch takes signed 64-bit seeds, and seed + 1 is used too
+    # torch takes signed 64-bit seeds, and seed + 1 is used too.
+    seed: int = Field(0, ge=0, lt=2**63 - 1, description="random seed of the run")
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="bf16 = autocast; auto = bf16 on devices with native support"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the moving average of the student; null = none"
     )
     checkpoint_every: int = Field(100, ge=1, description="iterations between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints to keep")
     sample_every: int = Field(0, ge=0, description="iterations between sample grids; 0 = only at the end")
-    sample_prompts: tuple[str, ...] = ()
+    sample_prompts: tuple[str, ...] = Field((), description="prompts of the sample grids")
     step_choice: Literal["round-robin", "sampled"] = Field(
         "round-robin", description="how the step of the schedule is chosen in each iteration"
     )
@@ -198,8 +204,8 @@ class TrainRecipe(Frozen):
 class Recipe(Frozen):
     """All settings of a run."""
 
-    name: str
-    about: str = ""
+    name: str = Field(description="name of the recipe, and default folder of its runs")
+    about: str = Field("", description="one line about the recipe")
     model: ModelRecipe = ModelRecipe()
     teacher: TeacherRecipe = TeacherRecipe()
     schedule: ScheduleRecipe

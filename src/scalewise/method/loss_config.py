@@ -19,9 +19,9 @@ class Frozen(BaseModel):
 class Timesteps(Frozen):
     """Where a loss draws its timesteps t: uniformly from [low, high], or from a schedule within it."""
 
-    draw: Literal["uniform", "schedule"] = "uniform"
-    low: float = Field(0.0, ge=0, le=1000)
-    high: float = Field(1000.0, gt=0, le=1000)
+    draw: Literal["uniform", "schedule"] = Field("uniform", description="distribution of the timesteps")
+    low: float = Field(0.0, ge=0, le=1000, description="lowest timestep")
+    high: float = Field(1000.0, gt=0, le=1000, description="highest timestep")
     steps: int = Field(28, ge=1, description="steps of the schedule that `draw: schedule` draws from")
     shift: float = Field(3.0, gt=0, description="shift of that schedule")
 
@@ -58,16 +58,16 @@ class Term(Frozen):
 class MmdRecipe(Term):
     """Maximum mean discrepancy between features of a block (section 4.2)."""
 
-    weight: float = Field(1.0, ge=0)
-    kernel: Literal["linear", "rbf"] = "linear"
-    penalty: Penalty = "squared"
+    weight: float = Field(1.0, ge=0, description="weight of MMD; 0 = off")
+    kernel: Literal["linear", "rbf"] = Field("linear", description="kernel; rbf = ablation A")
+    penalty: Penalty = Field("squared", description="distance of the means with the linear kernel")
     c: float = Field(0.001, gt=0, description="c of the pseudo-Huber penalty")
     sigma: float | None = Field(
         100.0,
         gt=0,
         description="width of the RBF kernel, as released; null = median distance between real tokens",
     )
-    features: Literal["teacher", "fake"] = "teacher"
+    features: Literal["teacher", "fake"] = Field("teacher", description="model that computes the features")
     timesteps: Timesteps = Timesteps(high=600)
     whole_batch: bool = Field(False, description="ablation B: average tokens over the batch")
     clean: bool = Field(False, description="ablation C: features of clean samples")
@@ -76,16 +76,16 @@ class MmdRecipe(Term):
 class DmdRecipe(Term):
     """Distribution matching by the difference of two scores, as in DMD2."""
 
-    weight: float = Field(1.0, ge=0)
-    guidance: float = Field(4.5, ge=1, description="guidance scale of the real score")
+    weight: float = Field(1.0, ge=0, description="weight of DMD; 0 = off")
+    guidance: float = Field(4.5, ge=1, description="guidance scale of the teacher in DMD")
     timesteps: Timesteps = Timesteps(draw="schedule", high=790.5)
 
 
 class GanRecipe(Frozen):
     """GAN with a discriminator head on the features of the fake model."""
 
-    weight: float = Field(0.005, ge=0)
-    discriminator_weight: float = Field(0.01, ge=0)
+    weight: float = Field(0.005, ge=0, description="weight of the GAN loss of the student; 0 = off")
+    discriminator_weight: float = Field(0.01, ge=0, description="weight of the loss of the discriminator")
 
 
 class FakeRecipe(Term):
@@ -104,7 +104,7 @@ class LossRecipe(Frozen):
     fake: FakeRecipe = FakeRecipe()
     feature_block: int = Field(0, ge=0, description="block whose features MMD and GAN use")
     mmd_only: bool = Field(
-        False, description="MMD alone on the teacher's features; overrides the settings above"
+        False, description="MMD alone on the features of the teacher; sets the weights of dmd and gan to 0"
     )
 
     @model_validator(mode="before")

@@ -109,7 +109,7 @@ def _sdxl() -> Recipe:
     teacher settings are ours.
     """
     return _recipe(
-        "sdxl", "SDXL, 4 steps; timesteps, scales and MMD alone as released, the rest ours",
+        "sdxl", "SDXL, 4 steps; timesteps, scales and MMD alone as released, other settings by this project",
         base="stabilityai/stable-diffusion-xl-base-1.0", family="sdxl",
         timesteps=(1000, 800, 600, 400), scales=(64, 80, 96, 128), block=0, released=True,
         teacher={"steps": 50, "guidance": 5.0}, loss={"mmd_only": True},
@@ -121,14 +121,15 @@ _SIX, _FOUR = entries(0, 4, 7, 12, 14, 18), entries(0, 7, 14, 18)
 
 PUBLISHED: dict[str, Build] = {
     "sd35-medium": partial(
-        _medium, "sd35-medium", "SD3.5 Medium, 6 steps, the paper's", _SIX, (32, 48, 64, 80, 96, 128)
+        _medium, "sd35-medium", "SD3.5 Medium, 6 steps, settings of the paper", _SIX,
+        (32, 48, 64, 80, 96, 128),
     ),
     "sd35-medium-released": partial(
         _medium, "sd35-medium-released", "SD3.5 Medium, 6 steps, as released", _SIX,
         (32, 48, 64, 80, 96, 128), released=True,
     ),
     "sd35-medium-4": partial(
-        _medium, "sd35-medium-4", "SD3.5 Medium, 4 steps, the paper's losses with the released schedule",
+        _medium, "sd35-medium-4", "SD3.5 Medium, 4 steps, losses of the paper, released schedule",
         _FOUR, (64, 80, 96, 128),
     ),
     "sd35-medium-4-released": partial(
@@ -136,27 +137,28 @@ PUBLISHED: dict[str, Build] = {
         released=True,
     ),
     "sd35-medium-2": partial(
-        _medium, "sd35-medium-2", "SD3.5 Medium, 2 steps, a schedule of ours: none is published",
+        _medium, "sd35-medium-2", "SD3.5 Medium, 2 steps, schedule chosen by this project",
         entries(0, 14), (64, 128),
     ),
-    "sd35-large": partial(_large, "sd35-large", "SD3.5 Large, 4 steps, the paper's"),
+    "sd35-large": partial(_large, "sd35-large", "SD3.5 Large, 4 steps, settings of the paper"),
     "sd35-large-released": partial(
         _large, "sd35-large-released", "SD3.5 Large, 4 steps, as released", released=True
     ),
     "flux-dev": partial(
-        _flux, "flux-dev", "FLUX.1-dev, 4 steps, the paper's", entries(0, 4, 12, 18), (32, 64, 96, 128)
+        _flux, "flux-dev", "FLUX.1-dev, 4 steps, settings of the paper", entries(0, 4, 12, 18),
+        (32, 64, 96, 128),
     ),
     "flux-dev-released": partial(
         _flux, "flux-dev-released",
-        "FLUX.1-dev, 4 steps; schedule of the released weights, the rest the paper's",
+        "FLUX.1-dev, 4 steps; schedule of the released weights, other settings of the paper",
         (1000, 895.6, 736.3, 600.7), (64, 80, 96, 128),
     ),
     "wan21-1.3b": partial(
-        _wan, "wan21-1.3b", "Wan2.1 1.3B, 4 steps, scales in space and time, the paper's",
+        _wan, "wan21-1.3b", "Wan2.1 1.3B, 4 steps, scales in space and time, settings of the paper",
         ("6x20x34", "11x30x52", "16x40x70", "21x60x104"),
     ),
     "wan21-1.3b-spatial": partial(
-        _wan, "wan21-1.3b-spatial", "Wan2.1 1.3B, 4 steps, scales in space alone",
+        _wan, "wan21-1.3b-spatial", "Wan2.1 1.3B, 4 steps, scales in space only",
         ("21x20x34", "21x30x52", "21x40x70", "21x60x104"),
     ),
     "sdxl": _sdxl,
