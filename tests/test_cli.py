@@ -445,14 +445,14 @@ def test_evaluate_takes_a_metric_prompts_of_geneval_and_several_samples_each(
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--metric", "beauty"], "There is no metric 'beauty'"),
+    (["--metric", "beauty"], "Unknown metric 'beauty'"),
     (["--metric", "fd"], "pass a folder of them with --reference"),
     (["--metric", "vbench"], "is for videos, but this model generates images"),
     (["--metric", "hpsv2=nowhere"], "Cannot load a CLIP model from 'nowhere'"),
     (["--metric", "geneval=nowhere", "--prompts", "geneval"], "nowhere"),
     (["--scorer", "nowhere"], "Cannot load a CLIP model from 'nowhere'"),
     (["--metric", "pickscore", "--reference", "nowhere"], "There is no folder nowhere"),
-    (["--metric", "spectrum=weights", "--reference", "."], "spectrum has no weights; write it without"),
+    (["--metric", "spectrum=weights", "--reference", "."], "spectrum has no weights to choose; remove"),
     (["--count", "5"], "There are only 4 prompts, not 5; reduce --count"),
     (["--prompts", "."], "The prompt file . cannot be read (Is a directory); give another"),
     (["--metric", "spectrum", "--reference", ".", "///=undistilled"], "gives no folder name for its images"),

@@ -257,7 +257,7 @@ def test_all_contenders_are_judged_on_the_same_prompts_and_compared_with_the_fir
 ) -> None:
     make_student(tmp_path / "student.safetensors", recipe)
     contenders = parse_samplers(["teacher", "undistilled", f"student:{tmp_path}"], recipe)
-    real = scorer.images(torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    real = scorer.embed_pixels(torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     judge = Scorers(scorer, real, [f"caption {i}" for i in range(60)])
     drawn = dict[str, np.ndarray]()
     results = evaluate.evaluate(

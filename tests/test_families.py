@@ -189,7 +189,7 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
         contender = parse_sampler(text, recipe)
         videos, scorer = drawing.draw(recipe_model, contender, prompts), ClipScorer.load(mini.SCORER)
         assert videos.shape[:2] == (4, 9)
-        cosine = (scorer.pictures(videos[:, 4]) * scorer.texts(texts)).sum(-1)
+        cosine = (scorer.embed_images(videos[:, 4]) * scorer.embed_texts(texts)).sum(-1)
         assert result.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
         kept = tmp_path / "out" / "pictures" / contender.name
         assert np.array_equal(read_image(kept / "3.png"), videos[3])

@@ -62,12 +62,12 @@ def test_fid_takes_inception_from_a_safetensors_file(weights: Path) -> None:
     squares = np.stack([fid_square(image) for image in drawn])
     with torch.no_grad():
         wanted = found.network(torch.from_numpy(squares).permute(0, 3, 1, 2))[0]
-    together = found.look(drawn, ["", ""])["fid"]
-    alone = torch.cat([found.look(drawn[i : i + 1], [""])["fid"] for i in range(2)])
+    together = found.extract(drawn, ["", ""])["fid"]
+    alone = torch.cat([found.extract(drawn[i : i + 1], [""])["fid"] for i in range(2)])
     assert together.shape == (2, 2048)
     assert torch.allclose(together, wanted, rtol=1e-4, atol=1e-6)
     assert torch.allclose(together, alone, rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match=r"no safetensors file; convert other weights once"):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors; convert other weights once"):
         Inception.load("weights.pth", "cpu")
 
 
@@ -79,7 +79,7 @@ def test_fid_runs_without_torchvision_in_a_fresh_process(weights: Path, tmp_path
         "import numpy as np\n"
         "from scalewise.metrics.features import Inception\n"
         f"drawn = np.load({str(tmp_path / 'drawn.npy')!r})\n"
-        f"found = Inception.load({str(weights)!r}, 'cpu').look(drawn, ['', ''])\n"
+        f"found = Inception.load({str(weights)!r}, 'cpu').extract(drawn, ['', ''])\n"
         "print(tuple(found['fid'].shape), bool(found['fid'].isfinite().all()))\n"
         "print('torch_fidelity' in sys.modules)"  # a stand-in left there would break who imports the package
     )
@@ -98,7 +98,7 @@ def test_real_and_drawn_images_are_prepared_alike(
     judge = load_scorers(
         find_recipe("mini"), ScoringOptions(metrics=(f"fid={weights}",), reference=tmp_path / "real")
     )
-    drawn = Inception.load(str(weights), "cpu").look(real, [""] * 3)["fid"]
+    drawn = Inception.load(str(weights), "cpu").extract(real, [""] * 3)["fid"]
     assert judge.real is not None
     assert torch.allclose(judge.real["fid"].mean, drawn.double().mean(0), rtol=1e-3, atol=1e-5)
 

@@ -28,7 +28,7 @@ from scalewise.evaluation.samplers import check_fit, parse_sampler
 from scalewise.evaluation.scoring import ScoringOptions, load_scorers
 from scalewise.evaluation.stored_images import SamplerError, read_folder
 from scalewise.metrics import ClipScorer, measure
-from scalewise.metrics.base import Seen
+from scalewise.metrics.base import ImageFeatures
 from scalewise.models import Flux
 from scalewise.models.lora import StudentError
 from scalewise.pipelines import read_schedule
@@ -54,7 +54,7 @@ def test_statistics_of_another_model_under_the_same_path_are_taken_anew(
 def test_a_clip_model_that_would_judge_by_chance_is_refused(
     clip_folder: Path, dino_folder: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    with pytest.raises(ValueError, match=r"Cannot load a CLIP model .*it is a model of the type 'dinov2'"):
+    with pytest.raises(ValueError, match=r"Cannot load a CLIP model .*its model type is 'dinov2'"):
         shutil.copytree(clip_folder, tmp_path / "other")
         shutil.copy(dino_folder / "config.json", tmp_path / "other")
         ClipScorer.load(tmp_path / "other")
@@ -66,7 +66,7 @@ def test_a_clip_model_that_would_judge_by_chance_is_refused(
     weights = load_file(lacking / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights of CLIPModel, for example visual_projection"):
+    with pytest.raises(ValueError, match=r"is missing 1 weights of CLIPModel, for example visual_projection"):
         ClipScorer.load(lacking)
     speechless = changed("speechless")
     for file in speechless.glob("*token*"):
@@ -85,12 +85,12 @@ def test_a_clip_model_that_would_judge_by_chance_is_refused(
         ClipScorer.load(odd)
 
 
-def seen_by(geneval: torch.Tensor) -> Seen:
+def seen_by(geneval: torch.Tensor) -> ImageFeatures:
     nothing = torch.full_like(geneval, torch.nan)
     tasks = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
     looks = {f"geneval_{task}": nothing for task in tasks}
     looks |= {"geneval_counting": geneval, "geneval": geneval}
-    return Seen(None, torch.arange(len(geneval)), None, looks=looks)
+    return ImageFeatures(None, torch.arange(len(geneval)), None, outputs=looks)
 
 
 @pytest.mark.parametrize("known", [1, 3, 19, 20])
@@ -113,7 +113,7 @@ def test_a_share_has_an_interval_at_every_count(known: int) -> None:
         (
             ["a", "b", "c", "d"],
             ScoringOptions(metrics=("geneval=x,y",)),
-            "None of the 4 prompts is one of GenEval's",
+            "none of the 4 prompts is one",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def test_tasks_of_geneval_that_no_prompt_belongs_to_are_warned_of() -> None:
 
     check = EXTRAS["geneval"].check
     assert check is not None
-    with pytest.warns(UserWarning, match=r"tasks two_object, counting, .*: its mean is over 1 of 6 tasks"):
+    with pytest.warns(UserWarning, match=r"tasks two_object, counting, .*; the mean is over 1 of 6 tasks"):
         check(["a photo of a bench", "a photo of an apple"])
 
 

@@ -20,13 +20,13 @@ from scalewise.config.recipe import RecipeError
 from scalewise.evaluation.samplers import Prompts
 from scalewise.evaluation.scoring import Scorers, ScoringOptions, load_scorers
 from scalewise.metrics import EXTRAS, METRICS, ClipScorer, measure
-from scalewise.metrics.base import Gaussian, Seen
-from scalewise.metrics.clip import fit, from_bytes, letterbox
+from scalewise.metrics.base import Gaussian, ImageFeatures
+from scalewise.metrics.clip import from_bytes, letterbox, resize_and_crop
 from scalewise.metrics.extras import parse_metric
 from scalewise.metrics.features import VisionFeatures
 from scalewise.metrics.frechet import distance, distance_to, frechet_distance
 from scalewise.metrics.preference import HPSV2, PICKSCORE
-from scalewise.metrics.video import VideoExaminer, consistency, steadiness
+from scalewise.metrics.video import VideoScorer, consistency, steadiness
 from scalewise.models import tiny
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -76,8 +76,8 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def apart(look: VisionFeatures, images: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     """Features of all images at once, and one by one."""
-    alone = [look.look(images[i : i + 1], [""])[name] for i in range(len(images))]
-    return look.look(images, [""] * len(images))[name], torch.cat(alone)
+    alone = [look.extract(images[i : i + 1], [""])[name] for i in range(len(images))]
+    return look.extract(images, [""] * len(images))[name], torch.cat(alone)
 
 
 def test_features_of_a_vision_model_are_those_of_its_own_processor_and_forward(dino_folder: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_model_without_pooling_weights_gives_its_class_token_not_random_number
     processor_file(tmp_path, "ViTImageProcessor", 32)
     first, second = (VisionFeatures.load(str(tmp_path), "cpu") for _ in range(2))
     images = pictures(2)
-    assert torch.equal(*(model.look(images, ["", ""])["fd"] for model in (first, second)))
+    assert torch.equal(*(model.extract(images, ["", ""])["fd"] for model in (first, second)))
 
 
 def test_a_vision_model_that_lacks_weights_is_refused(dino_folder: Path, tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_a_vision_model_that_lacks_weights_is_refused(dino_folder: Path, tmp_pat
     weights = load_file(tmp_path / "model.safetensors")
     del weights["layernorm.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights of Dinov2Model, for example layernorm\.weight"):
+    with pytest.raises(ValueError, match=r"is missing 1 weights of Dinov2Model, .* layernorm\.weight"):
         VisionFeatures.load(str(tmp_path), "cpu")
 
 
 def test_a_source_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Cannot load a vision model from .*hub id and a connection"):
+    with pytest.raises(ValueError, match=r"Cannot load a vision model from .*with an internet connection"):
         VisionFeatures.load(str(tmp_path / "nothing"), "cpu")
     with pytest.raises(ValueError, match="Cannot load a CLIP model"):
         ClipScorer.load(str(tmp_path / "nothing"))
@@ -126,7 +126,7 @@ def test_preference_scores_are_a_hundred_cosines(clip_folder: Path, extra: objec
     examiner = extra.load(str(clip_folder), "cpu")  # type: ignore[attr-defined]
     images, captions = pictures(5, (36, 36)), ["a cat", "a dog", "a cat", "the moon", "a cat"]
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    scorer = ClipScorer.load(clip_folder, bring=letterbox if name == "hpsv2" else None)
+    scorer = ClipScorer.load(clip_folder, resize=letterbox if name == "hpsv2" else None)
     with torch.no_grad():
         texts = torch.stack([
             model.get_text_features(
@@ -134,15 +134,15 @@ def test_preference_scores_are_a_hundred_cosines(clip_folder: Path, extra: objec
             ).pooler_output[0]
             for c in captions
         ])  # fmt: skip
-    seen = scorer.pictures(images)
+    seen = scorer.embed_images(images)
     wanted = 100 * torch.nn.functional.cosine_similarity(seen, texts)
-    found = examiner.look(images, captions)[name]
+    found = examiner.extract(images, captions)[name]
     assert torch.allclose(found, wanted, atol=1e-3)
-    alone = torch.cat([examiner.look(images[i : i + 1], captions[i : i + 1])[name] for i in range(5)])
+    alone = torch.cat([examiner.extract(images[i : i + 1], captions[i : i + 1])[name] for i in range(5)])
     assert torch.allclose(found, alone, atol=1e-4)
-    assert measure(Seen(None, torch.arange(5), None, looks={name: found}))[name].value == pytest.approx(
-        float(wanted.mean()), abs=1e-3
-    )
+    assert measure(ImageFeatures(None, torch.arange(5), None, outputs={name: found}))[
+        name
+    ].value == pytest.approx(float(wanted.mean()), abs=1e-3)
 
 
 @pytest.mark.parametrize("count", [5, 40])
@@ -158,12 +158,12 @@ def test_the_frechet_distance_equals_the_one_by_eigenvalues_of_the_plain_product
         float((a.mean(0) - b.mean(0)).square().sum()) + sum(np.trace(c) for c in covariances) - 2 * shared
     )
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
-    seen = Seen(None, torch.arange(count), None)
+    seen = ImageFeatures(None, torch.arange(count), None)
     assert distance_to(a, seen, Gaussian.fit(b))(torch.arange(count)) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_one_image_has_no_frechet_distance() -> None:
-    with pytest.raises(ValueError, match="at least 2 images on each side, not 1"):
+    with pytest.raises(ValueError, match="at least 2 generated and 2 real images; got 1"):
         distance(torch.ones(1, 3), Gaussian.fit(torch.randn(4, 3)))
 
 
@@ -186,7 +186,7 @@ def test_statistics_of_real_pictures_are_taken_once_and_hold_for_pictures_of_man
     model = VisionFeatures.load(str(dino_folder), "cpu")
     features = torch.cat(
         [
-            model.look(pictures(12, size, seed=9 + i), [""] * 12)["fd"]
+            model.extract(pictures(12, size, seed=9 + i), [""] * 12)["fd"]
             for i, size in enumerate([(40, 32), (32, 48)])
         ]
     )
@@ -198,13 +198,13 @@ def test_statistics_of_real_pictures_are_taken_once_and_hold_for_pictures_of_man
         raise AssertionError("the pictures were read again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(VisionFeatures, "look", fail)
+        patched.setattr(VisionFeatures, "extract", fail)
         again = load_scorers(find_recipe("sd35-medium"), asked)
     assert again.real is not None and torch.equal(again.real["fd"].covariance, judge.real["fd"].covariance)
     seen = judge.score(pictures(20, seed=5), Prompts.of([f"caption {i}" for i in range(20)]))
     found = measure(seen, rounds=20)
     assert list(found) == ["fd"]
-    drawn = model.look(pictures(20, seed=5), [""] * 20)["fd"]
+    drawn = model.extract(pictures(20, seed=5), [""] * 20)["fd"]
     assert found["fd"].value == pytest.approx(frechet_distance(drawn, features), rel=1e-5)
 
 
@@ -238,14 +238,14 @@ def test_a_reference_serves_the_scorer_too(clip_folder: Path, tmp_path: Path) ->
     ("asked", "message"),
     [
         (ScoringOptions(), "only the mini has its own scorer"),
-        (ScoringOptions(metrics=("beauty",)), "There is no metric 'beauty'; there are fid, fd"),
+        (ScoringOptions(metrics=("beauty",)), "Unknown metric 'beauty'; use one of fid, fd"),
         (
             ScoringOptions(metrics=("hpsv2",)),
-            "has no weights of its own; name a hub id or folder, as in hpsv2=SOURCE",
+            "has no default weights; add a hub id or folder: hpsv2=SOURCE",
         ),
         (ScoringOptions(metrics=("fd=x",)), "The metric fd compares with real images"),
         (ScoringOptions(metrics=("pickscore=a", "pickscore=b")), "pickscore is given twice"),
-        (ScoringOptions(metrics=("vbench=one",)), "takes two models, not 'one'"),
+        (ScoringOptions(metrics=("vbench=one",)), "Cannot parse the models 'one'"),
     ],
 )
 def test_what_cannot_be_judged_is_said_in_one_sentence(asked: ScoringOptions, message: str) -> None:
@@ -265,10 +265,10 @@ def test_pictures_that_are_not_square_are_kept_whole_by_hpsv2_and_cropped_by_cli
     assert boxed.shape == (1, 3, 32, 32)
     assert torch.allclose(boxed[..., 8:24, :], torch.ones(1, 3, 16, 32))
     assert boxed[..., :8, :].max() == boxed[..., 24:, :].max() == -1
-    assert fit(wide, 32).shape == (1, 3, 32, 32)
+    assert resize_and_crop(wide, 32).shape == (1, 3, 32, 32)
     images = pictures(2, (20, 40))
     scores = [
-        extra.load(str(clip_folder), "cpu").look(images, ["a", "b"])[extra.name]
+        extra.load(str(clip_folder), "cpu").extract(images, ["a", "b"])[extra.name]
         for extra in (HPSV2, PICKSCORE)
     ]
     assert not torch.allclose(*scores)
@@ -286,10 +286,10 @@ def test_dino_sees_the_whole_frame_of_a_video_that_is_not_square(tmp_path: Path)
     with torch.no_grad():
         asked = {"pixel_values": resized, "interpolate_pos_encoding": True}  # mean and std are 0.5
         wanted = model.model(**asked).last_hidden_state[:, 0]
-        assert torch.allclose(model.whole(from_bytes(video)), wanted, atol=1e-5)
+        assert torch.allclose(model.extract_uncropped(from_bytes(video)), wanted, atol=1e-5)
         square = pictures(3, (28, 28))
-        same = model.look(square, [""] * 3)["fd"]
-        assert torch.allclose(model.whole(from_bytes(square)), same, atol=1e-5)
+        same = model.extract(square, [""] * 3)["fd"]
+        assert torch.allclose(model.extract_uncropped(from_bytes(square)), same, atol=1e-5)
 
 
 def test_consistency_of_frames_is_the_mean_cosine_to_the_first_and_the_one_before() -> None:
@@ -311,16 +311,16 @@ def test_steadiness_is_one_for_a_still_and_falls_with_the_change() -> None:
 
 
 def test_videos_are_judged_frame_by_frame_and_pictures_refused(clip_folder: Path, dino_folder: Path) -> None:
-    examiner = VideoExaminer.load(f"{dino_folder},{clip_folder}", "cpu")
+    examiner = VideoScorer.load(f"{dino_folder},{clip_folder}", "cpu")
     videos = np.stack([pictures(4, seed=i) for i in range(3)])
-    found = examiner.look(videos, [""] * 3)
+    found = examiner.extract(videos, [""] * 3)
     with torch.no_grad():
-        frames = VisionFeatures.load(str(dino_folder), "cpu").whole(from_bytes(videos[1]))
+        frames = VisionFeatures.load(str(dino_folder), "cpu").extract_uncropped(from_bytes(videos[1]))
     assert float(found["vbench_subject"][1]) == pytest.approx(float(consistency(frames)), abs=1e-5)
     assert float(found["vbench_steadiness"][2]) == pytest.approx(steadiness(videos[2]))
     assert set(found) == {m.name for m in EXTRAS["vbench"].metrics}
-    with pytest.raises(ValueError, match="judges videos of two frames or more"):
-        examiner.look(videos[0], [""] * 4)
+    with pytest.raises(ValueError, match="needs videos of at least 2 frames"):
+        examiner.extract(videos[0], [""] * 4)
 
 
 def test_a_judge_shows_pictures_metrics_the_middle_frame_of_a_video(clip_folder: Path) -> None:
@@ -329,8 +329,8 @@ def test_a_judge_shows_pictures_metrics_the_middle_frame_of_a_video(clip_folder:
     videos = np.stack([pictures(5, seed=i) for i in range(4)])
     prompts = Prompts.of([f"caption {i}" for i in range(4)])
     seen = Scorers(scorer, examiners=((PICKSCORE, pick),)).score(videos, prompts)
-    assert torch.equal(seen.looks["pickscore"], pick.look(videos[:, 2], prompts.captions)["pickscore"])
-    assert seen.images is not None and torch.equal(seen.images, scorer.pictures(videos[:, 2]))
+    assert torch.equal(seen.outputs["pickscore"], pick.extract(videos[:, 2], prompts.captions)["pickscore"])
+    assert seen.images is not None and torch.equal(seen.images, scorer.embed_images(videos[:, 2]))
 
 
 def test_videos_are_saved_as_animations_and_read_back(tmp_path: Path) -> None:
@@ -372,9 +372,9 @@ def test_clip_prepares_images_as_its_own_processor_does_by_pillow(clip_folder: P
         wanted = scorer.model.visual_projection(
             scorer.model.vision_model(from_bytes(square[None])).pooler_output
         )
-    found = scorer.pictures(image[None])
+    found = scorer.embed_images(image[None])
     assert torch.allclose(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-6)
-    assert not torch.allclose(scorer.images(from_bytes(image[None])), found, atol=1e-4)
+    assert not torch.allclose(scorer.embed_pixels(from_bytes(image[None])), found, atol=1e-4)
 
 
 def test_hpsv2_resizes_a_tensor_and_cuts_no_overshoot() -> None:

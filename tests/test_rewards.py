@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertTokenizer, Qwen2Tokenizer
 
-from scalewise.metrics import Seen, hpsv3, image_reward
+from scalewise.metrics import ImageFeatures, hpsv3, image_reward
 
 Weights = dict[str, Tensor]
 MEAN, STD = (
@@ -205,7 +205,7 @@ def test_image_rewards_scores_are_those_of_the_published_network_in_plain_torch(
     reward: image_reward.ImageReward, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int]
 ) -> None:
     images, weights = pictures(4, *shape), blip_weights()
-    found = reward.look(images, CAPTIONS)["image_reward"]
+    found = reward.extract(images, CAPTIONS)["image_reward"]
     expected = [
         blip_forward(weights, blip_pixels(picture, size, corner), caption)
         for picture, caption in zip(images, CAPTIONS, strict=True)
@@ -216,7 +216,7 @@ def test_image_rewards_scores_are_those_of_the_published_network_in_plain_torch(
 
 def test_image_reward_reads_the_caption_and_sees_the_picture(reward: image_reward.ImageReward) -> None:
     images = pictures(2, 40, 40)
-    one, other = (reward.look(images, [caption] * 2)["image_reward"] for caption in CAPTIONS[:2])
+    one, other = (reward.extract(images, [caption] * 2)["image_reward"] for caption in CAPTIONS[:2])
     assert (one - other).abs().min() > 0.01
     assert (one[0] - one[1]).abs() > 0.01
 
@@ -225,8 +225,8 @@ def test_image_reward_of_a_picture_does_not_depend_on_its_neighbours(
     reward: image_reward.ImageReward,
 ) -> None:
     images, captions = pictures(37, 40, 40), (CAPTIONS * 10)[:37]
-    together = reward.look(images, captions)["image_reward"]
-    alone = [reward.look(images[i : i + 1], captions[i : i + 1])["image_reward"] for i in range(37)]
+    together = reward.extract(images, captions)["image_reward"]
+    alone = [reward.extract(images[i : i + 1], captions[i : i + 1])["image_reward"] for i in range(37)]
     assert together.shape == (37,)
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
@@ -246,7 +246,7 @@ def test_image_reward_loads_a_file_of_half_precision_with_what_training_left(
     for part in (found.vision, found.text, found.head):
         assert {value.dtype for value in part.parameters()} == {torch.float32}
     images = pictures(4, 40, 40)
-    scores, exact = (one.look(images, CAPTIONS)["image_reward"] for one in (found, reward))
+    scores, exact = (one.extract(images, CAPTIONS)["image_reward"] for one in (found, reward))
     assert torch.allclose(scores, exact, atol=0.02) and not torch.equal(scores, exact)
 
 
@@ -259,8 +259,8 @@ def test_image_rewards_missing_unknown_and_odd_weights_are_counted(blip_folder: 
     count = len(blip_weights())
     with pytest.raises(
         ValueError,
-        match=rf"not hold the {count} weights of ImageReward: 2 missing \(blip\.visual_encoder\.norm\.bias, "
-        r"\.\.\.\), 1 unknown \(blip\.text_encoder\.pooler\.dense\.bias\), 1 of another shape \(mlp\.",
+        match=rf"not match the {count} weights of ImageReward: 2 missing \(blip\.visual_encoder\.norm\.bias, "
+        r"\.\.\.\), 1 unknown \(blip\.text_encoder\.pooler\.dense\.bias\), 1 with a wrong shape \(mlp\.",
     ):
         image_reward.EXTRA.load(str(tmp_path), "cpu")
 
@@ -285,9 +285,9 @@ def test_image_rewards_pickle_is_refused_and_the_conversion_that_is_named_works(
     shared = weights["blip.visual_encoder.cls_token"]
     torch.save(weights | {"blip.temp": shared.view(-1)}, tmp_path / "ImageReward.pt")
     for source in (tmp_path, tmp_path / "ImageReward.pt", tmp_path / "ImageReward.safetensors"):
-        with pytest.raises(ValueError, match="is no safetensors file, and pickles can run") as caught:
+        with pytest.raises(ValueError, match="is not a safetensors file, and pickles can run") as caught:
             image_reward.EXTRA.load(str(source), "cpu")
-    [command] = str(caught.value).split("convert the published one once: ")[1:]
+    [command] = str(caught.value).split("convert the published file once: ")[1:]
     python, option, code = shlex.split(command)
     assert (python, option) == ("python", "-c")
     monkeypatch.chdir(tmp_path)
@@ -295,13 +295,13 @@ def test_image_rewards_pickle_is_refused_and_the_conversion_that_is_named_works(
     converted = load_file(tmp_path / "ImageReward.safetensors")
     assert all(torch.equal(converted[name], value) for name, value in blip_weights().items())
     images = pictures(2, 40, 40)
-    found = image_reward.EXTRA.load(str(tmp_path), "cpu").look(images, CAPTIONS[:2])["image_reward"]
+    found = image_reward.EXTRA.load(str(tmp_path), "cpu").extract(images, CAPTIONS[:2])["image_reward"]
     # Where weights lie in memory changes the last bits on some processors.
-    assert torch.allclose(found, reward.look(images, CAPTIONS[:2])["image_reward"], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found, reward.extract(images, CAPTIONS[:2])["image_reward"], rtol=1e-5, atol=1e-6)
 
 
 def test_image_rewards_weights_that_are_not_there_or_broken_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"There is no .*ImageReward\.safetensors; name"):
+    with pytest.raises(ValueError, match=r"ImageReward\.safetensors does not exist; use the path"):
         image_reward.EXTRA.load(str(tmp_path), "cpu")
     (tmp_path / "ImageReward.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"Cannot read .*ImageReward\.safetensors \(.*\); copy it again"):
@@ -331,7 +331,7 @@ def test_a_tokenizer_with_other_words_than_image_rewards_is_refused(
 ) -> None:
     (copied(blip_folder, tmp_path) / "vocab.txt").write_text("\n".join(WORDS[:-3]) + "\n")
     with pytest.raises(
-        ValueError, match=rf"knows {len(WORDS) - 1} words with .* the weights {len(WORDS) + 2}; copy"
+        ValueError, match=rf"has {len(WORDS) - 1} tokens including .* the weights {len(WORDS) + 2}; copy"
     ):
         image_reward.EXTRA.load(str(tmp_path), "cpu")
 
@@ -422,7 +422,7 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(qwen_folder: Path) -> hpsv3.Hpsv3:
+def judge(qwen_folder: Path) -> hpsv3.HPSv3:
     return hpsv3.EXTRA.load(str(qwen_folder), "cpu")
 
 
@@ -500,26 +500,26 @@ def qwen_forward(weights: Weights, picture: np.ndarray, caption: str, height: in
     [((64, 64), (448, 448)), ((60, 100), (364, 588)), ((700, 500), (504, 364)), ((896, 896), (448, 448))],
 )
 def test_hpsv3s_scores_are_those_of_the_published_network_in_plain_torch(
-    judge: hpsv3.Hpsv3, shape: tuple[int, int], shown: tuple[int, int]
+    judge: hpsv3.HPSv3, shape: tuple[int, int], shown: tuple[int, int]
 ) -> None:
     images, captions, weights = pictures(2, *shape), ["a red cat", "zwei Hüte — {und} Öl"], qwen_weights()
     expected = [
         qwen_forward(weights, picture, caption, *shown)
         for picture, caption in zip(images, captions, strict=True)
     ]
-    found = judge.look(images, captions)["hpsv3"]
+    found = judge.extract(images, captions)["hpsv3"]
     assert found.tolist() == pytest.approx([mean for mean, _ in expected], abs=1e-4)
-    assert judge.judge(images[0], captions[0]).tolist() == pytest.approx(expected[0], abs=1e-4)
+    assert judge.score(images[0], captions[0]).tolist() == pytest.approx(expected[0], abs=1e-4)
     assert found.dtype == torch.float32 and (found[0] - found[1]).abs() > 0.01
 
 
-def test_hpsv3_reads_the_caption_sees_the_picture_and_does_not_look_at_neighbours(judge: hpsv3.Hpsv3) -> None:
+def test_hpsv3_reads_the_caption_sees_the_picture_and_does_not_look_at_neighbours(judge: hpsv3.HPSv3) -> None:
     images, captions = pictures(3, 40, 40), ["a cat", "a longer caption of another thing", "a cat"]
-    together = judge.look(images, captions)["hpsv3"]
-    alone = [judge.look(images[i : i + 1], captions[i : i + 1])["hpsv3"] for i in range(3)]
+    together = judge.extract(images, captions)["hpsv3"]
+    alone = [judge.extract(images[i : i + 1], captions[i : i + 1])["hpsv3"] for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
     assert (together[0] - together[2]).abs() > 0.003
-    [other] = judge.look(images[:1], ["a dog"])["hpsv3"]
+    [other] = judge.extract(images[:1], ["a dog"])["hpsv3"]
     assert (other - together[0]).abs() > 0.003
 
 
@@ -537,7 +537,7 @@ def todays_layout(weights: Weights) -> Weights:
 
 
 def test_hpsv3_in_todays_layout_in_parts_and_in_half_precision_is_read_too(
-    judge: hpsv3.Hpsv3, qwen_folder: Path, tmp_path: Path
+    judge: hpsv3.HPSv3, qwen_folder: Path, tmp_path: Path
 ) -> None:
     (copied(qwen_folder, tmp_path) / "HPSv3.safetensors").unlink()
     weights = todays_layout(load_file(qwen_folder / "HPSv3.safetensors"))
@@ -550,7 +550,7 @@ def test_hpsv3_in_todays_layout_in_parts_and_in_half_precision_is_read_too(
     for part in (found.model, found.head):
         assert {value.dtype for value in part.parameters()} == {torch.float32}
     images = pictures(1, 40, 40)
-    score, exact = (one.look(images, ["a cat"])["hpsv3"] for one in (found, judge))
+    score, exact = (one.extract(images, ["a cat"])["hpsv3"] for one in (found, judge))
     assert torch.allclose(score, exact, atol=0.05)
     rounded = {name: value.bfloat16().float() for name, value in qwen_weights().items()}
     assert score.tolist() == pytest.approx(qwen_forward(rounded, images[0], "a cat", 448, 448)[:1], abs=1e-4)
@@ -565,8 +565,8 @@ def test_hpsv3s_missing_unknown_and_odd_weights_are_counted(qwen_folder: Path, t
     save_file(weights, copied(qwen_folder, tmp_path) / "HPSv3.safetensors")
     with pytest.raises(
         ValueError,
-        match=rf"not hold the {count} weights of HPSv3: 6 missing \(rm_head\.0\.bias, \.\.\.\), 1 unknown "
-        r"\(rm_head\.output_layer\.weight\), 1 of another shape \(model\.language_model\.norm\.weight\);",
+        match=rf"not match the {count} weights of HPSv3: 6 missing \(rm_head\.0\.bias, \.\.\.\), 1 unknown "
+        r"\(rm_head\.output_layer\.weight\), 1 with a wrong shape \(model\.language_model\.norm\.weight\);",
     ):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
 
@@ -589,10 +589,10 @@ def worded(**changed: str) -> Callable[[Path], None]:
     [
         (broken_json, r"JSONDecodeError"),
         (without("suffix"), r"KeyError: 'suffix'"),
-        (worded(instruction="For: text_prompt"), r"it lacks \{text_prompt\}"),
+        (worded(instruction="For: text_prompt"), r"must contain \{text_prompt\}"),
         (worded(instruction="{text_prompt} and {other}"), r"KeyError: 'other'"),
-        (worded(suffix="Rate it"), r"has not one <\|Reward\|>"),
-        (worded(suffix="<|Reward|> <|Reward|>"), r"has not one <\|Reward\|>"),
+        (worded(suffix="Rate it"), r"and <\|Reward\|> once"),
+        (worded(suffix="<|Reward|> <|Reward|>"), r"and <\|Reward\|> once"),
     ],
 )
 def test_a_wrong_prompt_is_refused_with_what_it_has_to_hold_and_where_it_is_published(
@@ -600,14 +600,15 @@ def test_a_wrong_prompt_is_refused_with_what_it_has_to_hold_and_where_it_is_publ
 ) -> None:
     spoil(copied(qwen_folder, tmp_path))
     with pytest.raises(
-        ValueError, match=rf'prompt\.json is not .*{why}.*"instruction": .*data_collator_qwen\.py of github'
+        ValueError,
+        match=rf'prompt\.json is not a valid .*{why}.*"instruction": .*data_collator_qwen\.py',
     ):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
 
 
 def test_what_lacks_in_hpsv3s_folder_is_named(qwen_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"MizzenAI/HPSv3 has no config\.json; give a folder with HPSv3\.safetensors"
+        ValueError, match=r"MizzenAI/HPSv3 has no config\.json; use a folder with HPSv3\.safetensors"
     ):
         hpsv3.EXTRA.load("MizzenAI/HPSv3", "cpu")
     copied(qwen_folder, tmp_path)
@@ -626,32 +627,32 @@ def test_a_tokenizer_of_a_handful_of_words_or_a_template_without_picture_is_refu
     template = copied(qwen_folder, tmp_path) / "chat_template.json"
     template.write_text(json.dumps({"chat_template": TEMPLATE.replace("<|image_pad|>", "")}))
     with pytest.raises(
-        ValueError, match=r"Cannot load HPSv3's chat .* template does not write <\|image_pad\|>"
+        ValueError, match=r"Cannot load HPSv3's chat .* template must contain <\|image_pad\|>"
     ):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
     template.write_text(json.dumps({"chat_template": TEMPLATE}))
     config = CONFIG | {"image_token_id": 17}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=rf"knows {ROWS} tokens .* number 261 .* the model {ROWS} and 17; copy"
+        ValueError, match=rf"has {ROWS} tokens .* id 261 .* the model has {ROWS}, with id 17\. Copy"
     ):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match=rf"knows 2 tokens .* the model {ROWS} and 261; copy all"):
+    with pytest.raises(ValueError, match=rf"has 2 tokens .* the model has {ROWS}, with id 261\. Copy all"):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
     copied(qwen_folder, tmp_path)
     weights = qwen_weights() | {"model.embed_tokens.weight": torch.ones(3 * ROWS, D)}
     save_file(weights, tmp_path / "HPSv3.safetensors")
-    with pytest.raises(ValueError, match=rf"knows {ROWS} tokens .* the model {3 * ROWS} and 261; copy"):
+    with pytest.raises(ValueError, match=rf"has {ROWS} tokens .* the model has {3 * ROWS}, with id 261"):
         hpsv3.EXTRA.load(str(tmp_path), "cpu")
 
 
-def test_a_caption_that_holds_a_mark_of_the_tokenizer_is_refused(judge: hpsv3.Hpsv3) -> None:
+def test_a_caption_that_holds_a_mark_of_the_tokenizer_is_refused(judge: hpsv3.HPSv3) -> None:
     for mark in ("<|Reward|>", "<|image_pad|>"):
-        with pytest.raises(ValueError, match=r"holds <\|.*\|>, a mark of HPSv3's tokenizer; leave it out"):
-            judge.look(pictures(1, 40, 40), [f"a cat {mark}"])
+        with pytest.raises(ValueError, match=r"contains <\|.*\|>, a special token of HPSv3; remove it"):
+            judge.extract(pictures(1, 40, 40), [f"a cat {mark}"])
 
 
 # Both.
@@ -661,10 +662,12 @@ def test_each_offers_one_metric_that_averages_over_prompts() -> None:
     for extra, name in ((image_reward.EXTRA, "image-reward"), (hpsv3.EXTRA, "hpsv3")):
         [metric] = extra.metrics
         assert extra.name == name and not extra.source and metric.better == "higher"
-        seen = Seen(None, torch.tensor([0, 0, 1]), None, looks={metric.name: torch.tensor([1.0, 2.0, 6.0])})
+        seen = ImageFeatures(
+            None, torch.tensor([0, 0, 1]), None, outputs={metric.name: torch.tensor([1.0, 2.0, 6.0])}
+        )
         statistic = metric.statistic(seen)
         assert statistic is not None
         assert (statistic(torch.tensor([0])), statistic(torch.tensor([0, 1]))) == (1.5, 3.0)
-        assert metric.statistic(Seen(None, torch.tensor([0]), None)) is None
+        assert metric.statistic(ImageFeatures(None, torch.tensor([0]), None)) is None
     assert image_reward.EXTRA.metrics[0].show(1.23456) == "1.235"
     assert hpsv3.EXTRA.metrics[0].show(7.23456) == "7.23"

@@ -14,14 +14,14 @@ from scalewise.evaluation.evaluate import Row, load_rows, save_rows, table
 from scalewise.evaluation.report import ReportContent
 from scalewise.evaluation.report.findings import quality
 from scalewise.evaluation.report.page import render
-from scalewise.metrics import Interval, Seen, measure, shares
+from scalewise.metrics import ImageFeatures, Interval, measure, shares
 from scalewise.metrics.base import Mean
 from scalewise.metrics.intervals import Resampled, t_quantile
 
 
 def passes(values: Tensor, *, each: int = 1) -> Mean:
     """A share of images, `each` of them a prompt."""
-    return Mean(Seen(None, torch.arange(len(values)) // each, None), values[None])
+    return Mean(ImageFeatures(None, torch.arange(len(values)) // each, None), values[None])
 
 
 def bernoulli(share: float, *size: int, seed: int = 0) -> Tensor:
@@ -106,7 +106,7 @@ def few_prompts(count: int) -> tuple[Row, Row]:
     rows = torch.nn.functional.normalize(
         torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1
     )
-    one, two = (Seen(rows[i : i + count], torch.arange(count), rows, rows) for i in (0, 20))
+    one, two = (ImageFeatures(rows[i : i + count], torch.arange(count), rows, rows) for i in (0, 20))
     first = Row("a", "folder", "", count, measure(one, rounds=20))
     return first, Row(
         "b", "folder", "", count, measure(two, rounds=20), "a", measure(two, against=one, rounds=20)

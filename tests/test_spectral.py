@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from scalewise.metrics import Seen, measure
+from scalewise.metrics import ImageFeatures, measure
 from scalewise.metrics.base import Gaussian
 from scalewise.metrics.extras import parse_metric
-from scalewise.metrics.spectral import EXTRA, RINGS, ROUNDING, SpectralExaminer, power_levels
+from scalewise.metrics.spectral import EXTRA, RINGS, ROUNDING, SpectrumExtractor, power_levels
 
 
 def noise(count: int, height: int, width: int, *, spread: float, seed: int = 0) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_a_picture_of_one_colour_has_no_power_but_that_of_rounding() -> None:
 
 
 def test_a_picture_is_judged_by_itself_and_small_ones_lack_some_frequencies() -> None:
-    images, look = noise(70, 64, 64, spread=0.1), SpectralExaminer().look
+    images, look = noise(70, 64, 64, spread=0.1), SpectrumExtractor().extract
     whole = look(images, [""] * 70)["spectrum"]
     assert torch.equal(whole[40:41], look(images[40:41], [""])["spectrum"]) and not whole.isnan().any()
     small = power_levels(noise(2, 32, 32, spread=0.1))
@@ -54,8 +54,12 @@ def test_a_picture_is_judged_by_itself_and_small_ones_lack_some_frequencies() ->
 
 def distance(drawn: np.ndarray, real: np.ndarray) -> float:
     looks = {"spectrum": power_levels(drawn)}
-    seen = Seen(
-        None, torch.arange(len(drawn)), None, looks=looks, real={"spectrum": Gaussian.fit(power_levels(real))}
+    seen = ImageFeatures(
+        None,
+        torch.arange(len(drawn)),
+        None,
+        outputs=looks,
+        real={"spectrum": Gaussian.fit(power_levels(real))},
     )
     found = measure(seen, rounds=20)
     assert list(found) == ["spectrum"] and found["spectrum"].low <= found["spectrum"].value

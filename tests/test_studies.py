@@ -121,7 +121,7 @@ def test_the_teacher_continues_from_samples_of_its_dataset(tmp_path):
     outcome = run_study(study, tmp_path, StudySettings(seeds=(0,), count=20), progress=console.progress)
     data = running.load_starts(20)
     full = list(data.latents.values())[-1]
-    clean = data.scoring.scorer.pictures(to_bytes(load_model(mini.TEACHER).decode(full)))
+    clean = data.scoring.scorer.embed_images(to_bytes(load_model(mini.TEACHER).decode(full)))
     stored = {}
     for path in (tmp_path / "drawn").glob("*.safetensors"):
         with safe_open(path, "pt") as file:

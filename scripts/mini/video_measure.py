@@ -124,7 +124,7 @@ def main(contenders: list[str], recipe_file: str, *, count: int, out: Path) -> N
     texts = [f"{clip.text}{WORDS}" for clip in wanted]
     pool = [r["caption"] for r in clips.pictures.records if r["style"] == STYLE]
     real = torch.stack([clips.render(clip) for clip in reference])
-    judge = Scorers(scorer, scorer.pictures(to_bytes(stills(real))), pool)
+    judge = Scorers(scorer, scorer.embed_images(to_bytes(stills(real))), pool)
     prompts = Prompts.of(texts)
     model = load(recipe, ALL_PARTS)
     parsed = parse_samplers(contenders, recipe)

@@ -17,7 +17,7 @@ from scalewise.evaluation.sampling_speed import Protocol, measure_speed
 from scalewise.evaluation.scoring import ScoringOptions
 from scalewise.evaluation.timing import TOTAL, format_ms, format_ratio
 from scalewise.method.scales import Scale, ScaleSchedule
-from scalewise.metrics import EXTRAS, OWN
+from scalewise.metrics import EXTRAS, SCORER_METRICS
 from scalewise.planning.schedule_search import SearchOptions, measure_spectrum
 from scalewise.studies import StudySettings
 
@@ -69,7 +69,7 @@ def run_evaluate(
 
 def list_metrics() -> None:
     """Print all metrics."""
-    groups = [("(always computed, with the scorer)", "", OWN)]
+    groups = [("(always computed, with the scorer)", "", SCORER_METRICS)]
     for extra in EXTRAS.values():
         weights = "none" if extra.source is None else extra.source or "given by NAME=WEIGHTS"
         groups.append((extra.name, f"; weights: {weights}", extra.metrics))

@@ -29,7 +29,7 @@ from scalewise.evaluation.samplers import (
 from scalewise.evaluation.scoring import Scorers
 from scalewise.evaluation.timing import Mark, Parts, TimedSampler
 from scalewise.method.backbone import Precision
-from scalewise.metrics import METRICS, Interval, Metric, Seen, measure
+from scalewise.metrics import METRICS, ImageFeatures, Interval, Metric, measure
 from scalewise.models import PipelineAdapter
 
 
@@ -73,10 +73,10 @@ class Result:
     """The metrics of a sampler and the scores they were computed from."""
 
     row: Row
-    seen: Seen
+    seen: ImageFeatures
 
 
-def make_result(spec: SamplerSpec, seen: Seen, *, first: Result | None = None) -> Result:
+def make_result(spec: SamplerSpec, seen: ImageFeatures, *, first: Result | None = None) -> Result:
     """Compute all metrics of a sampler, and their differences to those of `first`."""
     differences = measure(seen, against=first.seen) if first else {}
     row = Row(spec.name, spec.kind, spec.about, len(seen.prompt), measure(seen),

@@ -23,10 +23,10 @@ from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.image_folder import ImageEntry, load_pixels, scan_images
 from scalewise.data.shards import exclusive
 from scalewise.evaluation.samplers import Prompts
-from scalewise.metrics import EXTRAS, METRICS, ClipScorer, Seen
-from scalewise.metrics.base import Examiner, Gaussian
-from scalewise.metrics.extras import Extra, parse_metric, stamp
-from scalewise.metrics.intervals import FEWEST
+from scalewise.metrics import EXTRAS, METRICS, ClipScorer, ImageFeatures
+from scalewise.metrics.base import FeatureExtractor, Gaussian
+from scalewise.metrics.extras import Extra, parse_metric, source_stamps
+from scalewise.metrics.intervals import MIN_SAMPLES
 from scalewise.training import setup
 
 CHUNK = 32
@@ -54,7 +54,7 @@ class Scorers:
     """The scorer's features of real images [M, D]; None = no Fréchet distance."""
     pool: Sequence[str] = ()
     """Further captions for prompt match, which needs 50 distinct captions including the prompts."""
-    examiners: tuple[tuple[Extra, Examiner], ...] = ()
+    examiners: tuple[tuple[Extra, FeatureExtractor], ...] = ()
     real: dict[str, Gaussian] | None = None
     """Feature statistics of real images, for metrics that need them."""
     is_mini_default: bool = False
@@ -78,7 +78,7 @@ class Scorers:
                         stacklevel=2,
                     )
 
-    def score(self, images: np.ndarray, prompts: Prompts) -> Seen:
+    def score(self, images: np.ndarray, prompts: Prompts) -> ImageFeatures:
         """Score images (uint8 [N, H, W, 3], videos [N, T, H, W, 3]) generated for `prompts`."""
         return self.combine(self.score_images(images, prompts.captions), prompts)
 
@@ -90,17 +90,19 @@ class Scorers:
         """
         scores: dict[str, Tensor] = {}
         for extra, examiner in self.examiners:
-            scores |= examiner.look(images if extra.videos else middle_frames(images), captions)
+            scores |= examiner.extract(images if extra.videos else middle_frames(images), captions)
         if self.scorer:
-            scores[SCORER] = self.scorer.pictures(middle_frames(images))
+            scores[SCORER] = self.scorer.embed_images(middle_frames(images))
         return scores
 
-    def combine(self, scores: Mapping[str, Tensor], prompts: Prompts) -> Seen:
+    def combine(self, scores: Mapping[str, Tensor], prompts: Prompts) -> ImageFeatures:
         """Combine the result of `score_images` with the embeddings of captions and the reference."""
         others = {name: rows for name, rows in scores.items() if name != SCORER}
         captions = list(dict.fromkeys([*prompts.unique, *self.pool]))
-        texts = self.scorer.texts(captions) if self.scorer else None
-        return Seen(scores.get(SCORER), prompts.prompt_index, texts, self.reference, others, self.real or {})
+        texts = self.scorer.embed_texts(captions) if self.scorer else None
+        return ImageFeatures(
+            scores.get(SCORER), prompts.prompt_index, texts, self.reference, others, self.real or {}
+        )
 
 
 def load_scorers(
@@ -148,7 +150,7 @@ def load_scorers(
         return Scorers(scorer, examiners=examiners)
     reference, captions = None, [*(mini.captions("test") if own else ()), *pool]
     if scorer and entries:
-        reference = _features(entries, scorer.pictures, "the scorer", progress)
+        reference = _features(entries, scorer.embed_images, "the scorer", progress)
     elif own:
         reference = load_file(mini.REFERENCE)["test"].float()
     real = known | {
@@ -173,17 +175,19 @@ def find_real_images(folder: Path, progress: Progress) -> list[ImageEntry]:
 
 
 def _reference_statistics(
-    extra: Extra, source: str, examiner: Examiner, entries: list[ImageEntry], progress: Progress
+    extra: Extra, source: str, examiner: FeatureExtractor, entries: list[ImageEntry], progress: Progress
 ) -> Gaussian:
     """Return feature statistics of real images, cached on disk by the images' paths, sizes and times."""
     stamps = [(str(e.path.resolve()), e.path.stat().st_size, e.path.stat().st_mtime_ns) for e in entries]
-    key = hashlib.sha256(repr((extra.name, extra.protocol, stamp(source), stamps)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        repr((extra.name, extra.protocol, source_stamps(source), stamps)).encode()
+    ).hexdigest()[:16]
     path = setup.cache_folder() / "statistics" / f"{extra.name}-{key}.safetensors"
     with exclusive(path):
         if not path.exists():
             features = _features(
                 entries,
-                lambda images: examiner.look(images, [""] * len(images))[extra.name],
+                lambda images: examiner.extract(images, [""] * len(images))[extra.name],
                 extra.name,
                 progress,
             )
@@ -242,11 +246,11 @@ def check_scoring(options: ScoringOptions, captions: Sequence[str], *, video: bo
             f"A comparison needs at least 2 different prompts, got {different}; pass more "
             "(--count, --prompts)."
         )
-    if different < FEWEST:
+    if different < MIN_SAMPLES:
         warnings.warn(
             f"{different} different prompts are too few for intervals of means and distances: only shares "
             "have "
-            f"intervals and are marked as better or worse. Pass {FEWEST} or more (--count, --prompts).",
+            f"intervals and are marked as better or worse. Pass {MIN_SAMPLES} or more (--count, --prompts).",
             stacklevel=2,
         )
     for extra in extras:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from scalewise.common import markdown
 from scalewise.common.progress import ProgressCallback, no_progress
-from scalewise.metrics.intervals import FEWEST_ROUNDS, Interval, median_interval
+from scalewise.metrics.intervals import MIN_ROUNDS, Interval, median_interval
 
 Clock = Callable[[], float]
 """Returns seconds since an arbitrary start, after waiting for the device to finish its work."""
@@ -160,7 +160,7 @@ def describe_rounds(rounds: int) -> str:
         return "One round, so the variation between rounds is unknown."
     brackets = (
         "the 95% interval of the median"
-        if rounds >= FEWEST_ROUNDS
+        if rounds >= MIN_ROUNDS
         else "the range (too few rounds for an interval)"
     )
     return f"Medians of {rounds} rounds, with {brackets} in brackets; ratios are computed within rounds."

@@ -1,4 +1,4 @@
-"""Figures of drawn images. A metric is one file that offers a `Metric`, and a line here."""
+"""Metrics of generated images. To add one, write a file with a `Metric` and list it here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from scalewise.metrics import (
     spectral,
     video,
 )
-from scalewise.metrics.base import Metric, Seen, Statistic, prompts_of
+from scalewise.metrics.base import ImageFeatures, Metric, Statistic, count_prompts
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.extras import Extra
-from scalewise.metrics.intervals import FEWEST, Interval, Resampled, bootstrap_interval, resample
+from scalewise.metrics.intervals import MIN_SAMPLES, Interval, Resampled, bootstrap_interval, resample
 
 EXTRAS: dict[str, Extra] = {
     extra.name: extra
@@ -29,25 +29,26 @@ EXTRAS: dict[str, Extra] = {
         geneval.EXTRA, spectral.EXTRA, video.EXTRA,
     )
 }  # fmt: skip
-"""What `--metric` can ask for."""
+"""Metrics that `--metric` selects, by name."""
 
-OWN: tuple[Metric, ...] = (frechet.METRIC, *clip.METRICS, diversity.METRIC)
-"""What the scorer alone tells."""
+SCORER_METRICS: tuple[Metric, ...] = (frechet.METRIC, *clip.METRICS, diversity.METRIC)
+"""Metrics that need only the scorer (a CLIP model)."""
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*OWN, *(m for extra in EXTRAS.values() for m in extra.metrics))
+    metric.name: metric
+    for metric in (*SCORER_METRICS, *(m for extra in EXTRAS.values() for m in extra.metrics))
 }
 
 __all__ = [
     "EXTRAS",
-    "FEWEST",
     "METRICS",
-    "OWN",
+    "MIN_SAMPLES",
+    "SCORER_METRICS",
     "ClipScorer",
+    "ImageFeatures",
     "Interval",
     "Metric",
     "Resampled",
-    "Seen",
     "Statistic",
     "bootstrap_interval",
     "measure",
@@ -56,36 +57,37 @@ __all__ = [
 
 
 def measure(
-    seen: Seen, *, against: Seen | None = None, rounds: int | None = None, seed: int = 0
+    features: ImageFeatures, *, against: ImageFeatures | None = None, rounds: int | None = None, seed: int = 0
 ) -> dict[str, Interval]:
-    """Take every metric that `seen` allows, with its 95% interval over prompts.
+    """Compute every metric that `features` allows, with a 95% interval over prompts.
 
-    With `against`, images of the same prompts by another contender: the *differences* seen - against, over
-    the same halves of the prompts. They say far more than two intervals side by side: hard prompts are hard
-    for both. `rounds` of resampling: None = as many as befit the metric.
+    With `against` (another sampler's images of the same prompts), compute the *differences* features -
+    against over the same halves of the prompts. These are more precise than two separate intervals, because a
+    hard prompt is hard for both samplers. `rounds` is the number of resampling rounds; None uses the
+    metric's default.
 
-    Shares have intervals of their own kind at every count (`shares.py`); other figures have none where fewer
-    than `FEWEST` prompts have a value.
+    Shares always have an interval (`shares.py`); other metrics have one only if at least `MIN_SAMPLES`
+    prompts have a value.
     """
-    found: dict[str, Interval] = {}
+    intervals: dict[str, Interval] = {}
     for name, metric in METRICS.items():
-        ours = metric.statistic(seen)
+        ours = metric.statistic(features)
         theirs = metric.statistic(against) if against else None
         if ours is None or (against and theirs is None):
             continue
         if metric.share:
-            found[name] = shares.interval(ours, theirs)
+            intervals[name] = shares.interval(ours, theirs)
             continue
-        rests_on = [prompts_of(ours, seen)]
-        rests_on += [prompts_of(theirs, against)] if theirs and against else []
-        figure = _difference(ours, theirs) if theirs else ours
-        if min(rests_on) < FEWEST:
-            found[name] = Interval.unknown(figure(torch.arange(seen.prompts)))
+        prompt_counts = [count_prompts(ours, features)]
+        prompt_counts += [count_prompts(theirs, against)] if theirs and against else []
+        combined = _difference(ours, theirs) if theirs else ours
+        if min(prompt_counts) < MIN_SAMPLES:
+            intervals[name] = Interval.unknown(combined(torch.arange(features.prompts)))
             continue
-        interval = bootstrap_interval(figure, seen.prompts, rounds=rounds or metric.rounds, seed=seed)
+        interval = bootstrap_interval(combined, features.prompts, rounds=rounds or metric.rounds, seed=seed)
         width = metric.bounds[1] - metric.bounds[0]
-        found[name] = interval.within(*((-width, width) if theirs else metric.bounds))
-    return found
+        intervals[name] = interval.within(*((-width, width) if theirs else metric.bounds))
+    return intervals
 
 
 def _difference(ours: Statistic, theirs: Statistic) -> Statistic:

@@ -1,4 +1,4 @@
-"""What a metric is: a name, how to read it, and a statistic of what was seen."""
+"""Base types of metrics: the metric itself, its statistic, and the features it is computed from."""
 
 from __future__ import annotations
 
@@ -13,95 +13,98 @@ from torch import Tensor
 from scalewise.metrics.intervals import ROUNDS
 
 Statistic = Callable[[Tensor], float]
-"""A figure of some of the prompts, given by their numbers [G]."""
+"""Computes a metric on some prompts, given by their indices [G]."""
 
 
-class Examiner(Protocol):
-    """A model that judges drawn images; loaded only when it is asked for."""
+class FeatureExtractor(Protocol):
+    """A model that scores generated images or extracts their features; loaded only if its metric is
+    requested.
+    """
 
-    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Figures by the name of their metric, of images [N, H, W, 3] drawn for captions (one each).
+    def extract(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return outputs by metric name for uint8 images [N, H, W, 3] and their N captions.
 
-        A value per image [N], NaN where the metric does not apply to the caption, or features [N, D] whose
-        distribution is held against that of real images. Image i's must not depend on its neighbours.
-        Examiners of videos are given bytes [N, F, H, W, 3].
+        An output is one value per image [N] (NaN if the metric does not apply to the caption) or features
+        [N, D] to compare with the distribution of real images. The output for an image must not depend on
+        the other images of the batch. Extractors for videos get uint8 [N, T, H, W, 3].
         """
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What judges made of drawn images, and what these are held against.
+class ImageFeatures:
+    """Features of generated images, and the captions and real images that metrics compare them with.
 
-    N images of P prompts, K captions, M real images, D the scorer's width; its rows have length 1.
-
-    Several images of one prompt are not independent, so whatever resamples does it by prompt.
+    Shapes: N images, P prompts, K captions, M real images, D scorer width. Scorer features have length 1.
+    Images of the same prompt are not independent, so resampling is by prompt.
     """
 
     images: Tensor | None
     """The scorer's features [N, D]; None without a scorer."""
     prompt: Tensor
-    """Which of the P prompts each image was drawn for, [N]."""
+    """Index [N] of each image's prompt, in range(P)."""
     captions: Tensor | None
-    """Embeddings of different captions [K, D], the P prompts first, then others to tell them from."""
+    """Embeddings [K, D] of distinct captions: the P prompts first, then distractors for prompt match."""
     reference: Tensor | None = None
     """The scorer's features of real images [M, D]."""
-    looks: Mapping[str, Tensor] = field(default_factory=dict)
-    """What examiners found, by metric: values [N] or features [N, D]."""
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Outputs of feature extractors by metric: values [N] or features [N, D]."""
     real: Mapping[str, Gaussian] = field(default_factory=dict)
-    """Features of real images, by metric, as far as a Frechet distance needs them."""
+    """Mean and covariance of the features of real images, by metric."""
 
     def __post_init__(self) -> None:
-        for rows in (self.images, *self.looks.values()):
-            assert rows is None or len(rows) == len(self.prompt), "every image belongs to a prompt"
+        for output in (self.images, *self.outputs.values()):
+            assert output is None or len(output) == len(self.prompt), "every image needs a prompt"
 
     @property
     def prompts(self) -> int:
-        """The number P of prompts."""
+        """Number of prompts P."""
         return int(self.prompt.max()) + 1
 
     def rows(self, prompts: Tensor) -> Tensor:
-        """Numbers of the images that were drawn for some of the prompts."""
+        """Return the indices [R] of the images of some prompts, which are given by index [G]."""
         return torch.isin(self.prompt, prompts).nonzero().flatten()
 
     def mean_of(self, values: Tensor) -> Mean:
-        """The statistic that averages one value per image [N]; NaN ones do not count."""
+        """Return the statistic that averages one value per image [N], ignoring NaN."""
         return Mean(self, values[None])
 
-    def mean_look(self, name: str) -> Statistic | None:
-        """The average of what an examiner found, if it was asked and the metric applied to any image."""
-        found = self.looks.get(name)
-        return None if found is None or bool(found.isnan().all()) else self.mean_of(found)
+    def mean_output(self, name: str) -> Statistic | None:
+        """Return the statistic that averages an output [N]; None if it is missing or NaN for every image."""
+        values = self.outputs.get(name)
+        return None if values is None or bool(values.isnan().all()) else self.mean_of(values)
 
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """The mean over T parts of the average of one value per image [T, N], NaN where a part has none."""
+    """Mean over parts K of the average value per image [K, N]; NaN where a part does not apply to an
+    image.
+    """
 
-    seen: Seen
+    features: ImageFeatures
     values: Tensor
 
     def __call__(self, prompts: Tensor) -> float:
-        return float(self.values[:, self.seen.rows(prompts)].double().nanmean(1).nanmean())
+        return float(self.values[:, self.features.rows(prompts)].double().nanmean(1).nanmean())
 
     @property
     def prompts(self) -> int:
-        """How many prompts have a value."""
-        return len(self.seen.prompt[~self.values.isnan().all(0)].unique())
+        """Number of prompts with a value."""
+        return len(self.features.prompt[~self.values.isnan().all(0)].unique())
 
     @property
     def parts(self) -> Tensor:
-        """The parts that have values, [T', N]."""
+        """Values [K', N] of the parts that have any."""
         return self.values[~self.values.isnan().all(1)]
 
 
-def prompts_of(statistic: Statistic, seen: Seen) -> int:
-    """How many independent prompts a figure rests on."""
-    return statistic.prompts if isinstance(statistic, Mean) else seen.prompts
+def count_prompts(statistic: Statistic, features: ImageFeatures) -> int:
+    """Return the number of prompts that contribute to a statistic."""
+    return statistic.prompts if isinstance(statistic, Mean) else features.prompts
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean [D] and covariance [D, D] of a set of features, in float64, and how many they were."""
+    """Mean [D] and covariance [D, D] of features in float64, and the number of images."""
 
     mean: Tensor
     covariance: Tensor
@@ -109,19 +112,20 @@ class Gaussian:
 
     @classmethod
     def fit(cls, features: Tensor) -> Gaussian:
-        """Fit features [N, D]."""
+        """Compute mean and covariance of features [N, D]."""
         mean, rows = centered(features)
         return cls(mean, rows.T @ rows, len(rows))
 
 
 def centered(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean [D] and deviations [N, D] of features [N, D] in float64, these over sqrt(N - 1).
+    """Return the mean [D] of features [N, D], and the deviations [N, D] from it over sqrt(N - 1), in float64.
 
-    X^T X of the deviations X is the covariance. Raises ValueError for fewer than two rows.
+    With X the deviations, X^T X is the covariance. Raises ValueError for fewer than two rows.
     """
     if len(features) < 2:
         raise ValueError(
-            f"A Frechet distance needs at least 2 images on each side, not {len(features)}; give more."
+            f"A Frechet distance needs at least 2 generated and 2 real images; got {len(features)}. Use "
+            "more images."
         )
     rows = features.double()
     mean = rows.mean(0)
@@ -130,30 +134,34 @@ def centered(features: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a set of drawn images."""
+    """A metric of generated images, and how it is displayed."""
 
     name: str
     title: str
     about: str
-    """One sentence for whoever reads the table."""
+    """Description in one sentence, shown below tables."""
     better: Literal["lower", "higher"]
-    statistic: Callable[[Seen], Statistic | None]
-    """Prepares the figure; None when what was seen does not allow it (no reference, one image per prompt)."""
+    statistic: Callable[[ImageFeatures], Statistic | None]
+    """Builds the statistic; returns None if the features do not allow it (no reference, one image per
+    prompt).
+    """
     bounds: tuple[float, float] = (-float("inf"), float("inf"))
     percent: bool = False
-    """Shown times 100 with a per cent sign."""
+    """Whether values are displayed times 100 with a percent sign."""
     digits: int = 3
-    """Digits after the point."""
+    """Number of decimals displayed."""
     share: bool = False
-    """The share of images that pass, or a mean of such shares over parts: its statistic has `parts`."""
+    """Whether the metric is a share of images that pass, or a mean of such shares; its statistic is a
+    `Mean`.
+    """
     rounds: int = ROUNDS
-    """Of resampling; fewer where the figure takes long."""
+    """Number of resampling rounds; fewer for slow metrics."""
 
     @property
     def heading(self) -> str:
-        """The title with an arrow that says which way is better."""
+        """Title with an arrow for the direction that is better."""
         return f"{self.title} {'↓' if self.better == 'lower' else '↑'}"
 
     def show(self, value: float, *, finer: int = 0) -> str:
-        """Print a value or difference with as many digits as it deserves, or some more."""
+        """Format a value or difference with the metric's number of decimals plus `finer`."""
         return f"{100 * value:.{1 + finer}f}%" if self.percent else f"{value:.{self.digits + finer}f}"

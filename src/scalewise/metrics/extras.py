@@ -1,4 +1,6 @@
-"""Metrics that need a model of their own: asked for by name, loaded only then."""
+"""Optional metrics with their own model, which is loaded only if the metric is requested; loading of
+weights.
+"""
 
 from __future__ import annotations
 
@@ -16,90 +18,91 @@ from torch import Tensor, nn
 
 from scalewise.common.errors import first_line
 from scalewise.common.paths import expand_home
-from scalewise.metrics.base import Examiner, Metric
+from scalewise.metrics.base import FeatureExtractor, Metric
 
 Device = torch.device | str
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A way to judge that `--metric NAME` or `--metric NAME=SOURCE` asks for."""
+    """Optional metrics from one feature extractor, selected by `--metric NAME` or `--metric NAME=SOURCE`."""
 
     name: str
     metrics: tuple[Metric, ...]
-    """The figures it gives."""
-    load: Callable[[str, Device], Examiner]
-    """(hub id or local folder or file, device) -> the model."""
+    """The metrics computed from its outputs."""
+    load: Callable[[str, Device], FeatureExtractor]
+    """(hub id, local folder or file; device) -> feature extractor."""
     source: str | None = ""
-    """The hub id that is loaded unless another source is named; "" when one has to be named, None when there
-    is nothing to load."""
+    """Default hub id; "" if the user must name a source, None if there are no weights to load."""
     videos: bool = False
-    """Looks at whole videos; others are shown a video's middle frame."""
+    """Whether it needs whole videos; others get the middle frame."""
     real: bool = False
-    """Holds the pictures against real ones: needs a reference."""
+    """Whether it compares with real images, so a reference is required."""
     frechet: bool = False
-    """Fits a covariance to its features, which takes more pictures than features."""
+    """Whether it estimates a covariance, which needs more images than features."""
     protocol: str = ""
-    """How images are prepared, where that once changed: kept statistics of another protocol are not used."""
+    """Preprocessing, if it changed between versions; cached statistics of another protocol are not used."""
     check: Callable[[Sequence[str]], None] | None = None
-    """Refuses captions that it cannot judge, before anything is drawn for them."""
+    """Raises ValueError for captions that the metric does not support, before images are generated."""
 
 
 def parse_metric(text: str, known: Mapping[str, Extra]) -> tuple[Extra, str]:
-    """Read NAME or NAME=SOURCE; returns the metric and where its weights are."""
+    """Parse NAME or NAME=SOURCE; return the metric and the source of its weights."""
     name, _, source = text.partition("=")
     if name not in known:
-        raise ValueError(f"There is no metric {name!r}; there are {', '.join(known)}.")
+        raise ValueError(f"Unknown metric {name!r}; use one of {', '.join(known)}.")
     if known[name].source is None:
         if source:
-            raise ValueError(f"The metric {name} has no weights; write it without {'=' + source!r}.")
+            raise ValueError(f"The metric {name} has no weights to choose; remove {'=' + source!r}.")
         return known[name], ""
     if not (source or known[name].source):
-        raise ValueError(
-            f"The metric {name} has no weights of its own; name a hub id or folder, as in {name}=SOURCE."
-        )
+        raise ValueError(f"The metric {name} has no default weights; add a hub id or folder: {name}=SOURCE.")
     return known[name], expand_home(source) or known[name].source or ""
 
 
 @contextmanager
-def loading(what: str, source: str) -> Iterator[None]:
-    """Turn what goes wrong while weights are found and read into one sentence with the remedy."""
+def explain_load_errors(what: str, source: str) -> Iterator[None]:
+    """Convert errors while loading weights into a ValueError with a remedy."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        where = "this folder" if Path(source).exists() else "no folder here, and the hub"
+        where = "local folder" if Path(source).exists() else "not a local folder; from the hub"
         raise ValueError(
-            f"Cannot load {what} from {source!r} ({where}: {first_line(error)}). Give a folder that holds it "
-            "in transformers' layout with safetensors, or a hub id and a connection."
+            f"Cannot load {what} from {source!r} ({where}: {first_line(error)}). Use a folder in "
+            "transformers' "
+            "layout with safetensors, or a hub id with an internet connection."
         ) from error
 
 
-def image_processor(source: str | Path) -> Any:
-    """Load the image processor of a model; it resizes by PIL whatever is installed, so machines agree."""
+def load_image_processor(source: str | Path) -> Any:
+    """Load a model's image processor with the PIL backend, so results do not depend on installed packages."""
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(source, backend="pil")
 
 
-def pretrained(kind: Any, source: str | Path) -> tuple[Any, set[str]]:
-    """Load a class of transformers in float32; returns the model and the names of weights its files lack."""
-    model, found = kind.from_pretrained(
+def load_pretrained(kind: Any, source: str | Path) -> tuple[Any, set[str]]:
+    """Load a transformers class in float32; return the model and the names of weights missing in its
+    files.
+    """
+    model, info = kind.from_pretrained(
         source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    return model, set(found["missing_keys"])
+    return model, set(info["missing_keys"])
 
 
-def refuse_missing(source: str | Path, model: nn.Module, missing: Collection[str]) -> None:
-    """Raise ValueError if weights are missing, which would stay random."""
+def check_no_weights_missing(source: str | Path, model: nn.Module, missing: Collection[str]) -> None:
+    """Raise ValueError if weights are missing, because they would stay random."""
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} weights of {type(model).__name__}, for example {min(missing)}; "
-            "name a complete model."
+            f"{source} is missing {len(missing)} weights of {type(model).__name__}, for example "
+            f"{min(missing)}; "
+            "use a complete model."
         )
 
 
 def read_weights(file: Path, *, remedy: str = "copy it again") -> dict[str, Tensor]:
-    """Read a safetensors file; raises ValueError with the remedy for a damaged one."""
+    """Read a safetensors file; raise ValueError with the remedy if it is damaged."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -107,31 +110,33 @@ def read_weights(file: Path, *, remedy: str = "copy it again") -> dict[str, Tens
 
 
 def check_weights(what: str, source: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError that counts what is missing, not known or of another shape among weights found."""
+    """Raise ValueError if weights are missing, unknown or have a wrong shape; `wanted` has the right ones."""
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    odd = sorted(name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape)
+    mismatched = sorted(
+        name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape
+    )
     problems = [
         f"{len(names)} {problem} ({names[0]}{', ...' if names[1:] else ''})"
-        for names, problem in ((missing, "missing"), (unknown, "unknown"), (odd, "of another shape"))
+        for names, problem in ((missing, "missing"), (unknown, "unknown"), (mismatched, "with a wrong shape"))
         if names
     ]
     if problems:
         raise ValueError(
-            f"{source} does not hold the {len(wanted)} weights of {what}: {', '.join(problems)}; "
-            "give the published weights, and a config.json only where their sizes differ."
+            f"{source} does not match the {len(wanted)} weights of {what}: {', '.join(problems)}; use the "
+            "published weights, and a config.json only for other model sizes."
         )
 
 
-def below(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of one part of a model, by their names within it."""
+def select_part(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of one submodule, by their names within it."""
     return {
         name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")
     }
 
 
 @contextmanager
-def needing(what: str, remedy: str) -> Iterator[None]:
-    """Turn a package that is not installed into one sentence with the remedy."""
+def require_package(what: str, remedy: str) -> Iterator[None]:
+    """Convert an ImportError into a ValueError with a remedy."""
     try:
         yield
     except ImportError as error:
@@ -141,7 +146,7 @@ def needing(what: str, remedy: str) -> Iterator[None]:
 
 
 def find_file(source: str, name: str) -> Path:
-    """A file of a folder, or of a repository on the hub."""
+    """Return the path of a file in a local folder or, downloaded, in a hub repository."""
     if Path(source).exists():
         return Path(source) / name
     from huggingface_hub import hf_hub_download
@@ -149,26 +154,29 @@ def find_file(source: str, name: str) -> Path:
     return Path(hf_hub_download(source, name))
 
 
-def stamp(source: str) -> list[tuple[str, int, int]]:
-    """What tells a local source, or several joined by commas, from a changed one; a hub id is itself."""
-    found = []
+def source_stamps(source: str) -> list[tuple[str, int, int]]:
+    """Return (path, size, mtime) of all files of a local source, or of several join_chunks by commas.
+
+    It identifies cached statistics. A hub id is returned as its name with zeros.
+    """
+    stamps = []
     for part in source.split(",") if source else ():
         path = Path(part)
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         for file in files:
             size, changed = (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (0, 0)
-            found.append((str(file.resolve()) if file.exists() else part, size, changed))
-    return found
+            stamps.append((str(file.resolve()) if file.exists() else part, size, changed))
+    return stamps
 
 
-def in_chunks(
+def split_chunks(
     images: np.ndarray, captions: Sequence[str], size: int
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Parts of at most `size` images with their captions, in order."""
+    """Yield chunks [<= size, ...] of images [N, ...] with their captions, in order."""
     for start in range(0, len(images), size):
         yield images[start : start + size], list(captions[start : start + size])
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of all chunks, float32 on the CPU."""
+def join_chunks(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate outputs of chunks [n, ...] to [N, ...], float32 on the CPU."""
     return torch.cat([part.float().cpu() for part in parts])

@@ -1,4 +1,4 @@
-"""Frechet distances in the features of any vision model (FD), and of FID's Inception."""
+"""Fréchet distances in the features of a vision model (FD) and of Inception (FID)."""
 
 from __future__ import annotations
 
@@ -18,78 +18,82 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scalewise.metrics.base import Metric, Seen, Statistic
-from scalewise.metrics.clip import shorter_side
+from scalewise.metrics.base import ImageFeatures, Metric, Statistic
+from scalewise.metrics.clip import resize_shorter_side
 from scalewise.metrics.extras import (
     Device,
     Extra,
-    image_processor,
-    in_chunks,
-    joined,
-    loading,
-    needing,
-    pretrained,
-    refuse_missing,
+    check_no_weights_missing,
+    explain_load_errors,
+    join_chunks,
+    load_image_processor,
+    load_pretrained,
+    require_package,
+    split_chunks,
 )
 from scalewise.metrics.frechet import distance_to
 
 CHUNK = 32
 FID_SIZE = 256
-"""Pixels of the square that Inception is shown; its network enlarges them to 299."""
+"""Side in pixels of Inception's input; the network itself resizes it to 299."""
 
 
 class VisionFeatures:
-    """The pooled features of a transformers model: DINOv2, SigLIP, CLIP's image tower, ViT ..."""
+    """Pooled features of a transformers vision model: DINOv2, SigLIP, CLIP's image encoder, ViT ..."""
 
     def __init__(self, model: nn.Module, processor: Any, *, class_token: bool = False) -> None:
-        """`class_token`: take the first token, not the model's own pooling."""
+        """Wrap a model; `class_token` uses the first token instead of the pooler output."""
         self.model: Any = model.eval().requires_grad_(False)
         self.processor = processor
         self.class_token = class_token
 
     @classmethod
     def load(cls, source: str, device: Device) -> VisionFeatures:
-        """Read a model with its image processor, from a folder or the hub; computes in float32."""
+        """Load a model and its image processor from a folder or hub id; it computes in float32."""
         from transformers import AutoModel
 
-        with loading("a vision model", source):
-            processor = image_processor(source)
-            model, missing = pretrained(AutoModel, source)
-        # Many ViTs (DINO's among them) are published without the pooling layer, which would stay random.
+        with explain_load_errors("a vision model", source):
+            processor = load_image_processor(source)
+            model, missing = load_pretrained(AutoModel, source)
+        # Many ViTs, including DINO, are published without the pooling layer; use the class token instead.
         pooling = {name for name in missing if name.startswith("pooler.")}
-        refuse_missing(source, model, missing - pooling)
+        check_no_weights_missing(source, model, missing - pooling)
         return cls(model.to(device), processor, class_token=bool(pooling))
 
     @torch.no_grad()
-    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Features [N, D] of images; see `Examiner`."""
+    def extract(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return features [N, D] of uint8 images [N, H, W, 3]; see `FeatureExtractor`."""
         parts = []
-        for chunk, _ in in_chunks(images, captions, CHUNK):
+        for chunk, _ in split_chunks(images, captions, CHUNK):
             pixels = self.processor([Image.fromarray(i) for i in chunk], return_tensors="pt").pixel_values
             parts.append(self._pooled(pixels.to(next(self.model.parameters()).device)))
-        return {"fd": joined(parts)}
+        return {"fd": join_chunks(parts)}
 
-    def whole(self, pixels: Tensor) -> Tensor:
-        """Features [N, D] of pixels [N, 3, H, W] in [-1, 1], the shorter side brought to the model's and
-        nothing cut off, by bilinear resizing as it comes: DINO as VBench asks it.
+    def extract_uncropped(self, pixels: Tensor) -> Tensor:
+        """Return features [N, D] of pixels [N, 3, H, W] in [-1, 1], resized without cropping.
+
+        The shorter side gets the model's input size, by bilinear resizing without antialiasing: VBench's
+        preprocessing for DINO.
         """
         device = next(self.model.parameters()).device
-        fitted = shorter_side(pixels, int(self.model.config.image_size), mode="bilinear", antialias=False)
+        fitted = resize_shorter_side(
+            pixels, int(self.model.config.image_size), mode="bilinear", antialias=False
+        )
         mean, std = (
             torch.tensor(v).view(1, 3, 1, 1) for v in (self.processor.image_mean, self.processor.image_std)
         )
         fitted = ((fitted + 1) / 2 - mean) / std
-        asked = "interpolate_pos_encoding"  # by ViT; DINOv2 does so by itself
-        options = {asked: True} if asked in signature(self.model.forward).parameters else {}
+        option = "interpolate_pos_encoding"  # needed for ViT; DINOv2 always interpolates
+        options = {option: True} if option in signature(self.model.forward).parameters else {}
         return self._pooled(fitted.to(device), **options).float().cpu()
 
     def _pooled(self, pixels: Tensor, **options: bool) -> Tensor:
         if hasattr(self.model, "get_image_features"):
-            found = self.model.get_image_features(pixel_values=pixels, **options)
-            return found if isinstance(found, Tensor) else found.pooler_output
-        found = self.model(pixel_values=pixels, **options)
-        pooled = None if self.class_token else getattr(found, "pooler_output", None)
-        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
+            output = self.model.get_image_features(pixel_values=pixels, **options)
+            return output if isinstance(output, Tensor) else output.pooler_output
+        output = self.model(pixel_values=pixels, **options)
+        pooled = None if self.class_token else getattr(output, "pooler_output", None)
+        return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
 
 
 class Inception:
@@ -100,16 +104,17 @@ class Inception:
 
     @classmethod
     def load(cls, source: str, device: Device) -> Inception:
-        """Read a safetensors file with torch-fidelity's names, or have "torch-fidelity" fetch its weights.
+        """Load a safetensors file with torch-fidelity's weight names, or download it ("torch-fidelity").
 
-        The library unpickles what it fetches; here only its tensors are let through.
+        The downloaded file is a pickle; it is loaded with `weights_only=True`.
         """
-        # Without --no-deps, pip may replace the installed torch by the one that its dependencies want.
-        with needing("The metric fid", "pip install --no-deps torch-fidelity"):
+        # Without --no-deps, pip may replace the installed torch to satisfy torch-fidelity's dependencies.
+        with require_package("The metric fid", "pip install --no-deps torch-fidelity"):
             library = _inception_module()
         if source != "torch-fidelity" and not source.endswith(".safetensors"):
             raise ValueError(
-                f"{source!r} is no safetensors file; convert other weights once: safetensors.torch.save_file("
+                f"{source!r} must end in .safetensors; convert other weights once: "
+                "safetensors.torch.save_file("
                 "torch.load('weights-inception-2015-12-05-6726825d.pth', weights_only=True), "
                 "'inception.safetensors')"
             )
@@ -121,27 +126,29 @@ class Inception:
                 )
             return load_file(Path(source))
 
-        with loading("FID's Inception", source), patch.object(library, "load_state_dict_from_url", weights):
+        with (
+            explain_load_errors("FID's Inception", source),
+            patch.object(library, "load_state_dict_from_url", weights),
+        ):
             return cls(library.FeatureExtractorInceptionV3("inception", ["2048"]), device)
 
     @torch.no_grad()
-    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Features [N, 2048] of images; see `Examiner` and `fid_square`."""
+    def extract(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return features [N, 2048] of uint8 images [N, H, W, 3]; see `FeatureExtractor` and `fid_square`."""
         parts = []
-        for chunk, _ in in_chunks(images, captions, CHUNK):
+        for chunk, _ in split_chunks(images, captions, CHUNK):
             squares = np.stack([fid_square(image) for image in chunk])
             pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device)
             parts.append(self.network(pixels)[0])
-        return {"fid": joined(parts)}
+        return {"fid": join_chunks(parts)}
 
 
 def fid_square(image: np.ndarray) -> np.ndarray:
-    """Prepare an image for FID: bytes [H, W, 3] to [256, 256, 3], by the protocol of the paper's authors.
+    """Preprocess an image for FID as the paper's authors do: uint8 [H, W, 3] to [256, 256, 3].
 
-    The shorter side is brought to 256 by Pillow's LANCZOS filter and the center is cropped
-    (`fid_score_in_memory.py` of github.com/yandex-research/swd, torchvision's rounding). Without that,
-    Inception's own resizing, which takes 4 pixels of each neighborhood whatever the size, aliases what is
-    finer than 299 pixels show.
+    The shorter side is resized to 256 with Pillow's LANCZOS filter and the center is cropped
+    (`fid_score_in_memory.py` of github.com/yandex-research/swd, with torchvision's rounding). Inception's
+    own resizing interpolates between 4 pixels at any size, which would cause aliasing in large images.
     """
     shorter = min(image.shape[:2])
     height, width = (FID_SIZE * side // shorter for side in image.shape[:2])
@@ -151,10 +158,10 @@ def fid_square(image: np.ndarray) -> np.ndarray:
 
 
 def _inception_module() -> ModuleType:
-    """Import torch-fidelity's Inception alone; raises ImportError without the package.
+    """Import only torch-fidelity's Inception module; raise ImportError if the package is not installed.
 
-    The package's `__init__` imports torchvision for its other networks. Inception needs none of it, so the
-    file is imported below a stand-in for the package.
+    The package's `__init__` imports torchvision, which Inception does not need. The module is therefore
+    imported with an empty stand-in for the package.
     """
     package, name = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
     if name in sys.modules:
@@ -167,24 +174,24 @@ def _inception_module() -> ModuleType:
     sys.modules[package] = stand_in
     try:
         return importlib.import_module(name)
-    finally:  # so that whoever imports the package gets it whole
+    finally:  # later imports of the package get the real one
         for imported in [m for m in sys.modules if m.partition(".")[0] == package]:
             del sys.modules[imported]
 
 
-def _distance(name: str, seen: Seen) -> Statistic | None:
-    if name not in seen.looks or name not in seen.real:
+def _distance(features: ImageFeatures, name: str) -> Statistic | None:
+    if name not in features.outputs or name not in features.real:
         return None
-    return distance_to(seen.looks[name], seen, seen.real[name])
+    return distance_to(features.outputs[name], features, features.real[name])
 
 
 FD = Extra(
     name="fd", load=VisionFeatures.load, source="facebook/dinov2-base", real=True, frechet=True,
     metrics=(Metric(
         name="fd", title="FD", better="lower", digits=2, bounds=(0, float("inf")), rounds=200,
-        statistic=lambda seen: _distance("fd", seen),
-        about="Fréchet distance to real pictures in a vision model's features; only figures of equally many "
-              "pictures compare",
+        statistic=lambda features: _distance(features, "fd"),
+        about="Fréchet distance to real images in a vision model's features; compare only values of the same "
+              "number of images",
     ),),
 )  # fmt: skip
 
@@ -193,8 +200,8 @@ FID = Extra(
     protocol="LANCZOS to 256, center",
     metrics=(Metric(
         name="fid", title="FID", better="lower", digits=2, bounds=(0, float("inf")), rounds=200,
-        statistic=lambda seen: _distance("fid", seen),
-        about="Fréchet distance to real pictures in Inception's features; only figures of equally many "
-              "pictures compare",
+        statistic=lambda features: _distance(features, "fid"),
+        about="Fréchet distance to real images in Inception's features; compare only values of the same "
+              "number of images",
     ),),
 )  # fmt: skip

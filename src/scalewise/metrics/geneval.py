@@ -1,7 +1,7 @@
-"""GenEval (arXiv 2310.11513): whether the objects that a prompt asks for are in the picture.
+"""GenEval (arXiv 2310.11513): whether an image contains the objects of its prompt.
 
-Its six tasks, its prompts' grammar and its check. Prompts are drawn here, by the same grammar, so that they
-are not the authors' list; that list is understood, too.
+The six tasks, the grammar of prompts, and the check of images. Prompts are generated with the authors'
+grammar; the authors' own list of prompts is parsed, too.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from scalewise.method.rng import permutation
-from scalewise.metrics.base import Mean, Metric, Seen, Statistic
+from scalewise.metrics.base import ImageFeatures, Mean, Metric, Statistic
 from scalewise.metrics.clip import ClipScorer
-from scalewise.metrics.detection import COLOURS, ColourJudge, Detector, Found
+from scalewise.metrics.detection import COLORS, ColorClassifier, Detection, Detector
 from scalewise.metrics.extras import Device, Extra
 
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 
 THRESHOLD = 0.3
-"""Less sure detections do not count ..."""
+"""Minimum score of a detection ..."""
 COUNTING_THRESHOLD = 0.9
-"""... nor these where the task is to count."""
-MOST = 16
-"""No more detections of a name are looked at."""
-SLACK = 0.1
-"""How much of the sum of two objects' sizes does not count as their distance."""
+"""... and in the counting task."""
+MAX_DETECTIONS = 16
+"""Maximum number of detections considered per name."""
+POSITION_SLACK = 0.1
+"""Fraction of the sum of two objects' sizes that is subtracted from their distance."""
 
 NAMES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -42,10 +42,10 @@ NAMES = (
     "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
     "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
-"""COCO's 80 objects, three of them with GenEval's spelling."""
+"""COCO's 80 objects, three of them renamed by GenEval."""
 
 THINGS = tuple(name for name in NAMES if name != "person")
-"""What is given a colour."""
+"""Objects used in color prompts."""
 COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -53,56 +53,55 @@ SIZES = {
     "single_object": len(NAMES),
     "two_object": len(NAMES) * (len(NAMES) - 1),
     "counting": len(NAMES) * len(COUNTS),
-    "colors": len(THINGS) * len(COLOURS),
+    "colors": len(THINGS) * len(COLORS),
     "position": len(NAMES) * (len(NAMES) - 1) * len(RELATIONS),
-    "color_attr": len(THINGS) * (len(THINGS) - 1) * len(COLOURS) * (len(COLOURS) - 1),
+    "color_attr": len(THINGS) * (len(THINGS) - 1) * len(COLORS) * (len(COLORS) - 1),
 }
-"""The tasks, in their authors' order, and how many different prompts each of them has."""
+"""Number of distinct prompts of each task, in the authors' order."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One kind of object that a prompt asks for."""
+class ObjectSpec:
+    """An object requested by a prompt, with its count and color."""
 
     name: str
     count: int = 1
-    colour: str | None = None
+    color: str | None = None
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a prompt asks for."""
+    """Content requested by a prompt: objects and their relation."""
 
     task: str
-    objects: tuple[Wanted, ...]
+    objects: tuple[ObjectSpec, ...]
     relation: str | None = None
-    """Where the first object is, seen from the second."""
+    """Position of the first object relative to the second."""
 
 
 def geneval_prompts(count: int, *, seed: int = 0) -> list[str]:
-    """Draw different prompts, the tasks in turn; a longer list begins with a shorter one of the same seed.
+    """Generate distinct prompts, alternating between tasks; with equal seeds, shorter lists are prefixes.
 
-    A task whose prompts are used up is left out of the further rounds: single objects after 80 of them.
-    Raises ValueError when there are not so many.
+    A task is skipped when its prompts are used up (single objects after 80). Raises ValueError if `count`
+    exceeds the number of distinct prompts.
     """
     if not 1 <= count <= sum(SIZES.values()):
         raise ValueError(
-            f"GenEval's grammar makes {sum(SIZES.values()):,} different prompts, not {count:,}; ask for a "
-            "number from 1 to that."
+            f"The number of GenEval prompts must be between 1 and {sum(SIZES.values()):,}; got {count:,}."
         )
     orders = {task: permutation(size, "geneval", task, seed)[:count].tolist() for task, size in SIZES.items()}
-    drawn: list[str] = []
+    prompts: list[str] = []
     turn = 0
-    while len(drawn) < count:
-        drawn += [
-            prompt_of(_numbered(task, order[turn])) for task, order in orders.items() if turn < len(order)
+    while len(prompts) < count:
+        prompts += [
+            format_prompt(_numbered(task, order[turn])) for task, order in orders.items() if turn < len(order)
         ]
         turn += 1
-    return drawn[:count]
+    return prompts[:count]
 
 
-def prompt_of(asked: Requirement) -> str:
-    """Write down a requirement in GenEval's words."""
+def format_prompt(asked: Requirement) -> str:
+    """Format a requirement as a prompt of GenEval's grammar."""
     if asked.task == "counting":
         [thing] = asked.objects
         number = next(word for word, count in COUNTS.items() if count == thing.count)
@@ -112,14 +111,14 @@ def prompt_of(asked: Requirement) -> str:
 
 
 def parse_prompt(text: str) -> Requirement | None:
-    """What a prompt of GenEval's grammar asks for; None for other texts."""
+    """Parse a prompt of GenEval's grammar; return None for other prompts."""
     start, _, rest = text.strip().partition("a photo of ")
     if start:
         return None
     if rest in _COUNTED:
         return Requirement("counting", (_COUNTED[rest],))
     if rest in _PHRASES:
-        return Requirement("colors" if _PHRASES[rest].colour else "single_object", (_PHRASES[rest],))
+        return Requirement("colors" if _PHRASES[rest].color else "single_object", (_PHRASES[rest],))
     for joint in ("and", *RELATIONS):
         one, _, two = rest.partition(f" {joint} ")
         if one in _PHRASES and two in _PHRASES:
@@ -127,176 +126,179 @@ def parse_prompt(text: str) -> Requirement | None:
     return None
 
 
-def _pair_of(one: Wanted, two: Wanted, joint: str) -> Requirement | None:
-    colours = {one.colour, two.colour}
+def _pair_of(one: ObjectSpec, two: ObjectSpec, joint: str) -> Requirement | None:
+    colors = {one.color, two.color}
     if one.name == two.name:
         return None
-    if colours == {None}:
+    if colors == {None}:
         if joint == "and":
             return Requirement("two_object", (one, two))
         return Requirement("position", (one, two), joint)
-    if joint != "and" or None in colours or len(colours) == 1:
+    if joint != "and" or None in colors or len(colors) == 1:
         return None
     return Requirement("color_attr", (one, two))
 
 
-def _numbered(task: str, number: int) -> Requirement:
-    """The requirement with some number in range(SIZES[task])."""
+def _numbered(task: str, index: int) -> Requirement:
+    """Return the requirement with an index in range(TASK_SIZES[task])."""
     if task == "single_object":
-        return Requirement(task, (Wanted(NAMES[number]),))
+        return Requirement(task, (ObjectSpec(NAMES[index]),))
     if task == "two_object":
-        return Requirement(task, tuple(Wanted(name) for name in _two_of(NAMES, number)))
+        return Requirement(task, tuple(ObjectSpec(name) for name in _two_of(NAMES, index)))
     if task == "counting":
-        name, count = divmod(number, len(COUNTS))
-        return Requirement(task, (Wanted(NAMES[name], list(COUNTS.values())[count]),))
+        name, count = divmod(index, len(COUNTS))
+        return Requirement(task, (ObjectSpec(NAMES[name], list(COUNTS.values())[count]),))
     if task == "colors":
-        name, colour = divmod(number, len(COLOURS))
-        return Requirement(task, (Wanted(THINGS[name], colour=COLOURS[colour]),))
+        name, color = divmod(index, len(COLORS))
+        return Requirement(task, (ObjectSpec(THINGS[name], color=COLORS[color]),))
     if task == "position":
-        names, relation = divmod(number, len(RELATIONS))
-        objects = tuple(Wanted(name) for name in _two_of(NAMES, names))
+        names, relation = divmod(index, len(RELATIONS))
+        objects = tuple(ObjectSpec(name) for name in _two_of(NAMES, names))
         return Requirement(task, objects, RELATIONS[relation])
-    names, colours = divmod(number, len(COLOURS) * (len(COLOURS) - 1))
-    both = zip(_two_of(THINGS, names), _two_of(COLOURS, colours), strict=True)
-    return Requirement(task, tuple(Wanted(name, colour=colour) for name, colour in both))
+    names, colors = divmod(index, len(COLORS) * (len(COLORS) - 1))
+    both = zip(_two_of(THINGS, names), _two_of(COLORS, colors), strict=True)
+    return Requirement(task, tuple(ObjectSpec(name, color=color) for name, color in both))
 
 
-def _two_of(words: Sequence[str], number: int) -> tuple[str, str]:
-    """The ordered pair of different words with some number."""
-    one, two = divmod(number, len(words) - 1)
+def _two_of(words: Sequence[str], index: int) -> tuple[str, str]:
+    """Return the ordered pair of distinct words with an index."""
+    one, two = divmod(index, len(words) - 1)
     return words[one], words[two + (two >= one)]
 
 
-def _phrase(thing: Wanted) -> str:
-    words = f"{thing.colour} {thing.name}" if thing.colour else thing.name
+def _phrase(thing: ObjectSpec) -> str:
+    words = f"{thing.color} {thing.name}" if thing.color else thing.name
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _plural(name: str) -> str:
-    """GenEval's rule, whatever the language says: knifes, skises."""
+    """Form the plural by GenEval's rule, which ignores irregular nouns: knifes, skises."""
     return name + ("es" if name.endswith("s") else "s")
 
 
 _COUNTED = {
-    f"{word} {_plural(name)}": Wanted(name, count) for name in NAMES for word, count in COUNTS.items()
+    f"{word} {_plural(name)}": ObjectSpec(name, count) for name in NAMES for word, count in COUNTS.items()
 }
 _PHRASES = {
     _phrase(thing): thing
-    for thing in (*map(Wanted, NAMES), *(Wanted(name, colour=c) for name in THINGS for c in COLOURS))
+    for thing in (*map(ObjectSpec, NAMES), *(ObjectSpec(name, color=c) for name in THINGS for c in COLORS))
 }
 
 
-def correct(asked: Requirement, found: Iterable[Found], colour_of: Callable[[Found], str]) -> bool:
-    """GenEval's check of what a detector found in one picture.
+def correct(
+    asked: Requirement, detections: Iterable[Detection], color_of: Callable[[Detection], str]
+) -> bool:
+    """Check an image's detections against its prompt as GenEval does.
 
-    Counting wants the exact number, all else at least one. Colour and place are those of the surest
-    detections alone, as many as are wanted.
+    Counting needs the exact number of objects, other tasks at least one. Colors and positions are checked
+    only for the requested number of detections, those with the highest scores.
     """
     threshold = COUNTING_THRESHOLD if asked.task == "counting" else THRESHOLD
-    ranked = sorted((one for one in found if one.score > threshold), key=lambda one: -one.score)
-    picked: list[list[Found]] = []
+    ranked = sorted((one for one in detections if one.score > threshold), key=lambda one: -one.score)
+    selected: list[list[Detection]] = []
     for thing in asked.objects:
-        named = [one for one in ranked if one.name == thing.name][:MOST]
+        named = [one for one in ranked if one.name == thing.name][:MAX_DETECTIONS]
         if len(named) < thing.count or (asked.task == "counting" and len(named) > thing.count):
             return False
-        picked.append(named[: thing.count])
-        if thing.colour and any(colour_of(one) != thing.colour for one in picked[-1]):
+        selected.append(named[: thing.count])
+        if thing.color and any(color_of(one) != thing.color for one in selected[-1]):
             return False
     if asked.relation is None:
         return True
-    return all(asked.relation in relations(a.box, b.box) for a in picked[0] for b in picked[1])
+    return all(asked.relation in relations(a.box, b.box) for a in selected[0] for b in selected[1])
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
-    """Where box a lies as seen from box b (left, top, right, bottom): none, one or two of `RELATIONS`.
+    """Return the positions of box a relative to box b (left, top, right, bottom): up to two of `RELATIONS`.
 
-    The distance of centres counts, less a tenth of both sizes along each axis; an axis counts if that is
-    more than half of the whole distance.
+    Along each axis, the distance between centers is reduced by a tenth of the boxes' summed sizes; it must
+    then exceed half of the total distance.
     """
     corners = np.asarray([a, b], dtype=np.float64).reshape(2, 2, 2)
-    centres, sizes = corners.mean(1), np.abs(corners[:, 1] - corners[:, 0])
-    offset = centres[0] - centres[1]
-    apart = np.maximum(np.abs(offset) - SLACK * sizes.sum(0), 0) * np.sign(offset)
-    if np.all(np.abs(apart) < 1e-3):
+    centers, sizes = corners.mean(1), np.abs(corners[:, 1] - corners[:, 0])
+    offset = centers[0] - centers[1]
+    shifts = np.maximum(np.abs(offset) - POSITION_SLACK * sizes.sum(0), 0) * np.sign(offset)
+    if np.all(np.abs(shifts) < 1e-3):
         return set()
-    x, y = apart / np.linalg.norm(offset)
+    x, y = shifts / np.linalg.norm(offset)
     holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {relation for relation, held in holds.items() if held}
+    return {relation for relation, valid in holds.items() if valid}
 
 
 def _asked(captions: Sequence[str]) -> list[Requirement | None]:
     asked = [parse_prompt(caption) for caption in captions]
     if not any(asked):
         raise ValueError(
-            f"None of the {len(captions)} prompts is one of GenEval's, which the metric geneval needs; "
-            "draw pictures of those with --prompts geneval."
+            f"The metric geneval needs GenEval prompts; none of the {len(captions)} prompts is one. Use "
+            "--prompts geneval."
         )
     return asked
 
 
 def check(captions: Sequence[str]) -> None:
-    """Refuse captions of which none is GenEval's, and warn of tasks that none of them belongs to."""
+    """Raise ValueError if no caption is a GenEval prompt, and warn about tasks without prompts."""
     tasks = {one.task for one in _asked(captions) if one}
-    if left := [task for task in SIZES if task not in tasks]:
+    if unused := [task for task in SIZES if task not in tasks]:
         warnings.warn(
-            f"No prompt is of GenEval's {'task' if len(left) == 1 else 'tasks'} {', '.join(left)}: its mean "
+            f"No prompt belongs to GenEval's {'task' if len(unused) == 1 else 'tasks'} {', '.join(unused)}; "
+            "the mean "
             f"is over {len(tasks)} of {len(SIZES)} tasks.",
             stacklevel=2,
         )
 
 
 class GenEval:
-    """Judges pictures of GenEval's prompts, each by itself."""
+    """Checks images of GenEval prompts with a detector and a color classifier."""
 
-    def __init__(self, detector: Detector, colours: ColourJudge) -> None:
-        self.detector, self.colours = detector, colours
+    def __init__(self, detector: Detector, colors: ColorClassifier) -> None:
+        self.detector, self.colors = detector, colors
 
     @classmethod
     def load(cls, source: str, device: Device) -> GenEval:
-        """`source`: "DETECTOR" or "DETECTOR,CLIP", hub ids or folders."""
+        """Load the models of `source`: "DETECTOR" or "DETECTOR,CLIP", each a hub id or folder."""
         parts = source.split(",")
         if len(parts) > 2 or not all(parts):
             raise ValueError(
-                f"The metric geneval takes a detector and a CLIP model, not {source!r}: write "
-                "geneval=DETECTOR or geneval=DETECTOR,CLIP with a hub id or folder for each."
+                f"Cannot parse the models {source!r} of the metric geneval; write geneval=DETECTOR or "
+                "geneval=DETECTOR,CLIP with a hub id or folder for each."
             )
         clip = parts[1] if len(parts) == 2 else CLIP
-        return cls(Detector.load(parts[0], device), ColourJudge(ClipScorer.load(clip, device=device)))
+        return cls(Detector.load(parts[0], device), ColorClassifier(ClipScorer.load(clip, device=device)))
 
-    def look(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
-        """1 for a picture that its prompt's check passes, else 0, NaN for prompts of other tasks [N].
+    def extract(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return [N] for each task: 1 if an image passes its prompt's check, else 0; NaN for other tasks.
 
-        "geneval" has all tasks' pictures. Raises ValueError if no caption is a prompt of GenEval's, and if
-        the detector has no label for an object that one asks for.
+        `images` are uint8 [N, H, W, 3]. "geneval" covers all tasks. Raises ValueError if no caption is a
+        GenEval prompt, or if the detector has no label for a requested object.
         """
         asked = _asked(captions)
         known = [one for one in asked if one]
         self.detector.require(thing.name for one in known for thing in one.objects)
-        looks = {metric.name: torch.full((len(captions),), torch.nan) for metric in EXTRA.metrics}
-        for i, (picture, one) in enumerate(zip(images, asked, strict=True)):
+        outputs = {metric.name: torch.full((len(captions),), torch.nan) for metric in EXTRA.metrics}
+        for i, (image, one) in enumerate(zip(images, asked, strict=True)):
             if one:
-                looks["geneval"][i] = looks[f"geneval_{one.task}"][i] = float(self._passes(picture, one))
-        return looks
+                outputs["geneval"][i] = outputs[f"geneval_{one.task}"][i] = float(self._passes(image, one))
+        return outputs
 
-    def _passes(self, picture: np.ndarray, asked: Requirement) -> bool:
-        found = self.detector.find(picture, above=THRESHOLD)
-        return correct(asked, found, lambda one: self.colours(picture, one))
+    def _passes(self, image: np.ndarray, asked: Requirement) -> bool:
+        detections = self.detector.find(image, threshold=THRESHOLD)
+        return correct(asked, detections, lambda one: self.colors(image, one))
 
 
-def _overall(seen: Seen) -> Statistic | None:
-    """The mean over tasks of each one's share; tasks without a picture of the given prompts are left out."""
-    tasks = [seen.looks[f"geneval_{task}"] for task in SIZES if f"geneval_{task}" in seen.looks]
+def _overall(features: ImageFeatures) -> Statistic | None:
+    """Return the mean of the tasks' shares; tasks without images of the given prompts are left out."""
+    tasks = [features.outputs[f"geneval_{task}"] for task in SIZES if f"geneval_{task}" in features.outputs]
     if all(bool(values.isnan().all()) for values in tasks):
         return None
-    return Mean(seen, torch.stack(tasks))
+    return Mean(features, torch.stack(tasks))
 
 
 def _metric(task: str, title: str, about: str) -> Metric:
     name = f"geneval_{task}"
     return Metric(
         name=name, title=f"GenEval {title}", better="higher", bounds=(0, 1), percent=True, share=True,
-        statistic=lambda seen: seen.mean_look(name),
-        about=f"share of pictures {about}, as a detector sees them",
+        statistic=lambda features: features.mean_output(name),
+        about=f"share of images {about}, according to a detector",
     )  # fmt: skip
 
 
@@ -309,13 +311,13 @@ EXTRA = Extra(
         Metric(
             name="geneval", title="GenEval", better="higher", bounds=(0, 1), percent=True, share=True,
             statistic=_overall,
-            about="mean over GenEval's tasks of the share of pictures that show what their prompt asks for",
+            about="mean over GenEval's tasks of the share of images with the content of their prompt",
         ),
-        _metric("single_object", "single object", "with the one object asked for"),
-        _metric("two_object", "two objects", "with both objects asked for"),
-        _metric("counting", "counting", "with exactly as many objects as asked for"),
-        _metric("colors", "colours", "whose object has the colour asked for"),
-        _metric("position", "position", "with one object where asked for, seen from the other"),
-        _metric("color_attr", "colour attribution", "with two objects, each in the colour asked for"),
+        _metric("single_object", "single object", "that contain the object of the prompt"),
+        _metric("two_object", "two objects", "that contain both objects of the prompt"),
+        _metric("counting", "counting", "with the exact number of objects of the prompt"),
+        _metric("colors", "colors", "whose object has the color of the prompt"),
+        _metric("position", "position", "with the relative position of the prompt"),
+        _metric("color_attr", "color attribution", "with two objects, each in its color of the prompt"),
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""95% intervals for figures measured on a sample of images, by repeating the measurement on halves of it."""
+"""95% intervals of metrics, from the same metrics on random halves of the samples."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torch import Tensor
 from scalewise.method.rng import permutation
 
 LEVEL = 0.95
-NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
-ROUNDS = 2000  # verdicts stand at the ends of intervals, which few rounds leave to chance
-FEWEST = 20
-"""Independent samples that an interval needs; of fewer it holds the true value too seldom (docs/log.md)."""
-FEWEST_ROUNDS = 6
-"""Values that a 95% interval of a median needs."""
+NORMAL_QUANTILE = NormalDist().inv_cdf((1 + LEVEL) / 2)
+ROUNDS = 2000  # verdicts depend on interval ends, which vary if rounds are few
+MIN_SAMPLES = 20
+"""Minimum independent samples of an interval; with fewer, its coverage is below 95% (docs/log.md)."""
+MIN_ROUNDS = 6
+"""Minimum number of values of a 95% interval of a median."""
 
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the expansion below errs by less
-# than 0.0001.
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; for more, the error of the expansion below
+# is
+# less than 0.0001.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
-def t_quantile(freedom: int) -> float:
-    """How many standard errors, estimated with some degrees of freedom, reach to the end of a 95% interval.
+def t_quantile(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's t: half the width of a 95% interval in standard errors.
 
-    The expansion is Abramowitz and Stegun 26.7.5.
+    For more than 10 degrees of freedom by the expansion in Abramowitz and Stegun, 26.7.5.
     """
-    assert freedom >= 1, "a standard error needs two values"
-    if freedom <= len(_T):
-        return _T[freedom - 1]
-    z, n = NORMAL, freedom
+    assert degrees >= 1, "a standard error needs two values"
+    if degrees <= len(_T):
+        return _T[degrees - 1]
+    z, n = NORMAL_QUANTILE, degrees
     return (
         z
         + (z**3 + z) / (4 * n)
@@ -45,7 +46,7 @@ def t_quantile(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value with the bounds that hold the true one 95 times of 100, as far as sampling goes."""
+    """A measured value and its 95% interval, which covers the uncertainty from sampling only."""
 
     value: float
     low: float
@@ -53,16 +54,16 @@ class Interval:
 
     @classmethod
     def unknown(cls, value: float) -> Interval:
-        """A value that rests on too little for an interval."""
+        """Return a value without an interval, for too few samples."""
         return cls(value, -math.inf, math.inf)
 
     @property
     def known(self) -> bool:
-        """Whether there is an interval."""
+        """Whether the value has an interval."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def within(self, low: float, high: float) -> Interval:
-        """The interval cut to what the figure can be, for example [0, 1] for a share."""
+        """Clip the interval to the range of the metric, such as [0, 1] for a share."""
         if not self.known:
             return self
         return Interval(self.value, min(max(self.low, low), high), min(max(self.high, low), high))
@@ -71,31 +72,31 @@ class Interval:
         return Interval(self.value / number, self.low / number, self.high / number)
 
     def excludes(self, number: float) -> bool:
-        """Tell whether `number` lies outside."""
+        """Return whether `number` is outside the interval."""
         return not self.low <= number <= self.high
 
     def show(self, show: Callable[[float], str]) -> str:
-        """Such as "0.31 [0.25, 0.37]"; the value alone where there is no interval."""
+        """Format as "0.31 [0.25, 0.37]", or as the value alone if there is no interval."""
         if not self.known:
             return show(self.value)
         return f"{show(self.value)} [{show(self.low)}, {show(self.high)}]"
 
     def to_list(self) -> list[float | None]:
-        """[value, low, high], as results are stored; None for the ends of an unknown interval."""
+        """Return [value, low, high] for storage; the ends of an unknown interval are None."""
         return [self.value, self.low, self.high] if self.known else [self.value, None, None]
 
     @classmethod
     def from_list(cls, stored: Sequence[float | None]) -> Interval:
-        """Read what `to_list` gave."""
+        """Parse the output of `to_list`."""
         value, low, high = stored
         assert value is not None
         return cls.unknown(value) if low is None or high is None else cls(value, low, high)
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Take the median of values with its 95% interval; of fewer than FEWEST_ROUNDS values their range.
+    """Compute the median of values and its 95% interval, or their range for fewer than MIN_ROUNDS values.
 
-    The ends are order statistics, which assume no distribution.
+    The ends are order statistics, so no distribution is assumed.
     """
     ordered, count = sorted(values), len(values)
     # P(median outside [k-th smallest, k-th largest]) = 2 P(Binomial(n, 1/2) < k): the largest k below 5%.
@@ -108,85 +109,87 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Resampled:
-    """A figure of a whole sample and of random halves of it.
+    """A metric on all samples and on random halves of them.
 
-    Figures over the same halves add up: `a - b` is their difference, paired, and `0.1 * a` a part.
+    Metrics on the same halves support arithmetic: `a - b` is the paired difference.
     """
 
     value: float
     halves: Tensor
-    """The figure of every half, float64 [R]."""
+    """Value on each half, float64 [R]."""
     count: int
-    """Independent samples in the whole."""
+    """Number of independent samples."""
 
     def __sub__(self, other: Resampled) -> Resampled:
         return self + -1.0 * other
 
     def __add__(self, other: Resampled) -> Resampled:
-        assert self.count == other.count, "figures are of the same halves"
+        assert self.count == other.count, "both need the same halves"
         return Resampled(self.value + other.value, self.halves + other.halves, self.count)
 
     def __rmul__(self, factor: float) -> Resampled:
         return Resampled(factor * self.value, factor * self.halves, self.count)
 
     @classmethod
-    def mean(cls, figures: Sequence[Resampled]) -> Resampled:
-        """The mean of figures over the same halves: of several seeds, say, whose pictures are not mixed."""
-        total = figures[0]
-        for figure in figures[1:]:
-            total = total + figure
-        return (1 / len(figures)) * total
+    def mean(cls, values: Sequence[Resampled]) -> Resampled:
+        """Average metrics on the same halves, such as those of several training seeds."""
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return (1 / len(values)) * total
 
     @property
-    def spread(self) -> Tensor:
-        """How far the figure of the whole sample may be off, by every half, float64 [R].
+    def deviations(self) -> Tensor:
+        """Estimated deviations of the value on all samples, one for each half, float64 [R].
 
-        The usual bootstrap draws with replacement. A Frechet distance falls with the number of *different*
-        images, so repeated ones push it up: its percentile interval may not even hold the measured value.
-        Halves drawn without replacement have no repeats, and for a mean their spread around their own average
-        equals the standard error of the whole sample (variance s^2 (1/m - 1/n), which for m = n/2 is s^2/n;
+        The usual bootstrap samples with replacement. Fréchet distances decrease with the number of *distinct*
+        images, so duplicates increase them: the percentile interval may not even contain the measured value.
+        Halves without replacement have no duplicates. For a mean, their deviation from their own average
+        equals the standard error on all samples (variance s^2 (1/m - 1/n), which is s^2/n for m = n/2;
         other m are rescaled).
         """
-        again = self.halves[~self.halves.isnan()]  # a half may hold no image that the figure is about
+        values = self.halves[~self.halves.isnan()]  # NaN: the metric applies to no image of a half
         half = self.count // 2
-        return (again - again.mean()) * math.sqrt(half / (self.count - half))
+        return (values - values.mean()) * math.sqrt(half / (self.count - half))
 
     @property
     def error(self) -> float:
-        """The standard error over the samples."""
-        return float(self.spread.std())
+        """Standard error of the value."""
+        return float(self.deviations.std())
 
     def interval(self) -> Interval:
-        """The 95% interval.
+        """Return the 95% interval.
 
-        The spread is reflected about the measured value ("pivotal"), so the bias that comes with half the
-        sample cancels, and widened as Student's t is against the normal distribution. What stays is the bias
-        of the value itself at this sample size: compare figures of equal counts.
+        The deviations is reflected about the measured value ("pivotal interval"), which cancels the bias of
+        half-size samples, and is widened by the ratio of Student's t to the normal quantile. The bias of the
+        value at this sample size remains, so compare only values of the same number of samples.
         """
-        spread = self.spread
-        if len(spread) < 2:
+        deviations = self.deviations
+        if len(deviations) < 2:
             return Interval.unknown(self.value)
         outside = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-        wider = t_quantile(self.count - 1) / NORMAL
-        low, high = (wider * spread.quantile(outside)).tolist()
+        widening = t_quantile(self.count - 1) / NORMAL_QUANTILE
+        low, high = (widening * deviations.quantile(outside)).tolist()
         return Interval(self.value, self.value - high, self.value - low)
 
 
 def resample(
     statistic: Callable[[Tensor], float], count: int, *, rounds: int = ROUNDS, seed: int = 0
 ) -> Resampled:
-    """Measure `statistic(indices)` on all of range(count) and on random halves, the same for equal seeds."""
-    if count < FEWEST:
+    """Compute `statistic(indices [G])` on range(count) and on random halves, which depend on the seed
+    only.
+    """
+    if count < MIN_SAMPLES:
         raise ValueError(
-            f"An interval needs at least {FEWEST} independent samples, not {count}; draw more prompts."
+            f"An interval needs at least {MIN_SAMPLES} independent samples; got {count}. Use more prompts."
         )
     halves = (permutation(count, "interval", seed, r)[: count // 2] for r in range(rounds))
-    again = torch.tensor([statistic(rows) for rows in halves], dtype=torch.float64)
-    return Resampled(statistic(torch.arange(count)), again, count)
+    values = torch.tensor([statistic(rows) for rows in halves], dtype=torch.float64)
+    return Resampled(statistic(torch.arange(count)), values, count)
 
 
 def bootstrap_interval(
     statistic: Callable[[Tensor], float], count: int, *, rounds: int = 200, seed: int = 0
 ) -> Interval:
-    """Measure `statistic(indices)` on all of range(count), with a 95% interval from random halves."""
+    """Compute `statistic(indices [G])` on range(count), with a 95% interval from random halves."""
     return resample(statistic, count, rounds=rounds, seed=seed).interval()

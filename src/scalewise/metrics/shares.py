@@ -1,7 +1,7 @@
-"""95% intervals of shares: Wilson's (1927), of paired differences Newcombe's, of means over parts MOVER.
+"""95% intervals of shares: Wilson (1927); Newcombe (1998) for paired differences; MOVER for means of shares.
 
-A share of few prompts, or one near 0 or 1, is skewed and may not spread at all between halves of the sample,
-so that resampling says nothing of it.
+Resampling does not work for shares of few prompts or near 0 or 1: their distribution is skewed, and all
+halves may have the same value.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scalewise.metrics.base import Mean, Seen, Statistic
-from scalewise.metrics.intervals import FEWEST, NORMAL, Interval
+from scalewise.metrics.base import ImageFeatures, Mean, Statistic
+from scalewise.metrics.intervals import MIN_SAMPLES, NORMAL_QUANTILE, Interval
 
 
 def interval(ours: Statistic, theirs: Statistic | None = None) -> Interval:
-    """The interval of a share or, with `theirs`, of the difference ours - theirs over the same prompts.
+    """Compute the interval of a share or, with `theirs`, of the difference ours - theirs on the same prompts.
 
-    Both are a `Mean` of 1 for an image that passes, else 0, NaN where the part does not apply to it.
+    Both are a `Mean` of 1 for images that pass and 0 for others; NaN where a part does not apply to an image.
     """
     tables = _tables(ours)
     if theirs is None:
@@ -28,32 +28,35 @@ def interval(ours: Statistic, theirs: Statistic | None = None) -> Interval:
 
 
 def _tables(statistic: Statistic) -> list[Tensor]:
-    assert isinstance(statistic, Mean), "shares are means"
-    return [_by_prompt(part, statistic.seen) for part in statistic.parts]
+    assert isinstance(statistic, Mean), "a share needs a Mean"
+    return [_by_prompt(part, statistic.features) for part in statistic.parts]
 
 
 def wilson(share: float, count: float) -> Interval:
-    """The score interval of a share of `count` independent samples."""
-    z2 = NORMAL**2 / count
+    """Compute the Wilson score interval of a share of `count` independent samples."""
+    z2 = NORMAL_QUANTILE**2 / count
     center = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
     return Interval(share, max(0.0, center - half), min(1.0, center + half))
 
 
 def share(table: Tensor) -> float:
-    """The share of images that pass, of a table by prompt [P, 2]: how many pass, of how many."""
+    """Compute the share of images that pass from a table [P, 2]: images that pass, images, for each
+    prompt.
+    """
     return float(table[:, 0].sum() / table[:, 1].sum())
 
 
 def effective_count(table: Tensor) -> float:
-    """How many independent images spread as those of a table [P, 2] do: images of one prompt are alike.
+    """Compute the number of independent images with the same variance as those of a table [P, 2].
 
-    From the number of prompts, as if all images of a prompt passed or failed together, to that of images.
-    Of few prompts, and where all pass or none, the likeness cannot be measured: there prompts count.
+    Images of one prompt are correlated, so the result is between the number of prompts (all images of a
+    prompt pass or fail together) and the number of images (independent). It is the number of prompts if the
+    correlation cannot be estimated: for few prompts, or if all or none of the images pass.
     """
     table = table[table[:, 1] > 0]
     prompts, images, mean = len(table), float(table[:, 1].sum()), share(table)
-    if prompts < FEWEST or mean in (0, 1):
+    if prompts < MIN_SAMPLES or mean in (0, 1):
         return prompts
     residual = table[:, 0] - mean * table[:, 1]
     variance = float(residual.square().sum()) / images**2 * prompts / (prompts - 1)
@@ -61,10 +64,10 @@ def effective_count(table: Tensor) -> float:
 
 
 def paired_difference(ours: Tensor, theirs: Tensor) -> Interval:
-    """The interval of a difference of shares of the same prompts, from tables by prompt [P, 2] each.
+    """Compute the interval of the difference of two shares on the same prompts, from tables [P, 2].
 
-    Newcombe 1998, method 10: the distances of both Wilson intervals' ends, added as errors that correlate as
-    the prompts' shares do.
+    Newcombe 1998, method 10: the interval ends of both shares are combined as errors with the correlation of
+    the prompts' shares.
     """
     a, b = (wilson(share(table), effective_count(table)) for table in (ours, theirs))
     both = (ours[:, 1] > 0) & (theirs[:, 1] > 0)
@@ -79,9 +82,9 @@ def paired_difference(ours: Tensor, theirs: Tensor) -> Interval:
 
 
 def mean_of_parts(parts: Sequence[Interval]) -> Interval:
-    """The interval of the mean of independent figures: the distances of their ends, added as errors are.
+    """Compute the interval of the mean of independent values from their intervals.
 
-    MOVER (Zou and Donner 2008).
+    Distances to the interval ends are added in quadrature (MOVER, Zou and Donner 2008).
     """
     value = sum(part.value for part in parts) / len(parts)
     low = math.hypot(*(part.value - part.low for part in parts)) / len(parts)
@@ -89,16 +92,16 @@ def mean_of_parts(parts: Sequence[Interval]) -> Interval:
     return Interval(value, value - low, value + high)
 
 
-def _by_prompt(values: Tensor, seen: Seen) -> Tensor:
-    """How many images of each prompt pass, and how many count, float64 [P, 2]."""
+def _by_prompt(values: Tensor, features: ImageFeatures) -> Tensor:
+    """Count images that pass and images with a value for each prompt, float64 [P, 2]."""
     counts = ~values.isnan()
-    table = torch.zeros(seen.prompts, 2, dtype=torch.float64)
+    table = torch.zeros(features.prompts, 2, dtype=torch.float64)
     rows = torch.stack([values[counts].double(), torch.ones(int(counts.sum()), dtype=torch.float64)], 1)
-    return table.index_add_(0, seen.prompt[counts], rows)
+    return table.index_add_(0, features.prompt[counts], rows)
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of prompts' shares [P] each; a positive one less Newcombe's correction for continuity."""
+    """Compute Pearson's correlation of shares [P]; if positive, with Newcombe's continuity correction."""
     if len(a) == 0:
         return 0.0
     covariance = float(((a - a.mean()) * (b - b.mean())).mean())

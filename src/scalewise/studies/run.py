@@ -31,7 +31,7 @@ from scalewise.method.noise import NoiseProcess
 from scalewise.method.rng import SampleNoise, permutation
 from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale, upscale_latents
-from scalewise.metrics import FEWEST, METRICS, Interval, Resampled, Seen, resample
+from scalewise.metrics import METRICS, MIN_SAMPLES, ImageFeatures, Interval, Resampled, resample
 from scalewise.metrics.base import Gaussian
 from scalewise.models import PipelineAdapter
 from scalewise.models.lora import StudentError
@@ -63,8 +63,8 @@ class StudySettings:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise RecipeError(f"seeds must be one or more different integers >= 0; got {list(self.seeds)}.")
-        if self.count < FEWEST:
-            raise RecipeError(f"{self.count} prompts are too few for intervals; use {FEWEST} or more.")
+        if self.count < MIN_SAMPLES:
+            raise RecipeError(f"{self.count} prompts are too few for intervals; use {MIN_SAMPLES} or more.")
         if self.iterations is not None and self.iterations < 1:
             raise RecipeError(f"iterations must be 1 or more; got {self.iterations}.")
 
@@ -250,7 +250,7 @@ def compute_all_features(
     return {variant.name: [get(variant, seed) for seed in settings.seeds] for variant in study.variants}
 
 
-def compute_metric(metric: str, seen: Seen) -> Resampled:
+def compute_metric(metric: str, seen: ImageFeatures) -> Resampled:
     """Compute a metric for the images of one seed, over all prompts and over random halves of them.
 
     The halves are the same for all seeds and variants.

@@ -15,7 +15,7 @@ from scalewise.config.presets import find_recipe
 from scalewise.data.shards import exclusive
 from scalewise.evaluation.training_cost import GB, TrainingCost, measure_training
 from scalewise.metrics import Interval
-from scalewise.metrics.intervals import FEWEST_ROUNDS
+from scalewise.metrics.intervals import MIN_ROUNDS
 from scalewise.studies.base import Verdict
 from scalewise.studies.page import plot_panels
 
@@ -37,7 +37,7 @@ class CostClaim:
 
         Undecided with fewer than six rounds, which give no interval.
         """
-        if rounds < FEWEST_ROUNDS:
+        if rounds < MIN_ROUNDS:
             return "undecided"
         if not ratio.excludes(1):
             return "undecided"
@@ -93,7 +93,7 @@ def format_page(cost: TrainingCost, verdicts: dict[str, Verdict], rounds: int) -
         f"![time and memory by mode]({NAME}.png)\n",
         "In each round, every mode runs once over all steps, in alternating order. A claim is reproduced if "
         "the whole interval is on the same side of 1 as in the paper, and undecided with fewer than "
-        f"{FEWEST_ROUNDS} rounds, which give no interval.\n",
+        f"{MIN_ROUNDS} rounds, which give no interval.\n",
         f"## Differences from the paper\n{DIFFERENCES}\n",
     ]
     return "\n".join(parts)

@@ -10,7 +10,7 @@ from scalewise.evaluation.evaluate import Row
 from scalewise.evaluation.report import ReportContent
 from scalewise.evaluation.timing import Timing
 from scalewise.metrics import METRICS, Metric
-from scalewise.metrics.intervals import FEWEST_ROUNDS
+from scalewise.metrics.intervals import MIN_ROUNDS
 
 NO_BREAK = "\u00a0"
 UNKNOWN = "unknown"
@@ -120,8 +120,8 @@ def cautions(content: ReportContent) -> list[str]:
             f"The rows have different numbers of images ({', '.join(map(str, counts))}). A Fréchet "
             "distance is larger for fewer images, so compare it only between rows with the same number."
         )
-    rounds = min((timing.rounds for timing in content.timings), default=FEWEST_ROUNDS)
-    if rounds < FEWEST_ROUNDS:
+    rounds = min((timing.rounds for timing in content.timings), default=MIN_ROUNDS)
+    if rounds < MIN_ROUNDS:
         sentences.append(
             f"Times were measured in {rounds} round{'s' if rounds > 1 else ''}; their intervals are ranges "
             "with "
