@@ -140,9 +140,8 @@ def test_preference_scores_are_a_hundred_cosines(clip_folder: Path, extra: objec
     assert torch.allclose(found, wanted, atol=1e-3)
     alone = torch.cat([examiner.extract(images[i : i + 1], captions[i : i + 1])[name] for i in range(5)])
     assert torch.allclose(found, alone, atol=1e-4)
-    assert measure(ImageFeatures(None, torch.arange(5), None, outputs={name: found}))[
-        name
-    ].value == pytest.approx(float(wanted.mean()), abs=1e-3)
+    features = ImageFeatures(None, torch.arange(5), None, outputs={name: found})
+    assert measure(features)[name].value == pytest.approx(float(wanted.mean()), abs=1e-3)
 
 
 @pytest.mark.parametrize("count", [5, 40])

@@ -1,4 +1,4 @@
-"""What the stages of the mini share: where things lie, the data, a resumable training loop."""
+"""Shared by the stages of the mini: folders, data, and a resumable training loop."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Pictures:
 
 
 def load_pictures(*, split: str | None = None, denoiser_only: bool = False) -> Pictures:
-    """Load the emoji set; `denoiser_only` restricts it to the styles and subjects the denoiser learns."""
+    """Load the emoji images; `denoiser_only` keeps only the styles and subjects of the denoiser's
+    training.
+    """
     folder = work_folder() / "data"
     pictures = Pictures(
         np.load(folder / "emoji128.npy"), json.loads((folder / "captions.json").read_text(encoding="utf-8"))
@@ -61,26 +63,26 @@ def load_pictures(*, split: str | None = None, denoiser_only: bool = False) -> P
 
 
 def half_is_fast() -> bool:
-    """Whether this processor multiplies bfloat16 natively; emulated, it is five times slower than float32."""
+    """Return whether the processor supports bfloat16; emulation is five times slower than float32."""
     return settle("auto", "cpu") == "bf16"
 
 
 def to_float(pixels: np.ndarray | Tensor) -> Tensor:
-    """Turn uint8 [N, H, W, 3] into float [N, 3, H, W] in [-1, 1]."""
+    """Convert uint8 images [N, H, W, 3] to float [N, 3, H, W] in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once: a tensor that two names share is kept under the first."""
+    """Return parameters and persistent buffers; a tensor with two names is included once, under the first."""
     first = dict(module.named_parameters())
     return {**first, **{k: v for k, v in module.state_dict().items() if k in dict(module.named_buffers())}}
 
 
 def load_own(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load what `own_tensors` gave; nothing may be missing or left over."""
+    """Load the output of `own_tensors`; exits if names are missing or unexpected."""
     wrong = own_tensors(module).keys() ^ tensors.keys()
     if wrong:
-        raise SystemExit(f"The saved state does not fit the module: {sorted(wrong)[:3]}")
+        raise SystemExit(f"The saved state does not match the module: {sorted(wrong)[:3]}")
     module.load_state_dict(tensors, strict=False)
 
 
@@ -106,10 +108,10 @@ class Ema:
 
 
 class Stage:
-    """A training loop that stops by the clock or by steps, saves every few minutes and resumes.
+    """A training loop with a number of steps, regular checkpoints and automatic resuming.
 
-    `loss(step)` returns (loss, dict of numbers to log). Weights, averages and optimizer state are kept as
-    safetensors in `folder`, so that a stage stopped at any moment goes on from its last save.
+    `loss(step)` returns the loss and a dict of values to log. Weights, averaged weights and optimizer state
+    are saved as safetensors in `folder`; an interrupted stage resumes from the last save.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Stage:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
 
     def rate(self) -> float:
-        """Learning rate now: warm-up, constant, then a linear fall over the last part of the steps."""
+        """Return the current learning rate: warm-up, constant, then linear decay."""
         warm = min(1.0, (self.step + 1) / self.warmup)
         done = self.step / self.steps
         fall = 1.0 if done < self.decay_from else max(0.02, (1 - done) / (1 - self.decay_from))
@@ -167,9 +169,7 @@ class Stage:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
             if not math.isfinite(float(norm)):
                 self.optimizer.zero_grad(set_to_none=True)
-                raise SystemExit(
-                    f"{self.name}: gradient is {float(norm)} at step {self.step}; lower the rate"
-                )
+                raise SystemExit(f"{self.name}: gradient is {float(norm)} at step {self.step}; lower the lr")
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
             self.optimizer.step()
@@ -227,7 +227,7 @@ class Stage:
             state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             if state:
                 self.optimizer.state[parameter] = state
-        print(f"{self.name}: goes on from step {self.step}", flush=True)
+        print(f"{self.name}: resumed from step {self.step}", flush=True)
 
 
 def load_averaged(name: str, module: nn.Module) -> nn.Module:
@@ -245,19 +245,19 @@ def euler(
 ) -> Tensor:  # fmt: skip
     """Sample from noise x [N, ...] by Euler steps on the shifted schedule, with classifier-free guidance.
 
-    `velocity(both, t)` gets x twice [2 N, ...] and t [2 N] in [0, 1000], and gives the velocities with and
-    without the caption.
+    `velocity(both, t)` gets x twice [2 N, ...] and t [2 N] in [0, 1000]; it returns the velocities with and
+    without the caption, each [N, ...].
     """
     linear = torch.linspace(1, 1 / 1000, steps)
     sigmas = torch.cat([shift * linear / (1 + (shift - 1) * linear), torch.zeros(1)])
     for now, then in pairwise(sigmas):
-        told, untold = velocity(torch.cat([x, x]), (1000 * now).expand(2 * len(x)))
-        x = x + (then - now) * (untold + guidance * (told - untold))
+        conditional, unconditional = velocity(torch.cat([x, x]), (1000 * now).expand(2 * len(x)))
+        x = x + (then - now) * (unconditional + guidance * (conditional - unconditional))
     return x
 
 
 def batches(count: int, size: int, step: int, *, seed: int = 0) -> Tensor:
-    """Return the indices [size] of batch `step`: shuffled passes over range(count), without memory."""
+    """Return the indices [size] of batch `step` in shuffled passes over range(count)."""
     start = step * size
     out = []
     while len(out) < size:
@@ -268,7 +268,7 @@ def batches(count: int, size: int, step: int, *, seed: int = 0) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per image in dB of tensors [N, 3, H, W] in [-1, 1]."""
+    """Compute the PSNR [N] in dB of images [N, 3, H, W] in [-1, 1]."""
     error = ((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp_min(1e-10).log10()
 

@@ -1,10 +1,11 @@
 """World, stage 5: the denoiser (diffusers' SD3Transformer2DModel, patch 1), by flow matching on fresh scenes.
 
-    python scripts/mini/world_denoiser.py                      # trains, resumes by itself
+    python scripts/mini/world_denoiser.py                      # train, resuming automatically
     python scripts/mini/world_denoiser.py --sheet sheet.png    # a contact sheet of 32 held-out captions
 
-Small latents come first (8 x 8), then mostly full ones, always mixed with every scale of the schedule, so
-that the teacher can draw at each of them. Scenes are drawn and encoded as they are needed: no scene repeats.
+Training begins with mostly 8 x 8 latents, then mostly 16 x 16; every scale of the schedule is always
+included, so that the teacher can sample at each. Scenes are rendered and encoded on the fly, so none is
+repeated.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from world_vae import CHANNELS, finished, resized
 SCALES = (8, 10, 12, 16)
 SMALL_MIX, LARGE_MIX = (0.8, 0.08, 0.08, 0.04), (0.2, 0.1, 0.1, 0.6)
 BATCHES = {8: 128, 10: 96, 12: 64, 16: 48}
-"""Images in a batch by scale; small latents leave a processor idle in small batches."""
-# StableDiffusion3Pipeline pads the T5's tokens to 256 unless told otherwise; one batch in 16 learns that.
+"""Batch size by scale; small latents need larger batches to use the processor fully."""
+# StableDiffusion3Pipeline pads T5 tokens to 256 by default; one batch in 16 is padded like that.
 PADDED_LENGTH, PADDED_SHARE = 256, 1 / 16
 SHIFT = 3.0  # of the sampling schedule, as in SD3
 
@@ -61,7 +62,7 @@ def build() -> SD3Transformer2DModel:
 
 
 class Latents:
-    """Encodes scenes with the finished autoencoder, normalized to mean 0 and deviation 1 at full scale."""
+    """Encodes scenes with the trained VAE; latents have mean 0 and deviation 1 at full scale."""
 
     @torch.no_grad()
     def __init__(self) -> None:
@@ -71,24 +72,24 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, scale: int) -> Tensor:
-        """Images [N, 3, 128, 128] in [-1, 1] to latents [N, C, scale, scale]."""
+        """Encode images [N, 3, 128, 128] in [-1, 1] to latents [N, C, scale, scale]."""
         with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
             moments = self.vae.encode(resized(pixels, 8 * scale)).latent_dist.mean
         return (moments.float() - self.shift) * self.factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, h, w] to images [N, 3, 8 h, 8 w] in [-1, 1]."""
+        """Decode latents [N, C, h, w] to images [N, 3, 8 h, 8 w] in [-1, 1]."""
         parts = [self.vae.decode(p / self.factor + self.shift).sample for p in latents.split(32)]
         return torch.cat(parts).clamp(-1, 1)
 
 
 def train(*, steps: int, small_steps: int) -> None:
-    """Velocity matching at levels half uniform, half logit-normal; one caption in ten is dropped."""
+    """Train by flow matching; timesteps are half uniform, half logit-normal, 10% of captions are dropped."""
     latents, text = Latents(), load_averaged("world-text", TeacherText())
     model = build()
     # On one core a step of 128 at 8 x 8 takes 4.0 s with the processor's flash attention, whose backward pass
-    # is slow, 3.1 s with batched products, and 2.0 s with compiled blocks as well. One shape of each scale.
+    # is slow, 3.1 s with plain matrix products, and 2.0 s if blocks are also compiled, once per scale.
     torch._dynamo.config.recompile_limit = 32
     for block in model.transformer_blocks:
         block.compile(dynamic=False)
@@ -161,7 +162,9 @@ def draw(
 
 
 def sheet(path: Path, *, side: int, guidance: float) -> None:
-    """Save 32 held-out scenes drawn at one scale, each over its real render; print the captions."""
+    """Save samples of 32 held-out captions at one scale, each above its rendered scene; print the
+    captions.
+    """
     pixels, scenes = held_out_scenes(32)
     drawn = draw([shown.caption for shown in scenes], side=side, guidance=guidance)
     real = resized(to_float(pixels), 8 * side)

@@ -1,9 +1,9 @@
-"""Keep finished stages of the world in half precision in the repository, or put them back.
+"""Store finished stages of the world in the repository in half precision, or restore them.
 
-    python scripts/mini/world_keep.py              # writes scripts/mini/kept/*.safetensors
-    python scripts/mini/world_keep.py --restore    # into the work folder, where a stage is missing
+    python scripts/mini/world_keep.py              # write scripts/mini/kept/*.safetensors
+    python scripts/mini/world_keep.py --restore    # write missing stages to the work folder
 
-What is put back can be used by later stages; to train a stage further, train it from the start.
+Restored stages can be used by later stages, but their training cannot be resumed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 KEPT = Path(__file__).parent / "kept"
 FILES = {"world-vae16": "balanced.safetensors", "world-text": "state.safetensors"}
-"""The file by which later stages know each stage."""
+"""File of each stage that later stages load."""
 TOKENIZER = Path("tokenizers") / "world-clip"
-"""Goes with the text encoders: trained again, its words may get other numbers."""
+"""Stored with the text encoders, because training it again may assign other token ids."""
 
 
 def keep() -> None:
@@ -27,9 +27,7 @@ def keep() -> None:
     KEPT.mkdir(exist_ok=True)
     for stage, file in FILES.items():
         tensors = load_file(work_folder() / stage / file)
-        if (
-            file == "state.safetensors"
-        ):  # without the optimizer, and without live weights that have an average
+        if file == "state.safetensors":  # leave out the optimizer and weights that have an average
             averaged = {key[4:] for key in tensors if key.startswith("ema/")}
             tensors = {
                 key: value
@@ -38,21 +36,21 @@ def keep() -> None:
             }
         halves = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(halves, KEPT / f"{stage}.safetensors")
-        print(f"{stage}: {sum(v.numel() for v in halves.values()):,} numbers")
+        print(f"{stage}: {sum(v.numel() for v in halves.values()):,} values")
     shutil.copytree(work_folder() / TOKENIZER, KEPT / TOKENIZER.name, dirs_exist_ok=True)
 
 
 def restore() -> None:
-    """Put every kept stage into the work folder, in float32, unless there is one."""
+    """Restore every stored stage that is missing in the work folder, in float32."""
     for stage, file in FILES.items():
         place = work_folder() / stage / file
         if place.exists():
-            print(f"{place} is there already")
+            print(f"{place} already exists")
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         tensors = load_file(KEPT / f"{stage}.safetensors")
         save_file({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, place)
-        print(f"{place} is put back")
+        print(f"restored {place}")
     if not (work_folder() / TOKENIZER).exists():
         shutil.copytree(KEPT / TOKENIZER.name, work_folder() / TOKENIZER)
 

@@ -1,11 +1,11 @@
-"""World, stage 2: scenes of things, their captions, and the truth about each.
+"""World, stage 2: scenes of things, with their captions and exact content.
 
-    python scripts/mini/world_scenes.py          # a sheet of scenes and the speed of drawing them
+    python scripts/mini/world_scenes.py          # save a contact sheet, print the rendering speed
 
-A scene is a value: style, background, items (thing, color, box) and a caption by a small grammar. Places lie
-on a grid of 16 pixels and sizes are two, so that the latent of a drawing repeats exactly, shifted. Which of
-the open places a thing takes is left free by the caption. One combination in ten, chosen by a hash, is held
-out: nothing is ever trained on it.
+A scene has a style, a background, items (thing, color, box) and a caption from a small grammar. Positions are
+on a grid of 16 pixels and there are two sizes, so latents of the same thing are equal up to a shift. The
+caption does not determine exact positions. One combination in ten, chosen by a hash, is held out from all
+training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BACKGROUNDS = {
     "orange": (250, 180, 110),
 }
 INK_BACKGROUNDS = ("white", "yellow", "pink", "gray")
-"""Backgrounds on which every ink color can be told."""
+"""Backgrounds on which every ink color is distinguishable."""
 INKS = {
     "red": (215, 40, 40),
     "blue": (40, 80, 215),
@@ -63,7 +63,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about an image. `relation` is how the first item lies to the second, where it is said."""
+    """Content of an image. `relation` is the position of the first item relative to the second, if given."""
 
     kind: str
     style: str
@@ -81,7 +81,7 @@ class Scene:
 
     @property
     def combination(self) -> str:
-        """What is held out together: things, colors, number, relation, style and background."""
+        """Key for holding out scenes: things, colors, number, relation, style and background."""
         things = [f"{item.color or ''} {item.thing}" for item in self.items]
         if self.kind != "position":
             things.sort()
@@ -89,12 +89,12 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination is kept from all training."""
+        """Whether this combination is excluded from training."""
         return int(hashlib.md5(self.combination.encode()).hexdigest(), 16) % 10 == 0
 
 
 def scene(rng: random.Random) -> Scene:
-    """Draw a scene: kind, style, background, things, places and a caption."""
+    """Generate a random scene: kind, style, background, things, positions and caption."""
     style = rng.choice(STYLES)
     names = INK_BACKGROUNDS if style == "ink" else tuple(BACKGROUNDS)
     background = rng.choice(names) if rng.random() < 0.8 else "white"
@@ -127,7 +127,7 @@ def scene(rng: random.Random) -> Scene:
 
 
 def training_scene(rng: random.Random, *, single: float = 0.0) -> Scene:
-    """Draw a scene whose combination is not held out; a share of `single` shows one thing alone."""
+    """Generate a scene that is not held out; at least a fraction `single` of scenes has only one thing."""
     alone = rng.random() < single
     while True:
         found = scene(rng)
@@ -136,7 +136,7 @@ def training_scene(rng: random.Random, *, single: float = 0.0) -> Scene:
 
 
 def held_out_scene(rng: random.Random, *, kind: str | None = None) -> Scene:
-    """Draw a scene whose combination is held out, of one kind or any."""
+    """Generate a held-out scene of the given kind, or of any."""
     while True:
         found = scene(rng)
         if found.held_out and kind in (None, found.kind):
@@ -170,7 +170,7 @@ def _named(item: Item) -> str:
 def caption_of(
     rng: random.Random, kind: str, style: str, background: str, items: list[Item], relation: str | None
 ) -> str:
-    """Say a scene in words; each part has some paraphrases."""
+    """Write a caption of a scene, choosing randomly among paraphrases."""
     first = items[0]
     if kind == "single":
         what = _named(first)
@@ -206,7 +206,7 @@ def _drawings() -> dict[str, Image.Image]:
 
 @cache
 def drawing(style: str, thing: str, color: str | None, size: int) -> Image.Image:
-    """The drawing of a thing as RGBA of size x size pixels; ink drawings are filled with their color."""
+    """Return the RGBA sprite of a thing, size x size pixels; ink sprites are filled with their color."""
     image = _drawings()[f"{style}/{thing}"]
     if color is not None:
         filled = Image.new("RGBA", image.size, (*INKS[color], 0))
@@ -216,7 +216,7 @@ def drawing(style: str, thing: str, color: str | None, size: int) -> Image.Image
 
 
 def render(shown: Scene) -> np.ndarray:
-    """Draw a scene as pixels [128, 128, 3] uint8."""
+    """Render a scene as a uint8 image [128, 128, 3]."""
     image = Image.new("RGB", (SIDE, SIDE), BACKGROUNDS[shown.background])
     for item in shown.items:
         sprite = drawing(shown.style, item.thing, item.color, item.size)
@@ -225,14 +225,14 @@ def render(shown: Scene) -> np.ndarray:
 
 
 def training_scenes(count: int, *, seed: int, single: float = 0.0) -> tuple[np.ndarray, list[Scene]]:
-    """Draw `count` training scenes: pixels [count, 128, 128, 3] uint8 and their truth."""
+    """Render `count` training scenes: uint8 images [count, 128, 128, 3] and their scenes."""
     rng = random.Random(seed)
     scenes = [training_scene(rng, single=single) for _ in range(count)]
     return np.stack([render(shown) for shown in scenes]), scenes
 
 
 def held_out_scenes(count: int, *, seed: int = 0) -> tuple[np.ndarray, list[Scene]]:
-    """Draw `count` held-out scenes: pixels [count, 128, 128, 3] uint8 and their truth."""
+    """Render `count` held-out scenes: uint8 images [count, 128, 128, 3] and their scenes."""
     rng = random.Random(f"held out {seed}")
     scenes = [held_out_scene(rng) for _ in range(count)]
     return np.stack([render(shown) for shown in scenes]), scenes
@@ -241,7 +241,7 @@ def held_out_scenes(count: int, *, seed: int = 0) -> tuple[np.ndarray, list[Scen
 if __name__ == "__main__":
     started = time.time()
     pixels, scenes = training_scenes(1000, seed=0)
-    print(f"{len(pixels) / (time.time() - started):.0f} scenes a second")
+    print(f"{len(pixels) / (time.time() - started):.0f} scenes per second")
     page = Image.new("RGB", (8 * 130, 4 * 130), "white")
     for number in range(32):
         page.paste(Image.fromarray(pixels[number]), ((number % 8) * 130, (number // 8) * 130))
