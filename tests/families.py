@@ -23,7 +23,7 @@ def ask_diffusers(
         found = pipeline(prompts, latents=pack(noise), max_sequence_length=longest, **options).images
         return unpack(found, *noise.shape[-2:]) if options["output_type"] == "latent" else found
     if model.family == "sdxl":
-        size = model.told_size(Scale(1, *noise.shape[-2:]))  # type: ignore[attr-defined]
+        size = model.size_condition(Scale(1, *noise.shape[-2:]))  # type: ignore[attr-defined]
         return pipeline(prompts, latents=noise, original_size=size, target_size=size, **options).images
     options["negative_prompt"] = [""] * len(prompts)
     options["max_sequence_length"] = model.max_sequence_length  # type: ignore[attr-defined]

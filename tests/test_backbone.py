@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scalewise.method.backbone import Backbone, settle
+from scalewise.method.backbone import Backbone, choose_precision
 from scalewise.models import Flux
 
 
@@ -63,7 +63,7 @@ def test_guidance_as_an_input_has_no_effect_on_a_model_without_it_and_is_warned_
 
 
 def test_guidance_without_an_unconditional_condition_is_refused(make_backbone, question):
-    with pytest.raises(ValueError, match=r"Guidance 4\.5 .*give uncond or guidance 1"):
+    with pytest.raises(ValueError, match=r"guidance=4\.5 .*pass uncond or guidance=1"):
         make_backbone("student").predict_x0(*question, guidance=4.5)
 
 
@@ -82,6 +82,6 @@ def test_bf16_precision_rounds_the_network_but_not_x0(make_backbone, question):
 )  # fmt: skip
 def test_precision_auto_takes_bf16_just_where_the_processor_multiplies_it(monkeypatch, able, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    assert settle("auto", "cpu") == expected
-    assert settle("bf16", "cpu") == "bf16"
-    assert settle("float32", "cpu") == "float32"
+    assert choose_precision("auto", "cpu") == expected
+    assert choose_precision("bf16", "cpu") == "bf16"
+    assert choose_precision("float32", "cpu") == "float32"

@@ -28,8 +28,8 @@ from scalewise.method.rng import SampleNoise
 from scalewise.method.sampling import sample_teacher
 from scalewise.method.scales import Scale
 from scalewise.models import FAMILIES, SD3, SDXL, Flux, ModelError, PipelineAdapter, load_model
-from scalewise.models.folder import variants_of
-from scalewise.models.meta import configuration, skeleton
+from scalewise.models.folder import choose_variants
+from scalewise.models.meta import build_meta_model, read_configuration
 from scalewise.planning.plan import make_plan
 from scalewise.training import setup
 from scalewise.training.origin import FREE_KEYS, describe_difference
@@ -88,7 +88,7 @@ def test_sd3_without_t5_embeds_the_zeros_of_the_stock_pipeline(tmp_path, kept):
         assert not found.tensors["tokens"][:, 24:].any() and found.tensors["tokens"].shape[1] == 24 + 256
         assert torch.equal(model.encode_for_teacher(PROMPTS).tensors["tokens"], want)
         assert (model.pipeline.transformer is None) == (parts == ("text",))
-    for same in (model, skeleton(folder)):
+    for same in (model, build_meta_model(folder)):
         shapes = {name: tensor.shape for name, tensor in same.empty_condition(2, "meta").tensors.items()}
         assert shapes == {name: tensor.shape for name, tensor in found.tensors.items()}
 
@@ -136,7 +136,7 @@ def test_weights_that_are_there_as_a_variant_alone_are_found_by_loading_and_plan
     shutil.copy(next((saved / "vae").glob("*.safetensors")), base / "vae")  # some plain, some not
     assert same_weights(load_model(base), loaded)
     for variant in (None, "fp16"):
-        assert skeleton(base, variant=variant).width == loaded.width
+        assert build_meta_model(base, variant=variant).width == loaded.width
 
 
 def test_a_variant_that_is_asked_for_is_taken_where_plain_weights_are_there_too(base, tmp_path):
@@ -164,7 +164,7 @@ def test_a_recipes_variant_decides_weights_caches_and_plan(tmp_path, monkeypatch
     ) != setup.vae_key(fp16)
     missing = small(base, "model.variant=bf16")
     for judge in (make_plan, setup.dry_run):
-        with pytest.raises(ModelError, match=r"model.variant=bf16: .*base has no file .*, only fp16\. Set"):
+        with pytest.raises(ModelError, match=r"model.variant is bf16, but .*base has no file .*: fp16\. Set"):
             judge(missing)
 
 
@@ -172,9 +172,9 @@ def test_several_variants_and_no_plain_weights_want_a_choice(base):
     as_variant(base)
     for path in list(base.glob("*/*.fp16.safetensors")):
         shutil.copy(path, path.with_name(path.name.replace("fp16", "ema")))
-    for judge in (load_model, skeleton):
+    for judge in (load_model, build_meta_model):
         with pytest.raises(
-            ModelError, match=r"are there as ema, fp16, and not plain; choose with model.variant"
+            ModelError, match=r"only exist in the variants ema, fp16; choose one with model.variant"
         ):
             judge(base)
         judge(base, variant="ema")
@@ -200,7 +200,7 @@ def test_weights_of_other_programs_in_a_base_are_no_variant(tmp_path):
         save_file({"w": torch.ones(1)}, tmp_path / name)
     assert load_model(tmp_path).width == 16
     for name in ("5_medium", "x"):
-        with pytest.raises(ModelError, match=rf"model\.variant={name}: .*only fp16\."):
+        with pytest.raises(ModelError, match=rf"model\.variant is {name}, .*: fp16\."):
             load_model(tmp_path, variant=name)
 
 
@@ -210,11 +210,11 @@ def test_a_bases_files_on_the_hub_are_asked_for_their_variants(monkeypatch):
              "text_encoder/model.fp16.safetensors"]  # fmt: skip
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda base: files)
     parts = ["vae", "text_encoder", "transformer", "tokenizer"]
-    found = variants_of("some/base", parts, None)
+    found = choose_variants("some/base", parts, None)
     assert found == {"vae": "fp16", "text_encoder": None, "transformer": "fp16", "tokenizer": None}
-    assert variants_of("some/base", parts, "fp16") == found | {"text_encoder": "fp16"}
-    with pytest.raises(ModelError, match=r"model\.variant=bf16: some/base has no file .*only fp16"):
-        variants_of("some/base", parts, "bf16")
+    assert choose_variants("some/base", parts, "fp16") == found | {"text_encoder": "fp16"}
+    with pytest.raises(ModelError, match=r"model\.variant is bf16, but some/base has no file .*: fp16"):
+        choose_variants("some/base", parts, "bf16")
 
 
 # --- Configurations ---
@@ -232,7 +232,7 @@ def test_what_a_class_has_by_default_may_be_missing_in_a_configuration(base, par
     edit(path, "_class_name", *equal)
     after = load_model(base, parts=[part])
     assert after.patch == before.patch and after.width == before.width and after.blocks == before.blocks
-    counted = configuration(base)[part]["_class_name"], skeleton(base).width
+    counted = read_configuration(base)[part]["_class_name"], build_meta_model(base).width
     assert counted == (config["_class_name"], before.width)
 
 
@@ -241,7 +241,7 @@ def test_sdxl_without_a_size_of_its_own_is_as_large_as_the_stock_pipeline_makes_
     edit(tmp_path / "unet" / "config.json", "sample_size")
     assert (
         load_model(tmp_path, parts=["denoiser"]).full_scale
-        == skeleton(tmp_path).full_scale
+        == build_meta_model(tmp_path).full_scale
         == Scale(1, 128, 128)
     )
 
@@ -257,13 +257,13 @@ def test_a_tokenizer_without_a_length_reads_what_its_text_encoder_does(base, len
     }[family]  # fmt: skip
     found = {name: tensor.shape for name, tensor in model.encode_prompts(PROMPTS).tensors.items()}
     assert found["tokens"][1] == {"sd3": clip + t5, "flux": t5, "sdxl": clip, "wan": t5}[family]
-    planned = skeleton(base).empty_condition(2, "meta").tensors
+    planned = build_meta_model(base).empty_condition(2, "meta").tensors
     assert found == {name: tensor.shape for name, tensor in planned.items()}
 
 
 def test_settings_in_an_index_that_the_pipeline_does_not_know_do_not_stop_plan(base):
     edit(base / "model_index.json", is_distilled=True)
-    assert skeleton(base).width == load_model(base, parts=["denoiser"]).width
+    assert build_meta_model(base).width == load_model(base, parts=["denoiser"]).width
 
 
 # --- What is refused, in one sentence, by loading and by `plan` ---
@@ -271,7 +271,7 @@ def test_settings_in_an_index_that_the_pipeline_does_not_know_do_not_stop_plan(b
 
 def refused(base: Path, words: str) -> None:
     """Loading and `plan` refuse a base in one line with these words."""
-    for judge in (load_model, skeleton):
+    for judge in (load_model, build_meta_model):
         with pytest.raises(ModelError, match=words) as error:
             judge(base)
         assert "\n" not in str(error.value) and str(base) in str(error.value)
@@ -280,7 +280,7 @@ def refused(base: Path, words: str) -> None:
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "{"])
 def test_an_index_that_holds_no_mapping_is_refused(saved, base, text):
     (base / "model_index.json").write_text(text)
-    refused(base, r"model_index\.json does not describe a model .*fetch the model again")
+    refused(base, r"model_index\.json is not a valid model index .*download the model again")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,9 @@ def test_an_index_that_holds_no_mapping_is_refused(saved, base, text):
 )
 def test_an_index_of_no_pipeline_of_a_family_is_refused(base, index):
     (base / "model_index.json").write_text(json.dumps(index))
-    refused(base, r"is a .*which no family here handles; known are StableDiffusion3Pipeline, FluxPipeline")
+    refused(
+        base, r"is a .*which is not supported; supported pipelines: StableDiffusion3Pipeline, FluxPipeline"
+    )
 
 
 @pytest.mark.parametrize("entry", ["absent", None, [None, None], ["diffusers"]])
@@ -296,14 +298,14 @@ def test_an_index_without_a_part_that_is_needed_is_refused(base, entry):
     for name in ("vae", "text_encoder", FAMILIES[base.name].denoiser_name, "tokenizer"):
         before = (base / "model_index.json").read_text()
         edit(base / "model_index.json", name, **({} if entry == "absent" else {name: entry}))
-        refused(base, rf"is incomplete: its model_index\.json names no {name}\.")
+        refused(base, rf"is incomplete: model_index\.json has no entry for {name}\.")
         (base / "model_index.json").write_text(before)
 
 
 def test_a_t5_without_its_tokenizer_is_refused(tmp_path):
     SD3.tiny().save(tmp_path)
     edit(tmp_path / "model_index.json", tokenizer_3=[None, None])
-    refused(tmp_path, "names no tokenizer_3")
+    refused(tmp_path, "no entry for tokenizer_3")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_a_base_that_was_saved_quantized_is_refused_with_the_remedy(base, quanti
         edit(base / name / "config.json", quantization_config=quantization)
         method = quantization["quant_method"]
         refused(
-            base, rf"The {name} of .* was saved quantized \(by {method}\).*unquantized.*model.quantize=nf4"
+            base, rf"The {name} of .* is already quantized \(by {method}\).*unquantized.*model.quantize=nf4"
         )
         (base / name / "config.json").write_text(before)
 
@@ -340,7 +342,9 @@ def test_a_denoiser_of_another_library_is_refused(base):
 def test_every_recipe_says_which_family_it_is_for(family):
     named = {find_recipe(name).model.family for name in RECIPES}
     assert named == set(FAMILIES)
-    with pytest.raises(ModelError, match=r"There is no family 'sd4'; set model.family to one of sd3, flux"):
+    with pytest.raises(
+        ModelError, match=r"model.family is 'sd4', which is not supported; set it to one of sd3, flux"
+    ):
         make_plan(find_recipe("mini").override(["model.family=sd4"]))
 
 
@@ -354,7 +358,7 @@ def test_a_recipe_of_another_family_than_the_bases_is_refused_by_loading_and_pla
         if recipe.model.family == saved.name:
             continue
         pipeline = own.pipeline_class.__name__
-        words = rf"for models of the family '{recipe.model.family}' .* is a {pipeline}, of the "
+        words = rf"for the model family '{recipe.model.family}' .* is a {pipeline} of the "
         words += rf"family '{saved.name}'.*recipe for '{saved.name}'"
         for judge in (make_plan, setup.dry_run, setup.teacher, setup.prompt_fingerprint):
             with pytest.raises(ModelError, match=words):
@@ -364,7 +368,7 @@ def test_a_recipe_of_another_family_than_the_bases_is_refused_by_loading_and_pla
 
 
 def test_known_models_are_judged_by_their_family_too():
-    with pytest.raises(ModelError, match=r"family 'sd3' .*is a FluxPipeline, of the family 'flux'"):
+    with pytest.raises(ModelError, match=r"family 'sd3' .*is a FluxPipeline of the family 'flux'"):
         make_plan(find_recipe("sd35-large").override(["model.base=black-forest-labs/FLUX.1-dev"]))
 
 
@@ -428,7 +432,7 @@ def test_flux_with_heun_samples_by_eulers_method_with_its_shift_and_says_so(dyna
     model.pipeline.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(own)
     told = "dynamic shifting" if dynamic else "shift 3"
     with pytest.warns(
-        UserWarning, match=f"FlowMatchHeunDiscrete.* takes no .*sigmas.* samples with .*Euler.*{told}"
+        UserWarning, match=f"FlowMatchHeunDiscrete.* does not take .*sigmas.* samples with .*Euler.*{told}"
     ):
         found = model.teacher_scheduler(4, Scale(1, 8, 8))
     assert type(found) is diffusers.FlowMatchEulerDiscreteScheduler and torch.equal(found.sigmas, want)
@@ -447,7 +451,7 @@ def test_flux_with_heun_samples_by_eulers_method_with_its_shift_and_says_so(dyna
 def test_a_scheduler_of_another_noise_process_is_refused_for_models_of_flow_matching(family, kind, options):
     model = with_scheduler(family, kind, **options)
     with pytest.raises(
-        ModelError, match=rf"scheduler {kind} of .* another noise process .*samples would be noise"
+        ModelError, match=rf"scheduler {kind} of .* not configured for flow matching.* samples would be noise"
     ):
         model.teacher_scheduler(4, Scale(3, 8, 8) if model.video else Scale(1, 8, 8))
 
@@ -456,7 +460,7 @@ def test_sdxl_with_zero_terminal_snr_and_epsilon_is_refused_by_loading_and_plan(
     SDXL.tiny().save(tmp_path)
     assert load_model(tmp_path).noise
     edit(tmp_path / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
-    refused(tmp_path, "has zero terminal SNR .*does not follow from a prediction of 'epsilon'")
+    refused(tmp_path, "has zero terminal SNR .*x0 cannot be computed from a prediction of 'epsilon'")
     betas = [0.01] * 999 + [1.0]
     edit(tmp_path / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=False, trained_betas=betas)
     refused(tmp_path, "has zero terminal SNR")

@@ -79,7 +79,7 @@ def test_the_average_follows_the_students_weights_by_its_decay(averaged) -> None
 
 def test_the_saved_student_is_the_average_and_not_the_last_weights(averaged) -> None:
     trainer, seen, out = averaged
-    found = load_student(out).matched(trainer.backbone.model.denoiser).tensors
+    found = load_student(out).match_to(trainer.backbone.model.denoiser).tensors
     shipped = torch.cat([found[name].float().flatten() for name in sorted(found)])
     average = trainer.average.shadow
     expected = torch.cat([average[name].float().flatten() for name in sorted(average)])

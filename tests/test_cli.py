@@ -87,11 +87,11 @@ def test_a_recipe_is_printed_as_yaml_that_reads_back(run, tmp_path: Path) -> Non
         (["distill", "nowhere.yaml"], "Recipe file nowhere.yaml not found"),
         (["sample", "a dog", "--student", "nowhere"], "There is no student at nowhere"),
         (["sample", "a dog", "--schedule", "minni"], "There is no schedule 'minni'"),
-        (["export", "mini", "out.safetensors", "--form", "webui"], "There is no form 'webui'"),
+        (["export", "mini", "out.safetensors", "--form", "webui"], "'webui' is not a key format"),
         (["export", "mini", "out.txt"], "out.txt must end in .safetensors"),
         (["sample", "a dog", "--teacher", "--schedule", "mini"], "--schedule only applies to students"),
-        (["sample", "a dog", "--schedule", "1000@2x8x8 800@2x8x8"], "this is a model for images"),
-        (["plan", "mini", "model.base=nowhere/at-all"], "configuration of nowhere/at-all is not known"),
+        (["sample", "a dog", "--schedule", "1000@2x8x8 800@2x8x8"], "is a model for images"),
+        (["plan", "mini", "model.base=nowhere/at-all"], "There is no configuration for nowhere/at-all"),
         (["sample", "a dog", "--student", "setup.bin"], "There is no student at setup.bin"),
         (
             ["distill", "mini", "model.base=nowhere/at-all", "--dry-run"],
@@ -220,7 +220,7 @@ def test_a_schedule_that_does_not_fit_the_model_is_refused(run, recipe_file: str
     code, text = run("distill", recipe_file, "schedule.scales=['4','6','6','64']", "--dry-run")
     assert code == 1 and "24x24, the largest scale with position embeddings in this model" in text
     code, text = run("distill", recipe_file, "loss.feature_block=7", "--dry-run")
-    assert code == 1 and "blocks 0 to 3" in text
+    assert code == 1 and "use one of 0 to 3" in text
 
 
 def test_training_in_float16_is_refused(run, recipe_file: str, tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_student_is_exported_for_others_and_sampled_from_their_file(run, recip
     with safe_open("kohya.safetensors", "pt") as opened:
         save_file({k: opened.get_tensor(k) for k in opened.keys()}, "bare.safetensors")  # noqa: SIM118
     code, text = run("sample", "a dog", "--student", "bare.safetensors")
-    assert code == 1 and "carries no schedule" in text and "scalewise recipes" in text
+    assert code == 1 and "has no schedule in its metadata" in text and "scalewise recipes" in text
     schedule = str(recipe.schedule.build())
     code, text = run("sample", "a dog", "--student", "bare.safetensors", "--schedule", schedule)
     assert code == 1 and "does not record its base model; give it with --base" in text

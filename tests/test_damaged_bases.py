@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from scalewise.method.scales import Scale
 from scalewise.models import SD3, ModelError, load_model
-from scalewise.models.meta import autoencoder, skeleton
+from scalewise.models.meta import build_meta_model, build_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -52,22 +52,22 @@ def pickled(file: Path) -> Path:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "vae": (shutil.rmtree, "The vae of BASE is missing: there is no folder BASE/vae"),
-    "scheduler": (shutil.rmtree, "The scheduler of BASE is missing: there is no folder BASE/scheduler"),
-    "tokenizer": (shutil.rmtree, "The tokenizer of BASE is missing: there is no folder BASE/tokenizer"),
+    "vae": (shutil.rmtree, "The vae of BASE is missing: the folder BASE/vae does"),
+    "scheduler": (shutil.rmtree, "The scheduler of BASE is missing: the folder BASE/scheduler does"),
+    "tokenizer": (shutil.rmtree, "The tokenizer of BASE is missing: the folder BASE/tokenizer does"),
     "text_encoder/config.json": (Path.unlink, "BASE/text_encoder/config.json is missing"),
     "transformer/config.json": (lambda p: p.write_text("{}"), "BASE/transformer/config.json is empty"),
     "text_encoder_2/config.json": (
         lambda p: p.write_text("[]"),
-        "2/config.json holds no mapping",
+        "2/config.json is not a mapping",
     ),
     "tokenizer/tokenizer_config.json": (
         lambda p: p.write_text("{"),
-        "tokenizer_config.json is not JSON",
+        "tokenizer_config.json is not valid JSON",
     ),
-    f"transformer/{WEIGHTS}": (cut, f"BASE/transformer/{WEIGHTS} is not a whole safetensors file"),
+    f"transformer/{WEIGHTS}": (cut, f"BASE/transformer/{WEIGHTS} is not a complete safetensors file"),
     "text_encoder/model.safetensors": (cut, "The text_encoder of BASE is damaged: BASE/text_encoder/model."),
-    f"vae/{WEIGHTS}": (lambda p: p.write_text("<html>"), f"BASE/vae/{WEIGHTS} is not a whole safetensors"),
+    f"vae/{WEIGHTS}": (lambda p: p.write_text("<html>"), f"BASE/vae/{WEIGHTS} is not a complete safetensors"),
 }
 
 
@@ -76,18 +76,18 @@ def test_loading_and_plan_name_the_component_the_file_and_the_remedy(base, place
     damage, said = DAMAGE[place]
     damage(base / place)
     told = set()
-    for judge in (load_model, skeleton):
+    for judge in (load_model, build_meta_model):
         with pytest.raises(ModelError) as raised:
             judge(base)
         told.add(str(raised.value))
     assert len(told) == 1  # the same sentence
     message = told.pop()
-    assert said.replace("BASE", str(base)) in message and message.endswith("Fetch the model again.")
+    assert said.replace("BASE", str(base)) in message and message.endswith("Download the model again.")
 
 
 def test_a_pointer_of_git_lfs_is_named_as_one(base):
     (base / "vae" / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
-    for judge in (load_model, skeleton):
+    for judge in (load_model, build_meta_model):
         with pytest.raises(ModelError, match=r"The vae of .* is a Git LFS pointer\. Run `git lfs pull`"):
             judge(base)
 
@@ -99,8 +99,8 @@ def test_a_missing_shard_is_named(base):
     (base / "transformer" / f"{WEIGHTS}.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"a": names[0], "b": names[1]}})
     )
-    for judge in (load_model, skeleton):
-        with pytest.raises(ModelError, match=rf"{names[1]} is missing, one of 2 files of weights\. Fetch"):
+    for judge in (load_model, build_meta_model):
+        with pytest.raises(ModelError, match=rf"{names[1]} is missing, one of 2 weight files\. Download"):
             judge(base)
 
 
@@ -118,18 +118,18 @@ def test_weights_that_do_not_fit_their_configuration_are_refused_in_one_sentence
     with pytest.raises(ModelError) as raised:
         load_model(base)
     message = str(raised.value)
-    assert message.startswith(f"The {name} of {base} has") and "do not fit its config.json" in message
-    assert "low_cpu_mem_usage" not in message and message.endswith("Fetch the model again.")
+    assert message.startswith(f"The {name} of {base} has") and "do not match its config.json" in message
+    assert "low_cpu_mem_usage" not in message and message.endswith("Download the model again.")
 
 
 @pytest.mark.parametrize("file", [f"transformer/{WEIGHTS}", "text_encoder/model.safetensors"])
 def test_weights_as_pickles_alone_are_refused_with_a_remedy_that_works(base, file, capsys, caplog):
     pickle = pickled(base / file)
-    for judge in (load_model, skeleton):
+    for judge in (load_model, build_meta_model):
         with pytest.raises(ModelError) as raised:
             judge(base)
     message = str(raised.value)
-    assert f"as a pickle alone ({pickle})" in message and "pickles are not read" in message
+    assert f"only has weights as a pickle ({pickle})" in message and "pickles are not loaded" in message
     assert "An error occurred" not in capsys.readouterr().err + caplog.text
     remedy = message.partition("safetensors: ")[2].removesuffix(".")
     command = shlex.split(remedy)
@@ -139,22 +139,22 @@ def test_weights_as_pickles_alone_are_refused_with_a_remedy_that_works(base, fil
 
 def test_an_autoencoder_that_is_nowhere_is_refused_with_the_remedy(base, tmp_path, recwarn):
     (tmp_path / "empty").mkdir()
-    for vae, said in (("nobody/none", "Cannot find the autoencoder 'nobody/none'"),
-                      ("./nowhere", r"There is no autoencoder \./nowhere"),
+    for vae, said in (("nobody/none", "Cannot find the VAE 'nobody/none'"),
+                      ("./nowhere", r"The VAE \./nowhere does not exist"),
                       (str(tmp_path / "empty"), "has no config.json")):  # fmt: skip
         with pytest.raises(ModelError, match=rf"{said}.*Set model\.vae to the folder"):
             load_model(base, vae=vae)
         with pytest.raises(ModelError, match=rf"{said}.*Set model\.vae to the folder"):
-            autoencoder(base, vae=vae)
+            build_vae(base, vae=vae)
     assert not [str(w.message) for w in recwarn if "symlink" in str(w.message)]
     (Path(shutil.copytree(base / "vae", tmp_path / "other")) / WEIGHTS).unlink()
-    with pytest.raises(ModelError, match=r"The autoencoder .*other has no weights"):
+    with pytest.raises(ModelError, match=r"The VAE .*other has no weights"):
         load_model(base, vae=tmp_path / "other")
 
 
 def test_a_schedule_that_rises_to_noise_is_refused_at_loading(base):
     edit(base / "scheduler" / "scheduler_config.json", invert_sigmas=True)
-    for judge in (load_model, skeleton):
+    for judge in (load_model, build_meta_model):
         with pytest.raises(ModelError, match=r"has invert_sigmas=true.* Set invert_sigmas to false"):
             judge(base)
     model = SD3.tiny()

@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_no_half_written_shard_in_the_index(tmp_path, monkeyp
 class Prompts:
     """Encodes a prompt by its length, and records the prompts."""
 
-    warned_once = staticmethod(nullcontext)
+    warn_of_truncation_once = staticmethod(nullcontext)
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.asked: list[str] = []

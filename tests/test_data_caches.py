@@ -45,7 +45,7 @@ class Slow:
         with self.ledger.open("a") as file:
             file.write(f"{os.getpid()}\n" * count)
 
-    warned_once = staticmethod(nullcontext)
+    warn_of_truncation_once = staticmethod(nullcontext)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self._enter(len(prompts))

@@ -225,5 +225,5 @@ def test_a_folder_of_pictures_is_refused_for_a_video_model(tmp_path):
     ])  # fmt: skip
     with pytest.raises(RecipeError, match=r"is a folder of images, but .* generates videos"):
         setup._encode_images(recipe, tmp_path, console.progress)
-    with pytest.raises(ModelError, match=r"takes videos \[N, 3, F, H, W\], not pictures of"):
+    with pytest.raises(ModelError, match=r"is a model for videos; use \[N, 3, T, H, W\]"):
         Wan.tiny().encode(torch.zeros(1, 3, 32, 32))

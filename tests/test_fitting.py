@@ -16,25 +16,25 @@ from scalewise.planning.fitting import (
     Change,
     Need,
     TypedRecipe,
-    drawing_change,
     line,
     needs_of,
+    sampling_change,
     training_changes,
 )
 from scalewise.planning.flops import measure
-from scalewise.planning.footprint import BATCHES, RUNS, Drawing, Network
-from scalewise.planning.plan import GB, KEPT_FREE, Forward, Memory, Passes, Plan, make_plan
+from scalewise.planning.footprint import BATCH_SIZES, WORKLOADS, DenoiserSize, SamplingMemory
+from scalewise.planning.plan import GB, RESERVED, ForwardCost, Memory, PassFlops, Plan, make_plan
 from scalewise.planning.throughput import CARDS, UTILIZATION, card_named, measured, throughput_of
 from scalewise.training import setup
 
 # FLUX.1-dev as `scalewise plan flux-dev` counts it, rounded.
-FLUX = Drawing(
-    Network(23.8e9, 0.81e9, 11_834_228_736, 0.113e9, 2), 0.168e9, 9.77e9, 9.52e9, 0.263e9, 12.6e6,
-    {"guided": 0.5e9, "student": 0.5e9, "vae": 1.61e9, "text": 0.097e9}, {"vae": 14e12, "text": 5e12},
+FLUX = SamplingMemory(
+    DenoiserSize(23.8e9, 0.81e9, 11_834_228_736, 0.113e9, 2), 0.168e9, 9.77e9, 9.52e9, 0.263e9, 12.6e6,
+    {"teacher": 0.5e9, "student": 0.5e9, "vae": 1.61e9, "text": 0.097e9}, {"vae": 14e12, "text": 5e12},
 )  # fmt: skip
-SIX = Passes(1.0, 1.0, 1.0)
-FULL = Forward(Scale(1, 128, 128), 4096, SIX, SIX, 1.0, 1.0, 19e9, 3.36e9)
-ROOM = 24 * GB * (1 - KEPT_FREE)
+SIX = PassFlops(1.0, 1.0, 1.0)
+FULL = ForwardCost(Scale(1, 128, 128), 4096, SIX, SIX, 1.0, 1.0, 19e9, 3.36e9)
+ROOM = 24 * GB * (1 - RESERVED)
 
 
 def flux_plan(*overrides: str) -> Plan:
@@ -72,23 +72,23 @@ def test_flux_does_not_fit_into_24_gb_and_every_command_gets_settings_that_do() 
     assert not any(need.fits for need in needs.values())
     # Text encoders, denoiser and VAE at once, and 16 samples in the VAE's decoder.
     assert needs["generate"].peak == pytest.approx(23.8e9 + 9.77e9 + 0.168e9 + 16 * 1.61e9, rel=1e-6)
-    for command in RUNS:
+    for command in WORKLOADS:
         change = needs[command].change
         assert change is not None and change.overrides == ("model.offload=blocks",)
         model = plan.recipe.override(list(change.overrides)).model
-        batch = change.batch or BATCHES[command]
-        assert plan.drawing.peak(command, batch, model=model) <= ROOM
+        batch = change.batch or BATCH_SIZES[command]
+        assert plan.sampling.peak(command, batch, model=model) <= ROOM
 
 
 def test_a_smaller_batch_comes_before_offloading_and_offloading_before_fewer_bits() -> None:
     plan = flux_plan()
-    assert drawing_change(plan, "generate", 80 * GB) == Change()
-    assert drawing_change(plan, "generate", 50 * GB) == Change((), 10)
-    assert drawing_change(plan, "generate", 28 * GB) == Change(("model.offload=components",), 8)
-    assert drawing_change(plan, "generate", 3.0 * GB) == Change(("model.offload=blocks",), 4)
-    assert drawing_change(plan, "generate", 1.0 * GB) is None
-    small = replace(plan, drawing=replace(FLUX, denoiser=replace(FLUX.denoiser, one_block=23.8e9)))
-    bits = drawing_change(small, "generate", 18 * GB)
+    assert sampling_change(plan, "generate", 80 * GB) == Change()
+    assert sampling_change(plan, "generate", 50 * GB) == Change((), 10)
+    assert sampling_change(plan, "generate", 28 * GB) == Change(("model.offload=components",), 8)
+    assert sampling_change(plan, "generate", 3.0 * GB) == Change(("model.offload=blocks",), 4)
+    assert sampling_change(plan, "generate", 1.0 * GB) is None
+    small = replace(plan, sampling=replace(FLUX, denoiser=replace(FLUX.denoiser, one_block=23.8e9)))
+    bits = sampling_change(small, "generate", 18 * GB)
     assert bits is not None and bits.overrides == ("model.quantize=nf4", "model.offload=components")
 
 
@@ -97,7 +97,9 @@ def test_offloaded_weights_are_held_one_part_at_a_time() -> None:
 
     def held(**changes: object) -> list[float]:
         changed = model.model_copy(update=changes)
-        return [round(FLUX.held(stage, changed) / GB, 2) for stage in ("text", "denoiser", "vae")]
+        return [
+            round(FLUX.weights_on_device(stage, changed) / GB, 2) for stage in ("text", "denoiser", "vae")
+        ]
 
     assert held() == [33.74, 33.74, 33.74]
     assert held(offload_text=True) == [33.49, 23.97, 23.97]
@@ -112,14 +114,14 @@ def test_training_that_does_not_fit_gets_overrides_that_do_and_keeps_the_samples
     gigabytes: float,
 ) -> None:
     plan = flux_plan("train.batch=8", "train.gradient_checkpointing=false")
-    room = gigabytes * GB * (1 - KEPT_FREE)
+    room = gigabytes * GB * (1 - RESERVED)
     changes = training_changes(plan, room)
     assert changes is not None
     recipe = plan.recipe.override(changes)
     assert recipe.train.batch * recipe.train.accumulate == 8
     trained = 2 if recipe.loss.needs_fake else 1
     lora = plan.lora_parameters * recipe.lora.rank / plan.recipe.lora.rank
-    base = 23.8e9 - FLUX.denoiser.saved(recipe.model.quantize)
+    base = 23.8e9 - FLUX.denoiser.quantization_saving(recipe.model.quantize)
     assert base + trained * lora * 16 + recipe.train.batch * FULL.checkpointed <= room
     assert ("model.quantize=nf4" in changes) == (gigabytes == 24)
 
@@ -148,7 +150,7 @@ def test_the_command_that_fits_keeps_what_was_typed_and_replaces_what_it_changes
 def test_hours_follow_from_operations_and_a_cards_peak() -> None:
     plan = flux_plan("train.batch=2", "train.accumulate=3", "train.iterations=100")
     assert plan.training_flops == 2e15 * 2 * 3 * 100
-    assert plan.generated_flops == plan.teacher + 19e12
+    assert plan.generation_flops == plan.teacher_flops + 19e12
     speed = throughput_of(card_named("A100"))
     assert speed.seconds(312e12 * UTILIZATION) == pytest.approx(1.0)
     # Dense bfloat16 with sums in float32; the vendors' figures with sparsity are twice as high.
@@ -173,8 +175,8 @@ def test_this_machines_speed_is_measured_on_a_block(monkeypatch: pytest.MonkeyPa
 
 def test_the_real_peak_of_drawing_grows_as_counted() -> None:
     """The planned working memory of the mini's parts is of the size of its pixels and tokens, in float32."""
-    drawing = make_plan(find_recipe("mini")).drawing
+    drawing = make_plan(find_recipe("mini")).sampling
     pixels = 4 * 3 * 128 * 128
     assert drawing.pixels == pixels
     assert 20 * pixels < drawing.working["vae"] < 60 * pixels
-    assert drawing.working["guided"] == pytest.approx(2 * drawing.working["student"], rel=0.05)
+    assert drawing.working["teacher"] == pytest.approx(2 * drawing.working["student"], rel=0.05)

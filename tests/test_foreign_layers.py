@@ -80,4 +80,4 @@ def test_a_bias_that_does_not_fit_its_fused_layer_is_refused_with_its_shape(tmp_
     layer = "lora_unet_double_blocks_0_img_attn_qkv"
     pair = {f"{layer}.lora_down.weight": noise(2, 16), f"{layer}.lora_up.weight": noise(48, 2)}
     told = refusal(pair | {f"{layer}.diff_b": noise(40)}, tmp_path)
-    assert "bias of 40 does not fit its 48 rows" in told
+    assert "bias of 40 does not match its 48 rows" in told

@@ -13,7 +13,7 @@ from torch import Tensor
 from scalewise.cli.run_making import export_student
 from scalewise.method.scales import ScaleSchedule
 from scalewise.models import SD3, SDXL, Flux, Wan, lora_keys
-from scalewise.models.lora import Student, StudentError, _foreign, fuse, load_student, write_student
+from scalewise.models.lora import Student, StudentError, _from_foreign, fuse, load_student, write_student
 from scalewise.models.lora_foreign_keys import convert
 from scalewise.pipelines import scale_wise
 
@@ -24,7 +24,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def student_of(tensors: dict[str, Tensor], folder: Path) -> Student:
+def make_student(tensors: dict[str, Tensor], folder: Path) -> Student:
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "other.safetensors")
     return load_student(folder / "other.safetensors", schedule=SCHEDULE)
 
@@ -44,7 +44,7 @@ def test_a_fused_layer_of_flux_becomes_three_with_its_own_rows_each(tmp_path, fo
         tensors = {f"{form}.lora_down.weight": a, f"{form}.lora_up.weight": b}
     tensors[f"{layer if form == 'lora_A' else form}.alpha"] = torch.tensor(2.0)
     tensors[f"{layer if form == 'lora_A' else form}.diff_b"] = noise(48, seed=2)
-    student = student_of(tensors, tmp_path).matched(Flux.tiny().denoiser)
+    student = make_student(tensors, tmp_path).match_to(Flux.tiny().denoiser)
     for part, name in enumerate(("to_q", "to_k", "to_v")):
         path, rows = f"transformer_blocks.0.attn.{name}", slice(16 * part, 16 * part + 16)
         torch.testing.assert_close(update(student, path), 0.5 * b[rows] @ a)
@@ -63,7 +63,7 @@ def test_layers_of_published_flux_are_placed_as_stock_diffusers_places_them(tmp_
                     f"lora_unet_{name}.lora_up.weight": noise(high, 2, seed=i),
                     f"lora_unet_{name}.alpha": torch.tensor(4.0)}  # fmt: skip
     stock = {k.partition(".")[2]: v for k, v in FluxPipeline.lora_state_dict(dict(tensors)).items()}
-    student = student_of(tensors, tmp_path)
+    student = make_student(tensors, tmp_path)
     assert student.tensors.keys() == stock.keys() and len(stock) == 2 * (3 + 1 + 1 + 4 + 1 + 1)
     for layer in map(lora_keys.layer_of, stock):
         theirs = stock[f"{layer}.lora_B.weight"][:64] @ stock[f"{layer}.lora_A.weight"][:, :64]
@@ -89,7 +89,7 @@ def test_sgms_names_of_sdxl_are_read(tmp_path, theirs, ours, shape):
     # Files name many layers; one of a block tells that outer ones are SGM's too.
     other = "lora_unet_input_blocks_7_1_proj_out"
     tensors |= {f"{other}.lora_down.weight": noise(2, 8), f"{other}.lora_up.weight": noise(8, 2)}
-    student = student_of(tensors, tmp_path)
+    student = make_student(tensors, tmp_path)
     assert {lora_keys.layer_of(n) for n in student.tensors} == {ours, "down_blocks.2.attentions.0.proj_out"}
     assert student.denoiser == "unet"
     assert torch.equal(student.tensors[f"{ours}.lora_A.weight"], a)
@@ -106,7 +106,7 @@ def test_convolutions_are_fused_as_stock_diffusers_fuses_them(tmp_path):
         tensors[f"{name}.lora_down.weight"] = noise(2, into, *[kernel] * 2 if kernel else [], seed=i)
         tensors[f"{name}.lora_up.weight"] = noise(out, 2, *[1] * 2 if kernel else [], seed=i)
         tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    student = student_of(tensors, tmp_path)
+    student = make_student(tensors, tmp_path)
     before = {layer: model.denoiser.get_submodule(layer).weight.clone() for layer in layers}
     fuse(model.denoiser, student)
     stock.pipeline.load_lora_weights(load_file(tmp_path / "other.safetensors"))
@@ -132,7 +132,7 @@ def biased(model: SD3) -> dict[str, Tensor]:
 
 def test_biases_are_fused_exported_and_attached(tmp_path):
     model = SD3.tiny()
-    student, x = student_of(biased(model), tmp_path), noise(3, 16, seed=9)
+    student, x = make_student(biased(model), tmp_path), noise(3, 16, seed=9)
     layers = ("transformer_blocks.0.attn.to_q", "transformer_blocks.2.attn.to_k")
     old = {layer: model.denoiser.get_submodule(layer).bias.clone() for layer in layers}
     fuse(model.denoiser, student, weight=0.5)
@@ -147,7 +147,7 @@ def test_biases_are_fused_exported_and_attached(tmp_path):
     for form in lora_keys.FORMS:
         out = tmp_path / form if form == "peft" else tmp_path / f"{form}.safetensors"
         write_student(out, student, dtype=torch.float32, form=form)
-        again = load_student(out).matched(model.denoiser)
+        again = load_student(out).match_to(model.denoiser)
         assert again.tensors.keys() == student.tensors.keys()
         assert all(torch.equal(again.tensors[k], v) for k, v in student.tensors.items())
 
@@ -159,7 +159,7 @@ def test_a_bias_of_peft_is_scaled_by_alpha_and_one_of_kohya_is_not():
                    "lora_unet_x.alpha": torch.tensor(6.0), f"lora_unet_x{ending}": torch.ones(4)}  # fmt: skip
         weights, alphas = convert(tensors)
         assert alphas == {"x": 6.0} and f"x{ending}" in weights
-        assert _foreign(weights, alphas, {}, schedule=SCHEDULE).tensors["x.lora_B.bias"][0] == expected
+        assert _from_foreign(weights, alphas, {}, schedule=SCHEDULE).tensors["x.lora_B.bias"][0] == expected
 
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_"])
@@ -179,7 +179,7 @@ def test_wans_outer_layers_biases_and_head_are_read(tmp_path, prefix):
     name = prefix + ("head_head" if prefix == "lora_unet_" else "head.head")
     tensors |= {f"{name}.diff": noise(*head.shape), f"{name}.diff_b": noise(len(head))}
     tensors[f"{prefix}blocks.0.norm3.diff"] = torch.zeros(24)  # trainers write what they left alone
-    student = student_of(tensors, tmp_path).matched(model.denoiser)
+    student = make_student(tensors, tmp_path).match_to(model.denoiser)
     assert {lora_keys.layer_of(n) for n in student.tensors} == {*names.values(), "proj_out"}
     for i, (theirs, ours) in enumerate(names.items()):
         out, into = model.denoiser.get_submodule(ours).weight.shape
@@ -194,21 +194,21 @@ PAIR = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": noise(2, 16)
 
 @pytest.mark.parametrize(("name", "said"), [
     ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoders .1 of 3, for example"),
-    ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "only a denoiser's are applied"),
+    ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "only weights for the denoiser"),
     ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector", "is a DoRA .1 weights"),
     ("lora_unet_x.dora_scale", "is a DoRA"),
     ("lora_unet_x.hada_w1_a", "is a LoHa"),
     ("lora_unet_x.lokr_w1", "is a LoKr"),
-    ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", "SD3's authors do .joint_blocks"),
-    ("transformer.transformer_blocks.0.attn.to_q.diff", "differences of whole weights for 1 layers"),
+    ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", "the original SD3 code .joint_blocks"),
+    ("transformer.transformer_blocks.0.attn.to_q.diff", "differences of full weights for 1 layers"),
     ("lora_unet_double_blocks_0_img_attn_norm_key_norm.diff", "a layer double_blocks_0_img_attn_norm_k"),
-    ("lora_unet_single_blocks_99_linear2.diff_b", "a layer single_blocks_99_linear2 that diffusers"),
-    ("diffusion_model.blocks.0.self_attn.norm_q.diff", "a layer blocks.0.self_attn.norm_q that diffusers"),
-    ("transformer.transformer_blocks.0.attn.to_q.bias", "1 of 3 weights are not expected"),
+    ("lora_unet_single_blocks_99_linear2.diff_b", "a layer single_blocks_99_linear2 that the converter"),
+    ("diffusion_model.blocks.0.self_attn.norm_q.diff", "a layer blocks.0.self_attn.norm_q that the conv"),
+    ("transformer.transformer_blocks.0.attn.to_q.bias", "1 of 3 weights are unexpected"),
 ])  # fmt: skip
 def test_what_a_file_holds_and_cannot_be_applied_is_named(tmp_path, name, said):
     with pytest.raises(StudentError, match=said):
-        student_of({**PAIR, name: torch.ones(16)}, tmp_path)
+        make_student({**PAIR, name: torch.ones(16)}, tmp_path)
 
 
 def test_an_export_is_checked_against_the_base(tmp_path):
@@ -222,7 +222,10 @@ def test_an_export_is_checked_against_the_base(tmp_path):
     )
     save_file(PAIR, tmp_path / "right.safetensors")
     out, schedule = tmp_path / "out.safetensors", "1000@4 600@8"
-    for name, said in (("other", "layers that are not there"), ("small", "made for a layer of 16 x 8")):
+    for name, said in (
+        ("other", "layers that the base does not have"),
+        ("small", "is for a layer of 16 x 8"),
+    ):
         with pytest.raises(StudentError, match=said):
             export_student(str(tmp_path / f"{name}.safetensors"), out, "diffusers", schedule,
                            base=str(tmp_path / "sd3"))  # fmt: skip

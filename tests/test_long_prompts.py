@@ -15,7 +15,7 @@ from scalewise.data.synthetic import generate
 from scalewise.evaluation.evaluate import evaluate
 from scalewise.evaluation.samplers import Prompts, parse_sampler
 from scalewise.models import SD3, SDXL
-from scalewise.models.long_prompts import overlong
+from scalewise.models.long_prompts import describe_truncation
 
 SHORT, MIDDLE, LONG = "a dog", "a dog on a red sofa, noto style", "a dog " * 40
 
@@ -45,21 +45,21 @@ def tiny() -> SD3:
 def test_the_sentence_counts_the_different_prompts_that_each_encoder_cuts():
     prompts = ["a b", "a b c d", "a b c d e f", "a b c d", ""]
     readers = [(Words(), 3, "CLIP"), (Words(), 8, "T5")]
-    assert overlong(prompts, readers) == (
-        "2 of 3 prompts are longer than CLIP reads (3 tokens); T5 reads them whole. "
+    assert describe_truncation(prompts, readers) == (
+        "2 of 3 prompts are longer than CLIP reads (3 tokens); T5 reads all of them. "
         "The longest has 6 tokens for CLIP: 'a b c d e f'."
     )
     readers = [(Words(), 3, "CLIP"), (Words(), 5, "T5")]
-    assert overlong(prompts, readers) == (
-        "2 of 3 prompts are longer than CLIP reads (3 tokens), 1 longer than T5 reads (5 tokens): the rest "
-        "is ignored there. The longest has 6 tokens for CLIP, 6 for T5: 'a b c d e f'. Shorten what matters "
-        "to that length."
+    assert describe_truncation(prompts, readers) == (
+        "2 of 3 prompts are longer than CLIP reads (3 tokens), 1 longer than T5 reads (5 tokens); the rest "
+        "is ignored. The longest has 6 tokens for CLIP, 6 for T5: 'a b c d e f'. Put the important words "
+        "into that length."
     )
-    assert overlong(["a b c d"], readers) == (
-        "The prompt 'a b c d' is longer than CLIP reads (3 tokens); T5 reads it whole. "
+    assert describe_truncation(["a b c d"], readers) == (
+        "The prompt 'a b c d' is longer than CLIP reads (3 tokens); T5 reads all of it. "
         "It has 4 tokens for CLIP."
     )
-    assert overlong(["a b c", ""], readers) == overlong([], readers) == ""
+    assert describe_truncation(["a b c", ""], readers) == describe_truncation([], readers) == ""
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
@@ -86,7 +86,7 @@ def test_generating_a_set_warns_once_and_counts_the_tokens_that_the_teacher_read
     prompts = [MIDDLE, "a cat " * 15, SHORT]
     told = said(lambda: list(generate(model, recipe, prompts, tmp_path / "s", count=3, batch=1)))
     assert len(told) == 1
-    assert told[0].startswith("2 of 3 prompts are longer than CLIP reads (24 tokens); T5 reads them whole.")
+    assert told[0].startswith("2 of 3 prompts are longer than CLIP reads (24 tokens); T5 reads all of them.")
     assert model.max_sequence_length == 64
 
 
@@ -109,7 +109,7 @@ def test_a_comparison_warns_once_for_each_sampler_that_reads_otherwise():
 
     told = said(work)
     assert len(told) == 2
-    assert told[0].startswith("2 of 4 prompts are longer than CLIP reads (24 tokens); T5 reads them whole.")
+    assert told[0].startswith("2 of 4 prompts are longer than CLIP reads (24 tokens); T5 reads all of them.")
     assert told[1].startswith(
         "2 of 4 prompts are longer than CLIP reads (24 tokens), 1 longer than T5 reads (64 tokens)"
     )
@@ -118,4 +118,4 @@ def test_a_comparison_warns_once_for_each_sampler_that_reads_otherwise():
 def test_a_family_without_t5_does_not_speak_of_it():
     (told,) = said(lambda: SDXL.tiny().encode_prompts([LONG, SHORT, MIDDLE]))
     assert told.startswith("2 of 3 prompts are longer than CLIP reads (") and "T5" not in told
-    assert "the rest is ignored there" in told
+    assert "the rest is ignored" in told

@@ -102,7 +102,7 @@ def test_a_teacher_that_generates_nan_keeps_the_earlier_samples_of_the_dataset(t
 
 def test_embeddings_with_nan_are_not_cached(tmp_path):
     class Overflowing:
-        warned_once = staticmethod(nullcontext)
+        warn_of_truncation_once = staticmethod(nullcontext)
 
         def encode_prompts(self, prompts):
             return Condition(

@@ -19,8 +19,8 @@ from scalewise.method.scales import Scale, ScaleSchedule
 from scalewise.models import SD3, SDXL, Flux, PipelineAdapter, Wan
 from scalewise.models.attached import attached, check_student
 from scalewise.models.lora import Student, StudentError, fused, save_student
-from scalewise.models.offloading import attach
-from scalewise.models.quantization import layers
+from scalewise.models.offloading import install_hooks
+from scalewise.models.quantization import linear_layers
 from scalewise.training import setup
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def drawn(model: PipelineAdapter) -> Tensor:
 def test_offloaded_models_draw_the_same_twice(family: type[SD3], how: str) -> None:
     model = family.tiny()
     wanted = drawn(model)
-    attach(model, how, CPU, denoiser_stays=False)  # type: ignore[arg-type]
+    install_hooks(model, how, CPU, denoiser_stays=False)  # type: ignore[arg-type]
     hooked = [m for m in model.denoiser.modules() if hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook")]
     assert len(hooked) == 1 if how == "components" else len(hooked) > 2
     assert model.device == CPU
@@ -65,7 +65,7 @@ def test_components_take_turns_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
         return before(self, device, *more, **named)
 
     monkeypatch.setattr(nn.Module, "to", watch)
-    attach(model, "components", torch.device("cpu:0"), denoiser_stays=False)
+    install_hooks(model, "components", torch.device("cpu:0"), denoiser_stays=False)
     assert set(where.values()) == {"cpu"}
     # A part at "cpu:0" reads as lying on "cpu": who sends whom home is read off the hooks.
     texts = ["text_encoder", "text_encoder_2", "text_encoder_3"]
@@ -78,7 +78,7 @@ def test_components_take_turns_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_denoiser_in_fewer_bits_stays_on_the_device() -> None:
     model = SD3.tiny()
-    attach(model, "components", CPU, denoiser_stays=True)
+    install_hooks(model, "components", CPU, denoiser_stays=True)
     assert not hasattr(model.denoiser, "_hf_hook") and hasattr(model.pipeline.vae, "_hf_hook")
     assert model.device == CPU
 
@@ -89,9 +89,9 @@ def tiny(tmp_path: Path) -> Recipe:
 
 
 def test_without_an_accelerator_offloading_says_that_it_does_nothing(tiny: Recipe) -> None:
-    with pytest.warns(UserWarning, match=r"model\.offload=blocks has no effect on a machine without an acc"):
+    with pytest.warns(UserWarning, match=r"model\.offload=blocks has no effect without an acc"):
         model = setup.load(tiny.override(["model.offload=blocks"]), ["denoiser"])
-    assert model.runs_on is None
+    assert model.execution_device is None
 
 
 def test_training_is_not_offloaded_and_drawing_is_what_plan_proposes(
@@ -111,7 +111,7 @@ def test_training_is_not_offloaded_and_drawing_is_what_plan_proposes(
     assert asked == [("components", False)]
 
 
-def student_of(model: PipelineAdapter) -> Student:
+def make_student(model: PipelineAdapter) -> Student:
     """A student of rank 2 that moves every layer."""
     other = type(model).tiny()
     roles = Roles(other.denoiser, ["student"], rank=2, targets=other.lora_targets, seed=5)
@@ -126,7 +126,7 @@ def student_of(model: PipelineAdapter) -> Student:
 @pytest.mark.parametrize("weight", [1.0, 0.5])
 def test_a_student_beside_the_weights_draws_as_one_that_is_fused_and_leaves_no_trace(weight: float) -> None:
     model = SD3.tiny()
-    student, plain = student_of(model), drawn(model)
+    student, plain = make_student(model), drawn(model)
     with fused(model.denoiser, student, weight=weight):
         wanted = drawn(model)
     with attached(model.denoiser, student, weight=weight):
@@ -157,8 +157,8 @@ def test_a_recipe_in_fewer_bits_draws_in_them_with_a_student_too(
 ) -> None:
     recipe = tiny.override([f"model.quantize={bits}"])
     whole, few = setup.load(tiny, ["denoiser"]), setup.load(recipe, ["denoiser"])
-    assert list(layers(whole)) and not list(layers(few))
-    student = student_of(SD3.tiny())
+    assert list(linear_layers(whole)) and not list(linear_layers(few))
+    student = make_student(SD3.tiny())
     save_student(tmp_path / "s.safetensors", student.tensors, tiny.override(["lora.rank=2", "lora.alpha=4"]))
     contender = SamplerSpec("student", "student", 1, 1.0, student.schedule, tmp_path / "s.safetensors")
     cond, x0 = SD3.tiny().encode_prompts(["a dog"]), []
@@ -173,10 +173,10 @@ def test_a_recipe_in_fewer_bits_draws_in_them_with_a_student_too(
 
 def test_a_student_of_another_base_is_refused_by_a_base_in_fewer_bits(tiny: Recipe) -> None:
     few = setup.load(tiny.override(["model.quantize=int8"]), ["denoiser"])
-    student = student_of(SD3.tiny())
+    student = make_student(SD3.tiny())
     name = next(n for n in student.tensors if ".lora_A." in n)
     student.tensors[name] = torch.zeros(2, 99)
-    with pytest.raises(StudentError, match=r"does not fit this base: .* is no linear layer of .* x 99 here"):
+    with pytest.raises(StudentError, match=r"does not fit this base: .* is not a linear layer of .* x 99"):
         check_student(few.denoiser, student)
     student.tensors[name] = torch.zeros(2, 4, 3, 3)
     with pytest.raises(StudentError, match=r"changes the convolution .*; sample with model\.quantize=none"):

@@ -21,10 +21,16 @@ from scalewise.evaluation.sampling_speed import count_flops
 from scalewise.method.roles import Roles
 from scalewise.method.scales import Scale
 from scalewise.models import ModelError
-from scalewise.models.meta import autoencoder, configuration, known, skeleton, text_encoders
+from scalewise.models.meta import (
+    build_meta_model,
+    build_text_encoders,
+    build_vae,
+    known_configurations,
+    read_configuration,
+)
 from scalewise.planning.flops import _Flash, bytes_of, count
-from scalewise.planning.footprint import Drawing, Network
-from scalewise.planning.plan import Forward, Memory, Passes, Plan, _predict, make_plan
+from scalewise.planning.footprint import DenoiserSize, SamplingMemory
+from scalewise.planning.plan import ForwardCost, Memory, PassFlops, Plan, _predict, make_plan
 from scalewise.training import setup
 
 # Parameters of the published models, and of LoRAs at the paper's ranks.
@@ -41,7 +47,7 @@ SIZES = {
 def test_the_full_size_models_have_their_published_number_of_parameters(name):
     recipe = find_recipe(name)
     denoiser, lora = SIZES[name]
-    model = skeleton(recipe.model.base, dtype=torch.bfloat16)
+    model = build_meta_model(recipe.model.base, dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.denoiser.parameters()) == denoiser
     schedule = recipe.schedule.build()
     schedule.check(patch=model.patch, largest=model.largest_scale)
@@ -53,7 +59,7 @@ def test_the_full_size_models_have_their_published_number_of_parameters(name):
 
 
 def test_fluxs_lora_counts_with_the_plain_list_and_with_ours():
-    model = skeleton(find_recipe("flux-dev").model.base, dtype=torch.bfloat16)
+    model = build_meta_model(find_recipe("flux-dev").model.base, dtype=torch.bfloat16)
     layers = {
         name: module
         for name, module in model.denoiser.named_modules()
@@ -67,10 +73,10 @@ def test_fluxs_lora_counts_with_the_plain_list_and_with_ours():
     assert sum(size.values()) == 298_844_160 + 38 * 128 * (3072 + 12288 + 15360 + 3072)
 
 
-@pytest.mark.parametrize("base", known())
+@pytest.mark.parametrize("base", known_configurations())
 def test_known_configurations_name_text_encoders_and_vae(base):
-    config = configuration(base)
-    assert models.family_named(config["pipeline_class"], base)
+    config = read_configuration(base)
+    assert models.family_of_pipeline(config["pipeline_class"], base)
     assert len(config["text"]) in (1, 2, 3)
     assert config["vae"]["_class_name"].startswith("AutoencoderKL")
 
@@ -108,7 +114,7 @@ def test_a_plan_counts_what_the_real_model_does(folder, plan):
         assert step.flops == counter.get_total_flops()
         assert step.tokens == model.token_count(step.scale)
         assert 0 < step.base.features < step.base.gradient and step.base.features < step.flops
-        assert step.flops < step.adapted.whole
+        assert step.flops < step.adapted.forward
         assert 1.5 * step.flops < step.train_flops < 3.5 * step.flops
     real = {"vae": model.pipeline.vae, "denoiser": model.denoiser}
     for part, module in real.items():
@@ -119,15 +125,15 @@ def test_a_plan_counts_what_the_real_model_does(folder, plan):
 def test_a_plans_parts_take_the_bytes_of_loaded_ones_buffers_included(folder, dtype):
     path, family = folder
     model = family.load(path, dtype=dtype)
-    assert bytes_of(skeleton(path, dtype=dtype).denoiser) == bytes_of(model.denoiser)
-    assert bytes_of(autoencoder(path, dtype=dtype)) == bytes_of(model.pipeline.vae)
+    assert bytes_of(build_meta_model(path, dtype=dtype).denoiser) == bytes_of(model.denoiser)
+    assert bytes_of(build_vae(path, dtype=dtype)) == bytes_of(model.pipeline.vae)
     names = [name for name in model.text_names if name.startswith("text_encoder")]
     texts = [bytes_of(getattr(model.pipeline, name)) for name in names]
-    assert [bytes_of(encoder) for encoder in text_encoders(path, dtype=dtype)] == texts
+    assert [bytes_of(encoder) for encoder in build_text_encoders(path, dtype=dtype)] == texts
 
 
 def test_sd35_mediums_table_of_positions_is_counted():
-    model = skeleton(find_recipe("sd35-medium").model.base, dtype=torch.bfloat16)
+    model = build_meta_model(find_recipe("sd35-medium").model.base, dtype=torch.bfloat16)
     table = 384 * 384 * 1536 * 2
     assert bytes_of(model.denoiser) == 2 * 2_243_171_520 + table and table == pytest.approx(0.453e9, rel=1e-3)
 
@@ -139,28 +145,28 @@ TOKENS = {"sd35-medium": (9_856, 24_576), "sd35-large": (9_024, 16_384), "flux-d
 @pytest.mark.parametrize("name", TOKENS)
 def test_tokens_over_all_steps_are_added_up_scale_wise_and_at_full_scale(name):
     recipe = find_recipe(name)
-    schedule, model = recipe.schedule.build(), skeleton(recipe.model.base, dtype=torch.bfloat16)
+    schedule, model = recipe.schedule.build(), build_meta_model(recipe.model.base, dtype=torch.bfloat16)
     plan = replace(blank_plan(recipe, 0), steps=[at(scale, model) for scale in schedule.scales],
                    full=at(schedule.full, model))  # fmt: skip
     assert (plan.tokens, plan.full_tokens) == TOKENS[name]
 
 
-def at(scale: Scale, model) -> Forward:
-    passes = Passes(1.0, 1.0, 1.0)
-    return Forward(scale, model.token_count(scale), passes, passes, 1.0, 1.0, 1.0, 1.0)
+def at(scale: Scale, model) -> ForwardCost:
+    passes = PassFlops(1.0, 1.0, 1.0)
+    return ForwardCost(scale, model.token_count(scale), passes, passes, 1.0, 1.0, 1.0, 1.0)
 
 
 def blank_plan(recipe, steps: int) -> Plan:
-    passes = Passes(1.0, 1.0, 1.0)
-    blank = Forward(Scale(1, 1, 1), 1, passes, passes, 1.0, 1.0, 1.0, 1.0)
-    drawing = Drawing(Network(1, 1, 1, 1, 1), 1, 1, 1, 1, 1, {}, {})
+    passes = PassFlops(1.0, 1.0, 1.0)
+    blank = ForwardCost(Scale(1, 1, 1), 1, passes, passes, 1.0, 1.0, 1.0, 1.0)
+    drawing = SamplingMemory(DenoiserSize(1, 1, 1, 1, 1), 1, 1, 1, 1, 1, {}, {})
     memory = Memory(1, 1, 1, 1, 1)
     return Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, memory, 1, 1, drawing)
 
 
 def test_standing_in_for_blocks_that_are_alike_changes_no_count(folder):
     path, family = folder
-    model = skeleton(path)
+    model = build_meta_model(path)
     roles = Roles(model.denoiser, ["student"], rank=4, targets=model.lora_targets)
     scale = sizes(family)[-1]
     with roles.role("student"):
@@ -191,8 +197,8 @@ def test_attention_is_counted_as_flash_kernels_compute_it():
 
 def test_a_plans_ratios_follow_from_its_counts(plan, folder):
     assert plan.teacher_forwards == (28 if folder[1].family == "flux" else 56)  # FLUX's guidance is an input
-    assert plan.scale_wise == sum(step.flops for step in plan.steps) < plan.full_scale
-    assert plan.full_scale == 2 * plan.full.flops
+    assert plan.student_flops == sum(step.flops for step in plan.steps) < plan.full_scale_flops
+    assert plan.full_scale_flops == 2 * plan.full.flops
     assert plan.iteration_mmd < plan.iteration < plan.iteration_full
 
 
@@ -214,7 +220,7 @@ def test_a_teacher_of_second_order_is_counted_by_its_passes_and_not_its_steps(tm
     )  # both steps but the last twice, guided: conditional and unconditional in one batch
     assert plan.teacher_forwards == sum(asked)
     flops = count_flops(recipe, [teacher, parse_sampler("undistilled", recipe)], console.progress)
-    assert flops["teacher"] == 10 * flops["undistilled"] == plan.teacher
+    assert flops["teacher"] == 10 * flops["undistilled"] == plan.teacher_flops
 
 
 def test_a_plans_memory_is_bounded_by_its_parts(plan):
@@ -228,14 +234,16 @@ def test_a_plans_memory_is_bounded_by_its_parts(plan):
 
 
 def test_a_base_without_a_known_configuration_is_named_with_those_that_are_known():
-    with pytest.raises(ModelError, match=r"nobody/nothing is not known here.*stable-diffusion-3\.5-medium"):
-        configuration("nobody/nothing")
+    with pytest.raises(
+        ModelError, match=r"There is no configuration for nobody/nothing.*stable-diffusion-3\.5-medium"
+    ):
+        read_configuration("nobody/nothing")
 
 
 def test_a_plan_refuses_what_does_not_fit_and_quotes_the_paper_for_its_own_set_ups_alone():
     with pytest.raises(ValueError, match="33x33 is not divisible by the patch size 2"):
         make_plan(find_recipe("sd35-medium-2").override(["schedule.scales=['33', '128']"]))
-    with pytest.raises(ModelError, match="of another family: this is a model for videos"):
+    with pytest.raises(ModelError, match=r"has scales without frames, but .* is a model for videos"):
         make_plan(
             find_recipe("flux-dev").override(
                 ["model.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "model.family=null"]

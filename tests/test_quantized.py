@@ -18,7 +18,7 @@ from scalewise.method.noise import FlowMatching
 from scalewise.models import SD3, SDXL, Flux, ModelError, PipelineAdapter, Wan
 from scalewise.models.attached import check_student
 from scalewise.models.lora import StudentError, fused, load_student
-from scalewise.models.quantization import layers, quantize
+from scalewise.models.quantization import linear_layers, quantize
 from scalewise.planning.flops import bytes_of
 from scalewise.planning.plan import make_plan
 from scalewise.training import setup
@@ -50,9 +50,9 @@ def test_every_family_answers_nearly_the_same_with_fewer_bits(
     """Tiny random networks suffer more than trained ones; what matters is that 8 bits suffer little."""
     model = family.tiny()
     whole = x0(model)
-    count = len(list(layers(model)))
+    count = len(list(linear_layers(model)))
     quantize(model, bits, "cpu")  # type: ignore[arg-type]
-    assert count > 0 and not list(layers(model)), "every linear layer of a block is replaced"
+    assert count > 0 and not list(linear_layers(model)), "every linear layer of a block is replaced"
     apart = (x0(model) - whole).norm() / whole.norm()
     assert 0 < apart < error
 
@@ -78,7 +78,7 @@ def test_gradients_of_the_student_come_through_a_base_of_fewer_bits(bits: str) -
     quantized, rounded = SD3.tiny(), SD3.tiny()
     quantize(quantized, bits, "cpu")  # type: ignore[arg-type]
     few = dict(quantized.denoiser.named_modules())
-    whole = {linear for _, _, linear in layers(rounded)}
+    whole = {linear for _, _, linear in linear_layers(rounded)}
     for name, linear in rounded.denoiser.named_modules():
         if linear not in whole:
             continue

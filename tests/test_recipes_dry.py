@@ -14,9 +14,9 @@ from scalewise.config.presets import RECIPES, find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.data.latent_set import LatentSetWriter
 from scalewise.method.scales import Scale
-from scalewise.models import FAMILIES, SD3, PipelineAdapter, family_named
+from scalewise.models import FAMILIES, SD3, PipelineAdapter, family_of_pipeline
 from scalewise.models.lora import load_student
-from scalewise.models.meta import known
+from scalewise.models.meta import known_configurations
 from scalewise.training import run, setup
 
 CAPTIONS = ["a dog", "a cat", "a fish", "a red apple"]
@@ -31,7 +31,7 @@ def silent(_what: str, _total: int):
 def family_of_recipe(recipe: Recipe) -> type[PipelineAdapter]:
     if recipe.model.base == "mini":
         return SD3
-    return family_named(known()[recipe.model.base]["pipeline_class"], recipe.model.base)
+    return family_of_pipeline(known_configurations()[recipe.model.base]["pipeline_class"], recipe.model.base)
 
 
 def shrunk(recipe: Recipe, patch: int) -> list[Scale]:

@@ -19,7 +19,7 @@ from scalewise.method.noise import FlowMatching
 from scalewise.method.scales import Scale
 from scalewise.method.spectrum import Spectrum, radial_spectrum
 from scalewise.models import SDXL, Wan
-from scalewise.models.meta import skeleton
+from scalewise.models.meta import build_meta_model
 from scalewise.planning.schedule_search import (
     SearchOptions,
     load_latents,
@@ -65,7 +65,7 @@ def test_what_it_proposes_can_be_trained(tmp_path, capsys):
     line = next(x for x in capsys.readouterr().out.splitlines() if "To train" in x)
     schedule = find_recipe("mini-mmd").override(line.split("'")[1::2]).schedule.build()
     assert len(schedule) == 3 and schedule.full == Scale(1, 16, 16)
-    skeleton(mini.TEACHER).check_schedule(schedule)
+    build_meta_model(mini.TEACHER).check_schedule(schedule)
 
 
 def test_a_full_scale_recipes_proposal_is_not_trained_at_full_scale(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_a_budget_is_kept_by_the_command(tmp_path, capsys):
 
 
 def test_timesteps_are_the_recipes_or_those_asked_for():
-    model, own = skeleton(mini.TEACHER), find_recipe("mini").schedule.build()
+    model, own = build_meta_model(mini.TEACHER), find_recipe("mini").schedule.build()
     assert proposal_timesteps(model, own, SearchOptions()) == list(own.timesteps)
     six = proposal_timesteps(model, own, SearchOptions(steps=6))
     assert len(six) == 6 and six[0] == 1000 and six[-1] == pytest.approx(own.timesteps[-1], abs=8)
@@ -120,12 +120,12 @@ def test_pictures_are_encoded_and_small_ones_left_out(tmp_path):
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
     recipe = find_recipe("mini").override([f"data.path={tmp_path}"])
     with pytest.warns(UserWarning, match="1 of 4 images are smaller than 128x128 pixels"):
-        latents = load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+        latents = load_latents(recipe, build_meta_model(mini.TEACHER), count=100, progress=console.progress)
     assert latents.shape == (3, 16, 16, 16)
     for path in tmp_path.glob("[012].png"):
         path.unlink()
     with pytest.raises(ValueError, match=r"None of the 1 images has at least 128x128"):
-        load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+        load_latents(recipe, build_meta_model(mini.TEACHER), count=100, progress=console.progress)
 
 
 def test_pictures_need_no_captions_and_what_is_skipped_is_named(tmp_path):
@@ -134,11 +134,11 @@ def test_pictures_need_no_captions_and_what_is_skipped_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     recipe = find_recipe("mini").override([f"data.path={tmp_path}"])
     with pytest.warns(UserWarning, match=r"1 image used, 1 skipped: 1 unreadable \(broken.png\)"):
-        latents = load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+        latents = load_latents(recipe, build_meta_model(mini.TEACHER), count=100, progress=console.progress)
     assert len(latents) == 1
     (tmp_path / "good.png").unlink()
     with pytest.raises(ValueError, match="No usable image") as error:
-        load_latents(recipe, skeleton(mini.TEACHER), count=100, progress=console.progress)
+        load_latents(recipe, build_meta_model(mini.TEACHER), count=100, progress=console.progress)
     assert "Each needs a caption" not in str(error.value)
 
 
@@ -155,7 +155,7 @@ def test_the_margin_decides_what_is_called_safe(tmp_path):
 
 def test_a_set_is_read_at_full_size():
     recipe = find_recipe("mini")
-    latents = load_latents(recipe, skeleton(mini.TEACHER), count=10, progress=console.progress)
+    latents = load_latents(recipe, build_meta_model(mini.TEACHER), count=10, progress=console.progress)
     everything = LatentSet.open(mini.DATA).latents(range(1024), Scale(1, 16, 16))
     assert latents.shape == (10, 16, 16, 16)
     assert all((everything == row).flatten(1).all(1).any() for row in latents)

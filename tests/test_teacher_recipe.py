@@ -43,14 +43,14 @@ def test_a_shift_takes_the_place_of_each_schedulers_own():
 
 
 def test_a_shift_is_refused_where_there_is_none():
-    with pytest.raises(ModelError, match=r"teacher\.shift=8 has no effect on EulerDiscreteScheduler"):
+    with pytest.raises(ModelError, match=r"teacher\.shift=8 has no effect on the EulerDiscreteScheduler"):
         SDXL.tiny().teacher_scheduler(5, Scale(1, 8, 8), shift=8.0)
 
 
 def test_the_teacher_of_sd3_reads_256_tokens_of_t5_and_a_student_512():
     model = SD3.tiny()
     model.pipeline.tokenizer_3.model_max_length = 512
-    model.max_sequence_length = model.longest_sequence()
+    model.max_sequence_length = model.default_sequence_length()
     lengths = [c.tensors["tokens"].shape[1] - model.clip_length for c in (
         model.encode_for_teacher(["a dog"]), model.encode_prompts(["a dog"]),
         model.encode_for_teacher(["a dog"], 300))]  # fmt: skip

@@ -23,13 +23,13 @@ from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.header import SetHeader
 from scalewise.data.synthetic import generate
-from scalewise.evaluation.evaluate import warned_once
+from scalewise.evaluation.evaluate import warn_of_truncation_once
 from scalewise.evaluation.samplers import SamplerSpec, count_passes, encode, enter, parse_sampler
 from scalewise.method.distill import Numbers
 from scalewise.method.scales import Scale
 from scalewise.models import ALL_PARTS, ModelError, lora_keys
 from scalewise.models.lora import Student, load_student, write_student
-from scalewise.models.meta import skeleton
+from scalewise.models.meta import build_meta_model
 from scalewise.pipelines import read_schedule
 from scalewise.training import setup
 from scalewise.training.run import distill
@@ -66,7 +66,7 @@ def sample_images(prompts: list[str], options: SampleOptions, out: Path) -> tupl
     uncond = encode(model, spec, [spec.negative_prompt])
     passes = count_passes(model, spec)
     with (
-        warned_once(model, spec, texts),
+        warn_of_truncation_once(model, spec, texts),
         # The training precision may be slow on this device, and another one gives nearly the same images.
         enter(model, spec, precision="auto", student=student, weight=options.weight) as sampler,
         console.progress("sampling", passes * -(-len(texts) // options.batch)) as done,
@@ -172,13 +172,13 @@ def _match_base(student: Student, name: str) -> Student:
         )
         return student
     try:
-        denoiser = skeleton(mini.resolve(student.base, mini.TEACHER)).denoiser
+        denoiser = build_meta_model(mini.resolve(student.base, mini.TEACHER)).denoiser
     except ModelError as error:
         if not has_paths:
             raise
         warnings.warn(f"The layers of {name} were not checked against its base: {error}", stacklevel=2)
         return student
-    return student.matched(denoiser)
+    return student.match_to(denoiser)
 
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool) -> None:

@@ -15,7 +15,7 @@ from scalewise.common import console, distributed
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.planning.fitting import PHOTOS, PROMPTS, Need, TypedRecipe, line, needs_of
-from scalewise.planning.plan import GB, KEPT_FREE, Plan, make_plan, scales_to_count
+from scalewise.planning.plan import GB, RESERVED, Plan, make_plan, scales_to_count
 from scalewise.planning.throughput import Card, Throughput, card_named, measured, throughput_of
 
 PROMPT_COMMANDS = ("generate", "evaluate")  # commands that read a prompt file
@@ -65,19 +65,19 @@ def _print_steps(plan: Plan) -> None:
         tokens, flops = f"{forward.tokens:,}", f"{forward.flops / 1e12:,.3g}"
         table.add_row(str(i + 1), f"{step.t:g}", str(step.scale), tokens, flops)
     table.add_section()
-    table.add_row("total", "", "", f"{plan.tokens:,}", f"{plan.scale_wise / 1e12:,.3g}")
-    table.add_row("full scale", "", "", f"{plan.full_tokens:,}", f"{plan.full_scale / 1e12:,.3g}")
+    table.add_row("total", "", "", f"{plan.tokens:,}", f"{plan.student_flops / 1e12:,.3g}")
+    table.add_row("full scale", "", "", f"{plan.full_tokens:,}", f"{plan.full_scale_flops / 1e12:,.3g}")
     console.out.print(table)
 
 
 def _print_operations(plan: Plan) -> None:
     say = partial(console.out.print, soft_wrap=True)
-    say(f"\nTFLOPs per sample (denoiser): student {plan.scale_wise / 1e12:,.3g}, same steps at full scale "
-        f"{plan.full_scale / 1e12:,.3g}, teacher with {plan.teacher_forwards} forward passes "
-        f"{plan.teacher / 1e12:,.3g}")  # fmt: skip
+    say(f"\nTFLOPs per sample (denoiser): student {plan.student_flops / 1e12:,.3g}, same steps at full scale "
+        f"{plan.full_scale_flops / 1e12:,.3g}, teacher with {plan.teacher_forwards} forward passes "
+        f"{plan.teacher_flops / 1e12:,.3g}")  # fmt: skip
     paper = [f" (measured in the paper: {found:.1f}x)" if found else "" for found in plan.paper_speed_up]
-    say(f"Expected speed-up: {plan.teacher / plan.scale_wise:.1f}x over the teacher{paper[0]}, "
-        f"{plan.full_scale / plan.scale_wise:.2f}x over full scale{paper[1]}")  # fmt: skip
+    say(f"Expected speed-up: {plan.teacher_flops / plan.student_flops:.1f}x over the teacher{paper[0]}, "
+        f"{plan.full_scale_flops / plan.student_flops:.2f}x over full scale{paper[1]}")  # fmt: skip
     less = f", MMD alone {plan.iteration_mmd / plan.iteration:.2f}x"
     alone = less if plan.recipe.loss.needs_fake else ""
     say(f"TFLOPs per training iteration and sample: {plan.iteration / 1e12:,.3g}; full scale "
@@ -92,7 +92,7 @@ def _print_operations(plan: Plan) -> None:
 def _print_hours(plan: Plan, device: Device, *, gpus: int) -> None:
     """Print the time of training and of generating a dataset, which several processes share."""
     speed, train = device.throughput(plan), plan.recipe.train
-    training, drawing = (speed.seconds(flops) for flops in (plan.training_flops, plan.generated_flops))
+    training, drawing = (speed.seconds(flops) for flops in (plan.training_flops, plan.generation_flops))
     console.out.print(
         f"Time: distill {duration(training)} for {train.iterations:,} iterations; generate "
         f"{duration(GENERATED * drawing / gpus)} for {GENERATED:,} samples ({speed.source})",
@@ -121,7 +121,7 @@ def _print_memory(plan: Plan, *, gpus: int) -> None:
     table = Table("memory per device in training", "GB", box=None, header_style="bold")
     for name, size in rows.items():
         table.add_row(name, f"{size / GB:,.3g}")
-    for part, size in memory.not_held.items():
+    for part, size in memory.excluded.items():
         table.add_row(f"{part}: only while data is prepared", f"({size / GB:,.3g})")
     console.out.print(table)
     batch = train.batch * train.accumulate * gpus
@@ -149,7 +149,7 @@ def _print_needs(plan: Plan, device: Device, typed: TypedRecipe) -> None:
     missing = [need for need in needs if not need.fits]
     if not missing:
         say(
-            f"All four commands fit, with {KEPT_FREE:.0%} of the memory kept free (models of metrics not "
+            f"All four commands fit, with {RESERVED:.0%} of the memory kept free (models of metrics not "
             "included)."
         )
     for need in missing:

@@ -273,7 +273,7 @@ class PromptCache:
             delete_leftovers(folder)
             model = load() if todo else None
             if model:
-                held.enter_context(model.warned_once(todo))
+                held.enter_context(model.warn_of_truncation_once(todo))
             waiting: list[Condition] = []
             first = 0
             for start in range(0, len(todo), batch):

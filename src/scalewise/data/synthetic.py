@@ -89,9 +89,9 @@ def generate(
     todo = writer.missing(count)
     yield count - len(todo)
     saved = time.monotonic()
-    tokens = recipe.teacher.max_sequence_length or model.stock_sequence()
+    tokens = recipe.teacher.max_sequence_length or model.pipeline_sequence_length()
     try:
-        with model.warned_once([prompts[i % len(prompts)] for i in todo], tokens=tokens):
+        with model.warn_of_truncation_once([prompts[i % len(prompts)] for i in todo], tokens=tokens):
             for start in range(0, len(todo), batch * distributed.world()):
                 indices = todo[start : start + batch * distributed.world()]
                 captions = [prompts[i % len(prompts)] for i in indices]
@@ -152,8 +152,8 @@ def all_scales(recipe: Recipe, extra: Sequence[Scale], *, patch: int) -> list[Sc
 
 def _text_tokens(model: PipelineAdapter, recipe: Recipe) -> int | None:
     """Return the teacher's number of T5 tokens; None for the default of datasets without this setting."""
-    length = recipe.teacher.max_sequence_length or model.stock_sequence()
-    return None if length == model.longest_sequence() else length
+    length = recipe.teacher.max_sequence_length or model.pipeline_sequence_length()
+    return None if length == model.default_sequence_length() else length
 
 
 def _writer(

@@ -84,7 +84,7 @@ def make_result(spec: SamplerSpec, seen: ImageFeatures, *, first: Result | None 
     return Result(row, seen)
 
 
-def warned_once(
+def warn_of_truncation_once(
     model: PipelineAdapter | None, spec: SamplerSpec, captions: Sequence[str]
 ) -> AbstractContextManager[None]:
     """Warn once about all captions that the text encoders truncate; suppress further warnings in the
@@ -92,8 +92,8 @@ def warned_once(
     """
     if model is None or spec.kind == "folder":
         return nullcontext()
-    stock = model.stock_sequence() if spec.kind == "teacher" else None
-    return model.warned_once(captions, tokens=spec.text_length or stock)
+    stock = model.pipeline_sequence_length() if spec.kind == "teacher" else None
+    return model.warn_of_truncation_once(captions, tokens=spec.text_length or stock)
 
 
 def evaluate(
@@ -116,7 +116,7 @@ def evaluate(
     own = prompts.select(mine)
     for spec in samplers:
         generating = progress(f"sampling: {spec.name}", len(prompts))
-        with generating as done, warned_once(model, spec, prompts.captions):
+        with generating as done, warn_of_truncation_once(model, spec, prompts.captions):
             stored, callbacks = storage(spec), dict[str, Any]()
             if stored:
                 stored.prepare()

@@ -27,7 +27,7 @@ from scalewise.method.roles import TEACHER
 from scalewise.method.sampling import OnStep, Sampler, sample_student, sample_teacher
 from scalewise.method.scales import ScaleSchedule
 from scalewise.models import PipelineAdapter
-from scalewise.models.attached import check_student, with_student
+from scalewise.models.attached import apply_student, check_student
 from scalewise.models.lora import Student, load_student
 
 Kind = Literal["teacher", "undistilled", "student", "folder"]
@@ -213,7 +213,7 @@ def enter(
         if student is None:
             assert spec.path is not None
             student = load_student(spec.path)
-        context = with_student(model.denoiser, student, weight=weight)
+        context = apply_student(model.denoiser, student, weight=weight)
     with context:
         backbone = Backbone(model, precision=precision)
         yield partial(_sample, backbone, spec)

@@ -29,11 +29,11 @@ from scalewise.evaluation.timing import (
     summarize,
     timings_table,
 )
-from scalewise.method.backbone import settle
+from scalewise.method.backbone import choose_precision
 from scalewise.method.scales import Scale
 from scalewise.metrics.intervals import Interval, median_interval
 from scalewise.models.lora import versions
-from scalewise.models.meta import skeleton
+from scalewise.models.meta import build_meta_model
 from scalewise.planning.plan import flops_of
 from scalewise.training import setup
 
@@ -182,7 +182,7 @@ def compute_gain(times: Times, flops: Mapping[str, float], name: str, over: str,
 
 def count_flops(recipe: Recipe, samplers: Sequence[SamplerSpec], progress: Progress) -> dict[str, float]:
     """Count the FLOPs of the denoiser per image for each sampler."""
-    model = skeleton(recipe.model.folder, family=recipe.model.family)
+    model = build_meta_model(recipe.model.folder, family=recipe.model.family)
     embedded = model.embedded_guidance is not None
     forwards = dict[str, list[Scale]]()
     for c in samplers:
@@ -200,8 +200,8 @@ def describe_setting(recipe: Recipe, device: torch.device, *, rounds: int) -> di
     """Return the hardware, model, precision and rounds of a measurement, as stored with the results."""
     return {
         "base": recipe.model.base, "dtype": recipe.model.dtype,
-        "precision": settle(recipe.train.precision, device), "rounds": rounds, "device": device_name(device),
-        "versions": versions(),
+        "precision": choose_precision(recipe.train.precision, device), "rounds": rounds,
+        "device": device_name(device), "versions": versions(),
     }  # fmt: skip
 
 

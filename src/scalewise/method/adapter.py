@@ -1,4 +1,4 @@
-"""What the method asks of a model, and the conditioning that it passes to it."""
+"""The interface of a model, and the conditioning passed to it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scalewise.method.noise import NoiseProcess
 from scalewise.method.scales import Scale
 
 GUIDANCE = "guidance"
-"""Name of the guidance [N] in a condition that carries it."""
+"""Name of the tensor with the guidance [N] in a condition; see `Condition.with_guidance`."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditioning passed to the denoiser: opaque tensors, each with the batch as first dimension."""
+    """Conditioning passed to the denoiser: tensors [N, ...] by name, which only the adapter interprets."""
 
     tensors: dict[str, Tensor]
 
@@ -27,11 +27,11 @@ class Condition:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Condition:
-        chosen: Any = slice(index, index + 1) if isinstance(index, int) else index
-        return Condition({k: v[chosen] for k, v in self.tensors.items()})
+        selection: Any = slice(index, index + 1) if isinstance(index, int) else index
+        return Condition({k: v[selection] for k, v in self.tensors.items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """Move, and cast what is floating point."""
+        """Move all tensors to a device, and cast floating-point tensors to a dtype."""
         return Condition(
             {
                 k: v.to(device=device, dtype=dtype if v.is_floating_point() else None)
@@ -41,75 +41,76 @@ class Condition:
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """Join conditions along the batch."""
+        """Concatenate conditions along the batch."""
         return Condition({k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors})
 
     def expand(self, count: int) -> Condition:
-        """Repeat a condition of length 1 to `count` samples."""
+        """Expand a condition of length 1 to `count` samples."""
         return Condition({k: v.expand(count, *v.shape[1:]) for k, v in self.tensors.items()})
 
     def with_guidance(self, guidance: float) -> Condition:
-        """Carry `guidance` as an input of the network, for a model that takes it so."""
+        """Return this condition with a value of guidance for models that take guidance as an input."""
         device = next(iter(self.tensors.values())).device
         return Condition({**self.tensors, GUIDANCE: torch.full((len(self),), guidance, device=device)})
 
 
 class ModelAdapter(ABC):
-    """A model as the method sees it; velocity, packing, position ids and the like end behind it.
+    """Interface of a model; packing, position ids and other details of a model family are hidden behind it.
 
-    Latents are [N, C, H, W] (video [N, C, T, H, W]), normalized as the denoiser wants them.
+    Latents are [N, C, H, W] (video [N, C, T, H, W]), normalized as the denoiser expects them.
     """
 
     denoiser_name: ClassVar[str] = "transformer"
-    """Name of the denoiser in the pipeline."""
+    """Name of the denoiser in the diffusers pipeline."""
     lora_targets: ClassVar[tuple[str, ...]]
+    """Suffixes of the names of the linear layers that get LoRA by default."""
     video: ClassVar[bool] = False
 
     noise: NoiseProcess
     patch: int
-    """Latent cells along each side of a token."""
+    """Side length of a token in latent cells."""
     channels: int
-    """Channels C of a latent."""
+    """Number of latent channels C."""
     blocks: int
-    """Number of blocks that can be tapped."""
+    """Number of blocks whose features can be extracted."""
     width: int
-    """Width D of a block's tokens."""
+    """Width D of the tokens of a block."""
     embedded_guidance: float | None = None
-    """Guidance that the network takes as an input where a condition carries none: the student's. None for a
-    network without that input, with which guidance means two forwards."""
+    """Guidance input of the network for conditions without their own value. None = the network has no such
+    input, and guidance needs two forward passes."""
 
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
-        """The network."""
+        """The denoising network."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device on which the model runs."""
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Return the network's raw prediction at noise levels t [N] in [0, 1000], in latent layout."""
+        """Return the raw prediction [N, C, H, W] for x_t [N, C, H, W] at timesteps t [N] in [0, 1000]."""
 
     @abstractmethod
     def block(self, index: int) -> nn.Module:
-        """Return the transformer block whose features are tapped."""
+        """Return a block by index."""
 
     @abstractmethod
     def image_tokens(self, output: Any) -> Tensor:
-        """Pick the image stream [N, L, D] out of a block's output."""
+        """Return the image tokens [N, L, D] from the output of a block."""
 
     @abstractmethod
     def teacher_scheduler(self, steps: int, scale: Scale, *, shift: float | None = None) -> Any:
-        """Return the model's own scheduler (diffusers), set to `steps` steps of a sample of a size.
+        """Return the diffusers scheduler of the model with the timesteps for `steps` steps at a scale.
 
-        `shift` takes the place of the schedule's own.
+        `shift` replaces the timestep shift of the scheduler.
         """
 
     @abstractmethod
     def enable_checkpointing(self, function: Any) -> None:
-        """Switch gradient checkpointing on, with the given function around every block."""
+        """Enable gradient checkpointing, with `function` as the checkpointing function of every block."""
 
     def token_count(self, scale: Scale) -> int:
         """Count the image tokens L of one sample at a scale."""

@@ -1,4 +1,4 @@
-"""The only holder of weights: one frozen base, its roles, and the one question all others ask: x0."""
+"""The model in all its roles: one frozen base with a LoRA adapter per role, which predicts x0."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from scalewise.method.roles import TEACHER, Roles
 Precision = Literal["auto", "float32", "bf16"]
 
 
-def settle(precision: Precision, device: torch.device | str) -> Literal["float32", "bf16"]:
-    """Turn "auto" into "bf16" where the device multiplies bfloat16 natively, else into "float32".
+def choose_precision(precision: Precision, device: torch.device | str) -> Literal["float32", "bf16"]:
+    """Resolve "auto" to "bf16" on devices with native bfloat16 matrix products, else to "float32".
 
-    Emulated bfloat16 is slower than float32: five times on a processor with AVX-512 alone.
+    Emulated bfloat16 is slower than float32, for example by a factor of five on a CPU that only has AVX-512.
     """
     if precision != "auto":
         return precision
@@ -28,12 +28,14 @@ def settle(precision: Precision, device: torch.device | str) -> Literal["float32
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if kind != "cpu":
         return "float32"
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return (
+        "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    )
 
 
 class Backbone:
-    """Answers "what is x0?" for teacher, student and fake model, which share the frozen base."""
+    """Predicts x0 as teacher, student or fake model, which share the frozen base."""
 
     def __init__(
         self,
@@ -46,27 +48,27 @@ class Backbone:
         precision: Precision = "float32",
         seed: int = 0,
     ) -> None:
-        """Give the model one LoRA adapter per role; `precision` "bf16" runs every forward under autocast."""
+        """Add one LoRA adapter per role; with `precision` "bf16" every forward pass runs under autocast."""
         self.model = model
-        self.precision = settle(precision, model.device)
+        self.precision = choose_precision(precision, model.device)
         targets = model.lora_targets if targets is None else targets
         self.roles = Roles(model.denoiser, roles, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser runs."""
+        """The device on which the denoiser runs."""
         return self.model.device
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """Parameters of a role, by name."""
+        """Return the parameters of a role by name."""
         return self.roles.parameters(role)
 
     def enable_checkpointing(self) -> None:
-        """Recompute blocks in the backward pass, each under the role of its forward."""
+        """Enable gradient checkpointing; blocks are recomputed in the role of their forward pass."""
         self.model.enable_checkpointing(self.roles.checkpointing())
 
     @contextmanager
-    def _under(self, role: str) -> Iterator[None]:
+    def _in_role(self, role: str) -> Iterator[None]:
         bf16 = self.precision == "bf16"
         with self.roles.role(role), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             yield
@@ -81,39 +83,40 @@ class Backbone:
         guidance: float | None = None,
         uncond: Condition | None = None,
     ) -> Tensor:
-        """x0 [N, ...] in float32 from x_t at levels t [N]; guidance w = 1 means none: x0 = uncond + w (cond -
-        uncond).
+        """Predict x0 [N, C, H, W] in float32 from x_t [N, C, H, W] at timesteps t [N].
 
-        With guidance, conditional and unconditional go through the model in one batch of 2 N; a model that
-        takes guidance as an input needs one of N.
+        Guidance w gives x0 = uncond + w (cond - uncond), computed in one batch of 2 N; w = 1 or None disables
+        it. A model that takes guidance as an input needs a batch of N. Raises ValueError for guidance without
+        `uncond`.
         """
         if guidance is not None and self.model.embedded_guidance is not None:
             cond, guidance = cond.with_guidance(guidance), None
         if guidance is None or guidance == 1.0:
-            with self._under(role):
+            with self._in_role(role):
                 prediction = self.model.predict(x_t, t, cond)
             return self.model.noise.x0(prediction, x_t, t)
         if uncond is None:
             raise ValueError(
-                f"Guidance {guidance:g} needs the unconditional condition; give uncond or guidance 1."
+                f"guidance={guidance:g} requires the unconditional condition; pass uncond or guidance=1."
             )
         count = len(x_t)
         both = Condition.cat([cond, uncond.expand(count) if len(uncond) == 1 else uncond])
-        with self._under(role):
+        with self._in_role(role):
             prediction = self.model.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        told, untold = self.model.noise.x0(prediction, torch.cat([x_t, x_t]), torch.cat([t, t])).split(count)
-        return untold + guidance * (told - untold)
+        x0 = self.model.noise.x0(prediction, torch.cat([x_t, x_t]), torch.cat([t, t]))
+        x0_cond, x0_uncond = x0.split(count)
+        return x0_uncond + guidance * (x0_cond - x0_uncond)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition, *, role: str, block: int) -> Tensor:
-        """Image tokens [N, L, D] that block number `block` gives out; the blocks after it do not run."""
-        with self._under(role), tap(self.model.block(block), self.model.image_tokens, stop=True) as found:
+        """Return the image tokens [N, L, D] of a block for x_t [N, C, H, W]; later blocks do not run."""
+        with self._in_role(role), tap(self.model.block(block), self.model.image_tokens, stop=True) as found:
             self.model.predict(x_t, t, cond)
         return found.tokens
 
     def predict_x0_and_features(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, role: str, block: int
     ) -> tuple[Tensor, Tensor]:
-        """x0 [N, ...] and the features [N, L, D] of a block, in one forward and without guidance."""
-        with self._under(role), tap(self.model.block(block), self.model.image_tokens, stop=False) as found:
+        """Return x0 [N, C, H, W] and the features [N, L, D] of a block from one pass without guidance."""
+        with self._in_role(role), tap(self.model.block(block), self.model.image_tokens, stop=False) as found:
             prediction = self.model.predict(x_t, t, cond)
         return self.model.noise.x0(prediction, x_t, t), found.tokens

@@ -25,9 +25,9 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 class SampleNoise:
-    """Noise for a batch of N samples with one random stream per sample seed: a sample draws the same numbers
-    in
-    any batch, for any accumulation and number of processes.
+    """Noise for a batch of N samples with one random stream per sample seed.
+
+    A sample gets the same numbers in any batch, for any accumulation and number of processes.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -55,5 +55,5 @@ class SampleNoise:
 
 
 def permutation(count: int, *key: int | str) -> Tensor:
-    """Return a shuffled range(count) for a key."""
+    """Return the integers [0, count) in random order, as a tensor [count], for a key."""
     return torch.randperm(count, generator=generator(*key))

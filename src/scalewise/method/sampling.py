@@ -1,7 +1,7 @@
-"""Sampling: the scale-wise few-step sampler of the student, and the teacher's own scheduler.
+"""Sampling: the scale-wise few-step sampler of the student, and the teacher with its scheduler.
 
-Progress bars, previews, pipelines and benchmarks run the very same code: they follow it by `on_step`.
-`predict` stands for the model: (x_t, t [N]) -> x0.
+Training, pipelines and benchmarks use the same functions; progress bars and previews use `on_step`.
+`predict` is the model: (x_t [N, C, H, W], t [N]) -> x0 [N, C, H, W].
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from scalewise.method.scales import Scale, ScaleSchedule, upscale_latents
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], Tensor | None]
-"""Called with the number i of a step and its x0 [N, ...]; a tensor that it returns takes the place of x0."""
+"""Called with the index of a step and its x0 [N, C, H, W]; a returned tensor replaces x0."""
 
 
 class Noise(Protocol):
-    """Gives the next noise [N, *shape] at every call."""
+    """Function that returns new noise [N, *shape] on every call."""
 
     def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor: ...
 
 
 class Sampler(Protocol):
-    """Samples [N, ...] for conditions and seeds, with everything else settled."""
+    """Function that returns samples [N, C, H, W] for conditions and seeds."""
 
     def __call__(
         self, cond: Condition, uncond: Condition, seeds: Sequence[int], *, on_step: OnStep | None = None
@@ -51,17 +51,18 @@ def sample_scale_wise(
     start: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample [N, C, H, W] (video [N, C, T, H, W]) along a schedule; `on_step` sees x0 at every s_i.
+    """Sample x0 [N, C, H, W] (video [N, C, T, H, W]) with a schedule; `on_step` gets the x0 of every step.
 
-    `start` are clean latents at s_1 to begin with instead of noise alone. x0 is upscaled (never x_t), then
-    noised afresh to the next level, also when the scale does not change (paper, section 4.1).
+    `start`: clean latents [N, C, H, W] at the first scale, which are noised to the first timestep; None =
+    pure noise. Between steps x0 (never x_t) is upscaled and noised with new noise to the next timestep, also
+    if the scale does not change (paper, section 4.1).
     """
     shape = schedule[0].scale.shape(1, channels, video=video)[1:]
     x = noise(shape, device)
     if start is not None:
         x = process.add_noise(start, x, torch.full((len(x),), schedule[0].t, device=x.device))
     for i, step in enumerate(schedule):
-        x0 = _shown(on_step, i, predict(x, torch.full((len(x),), step.t, device=x.device)))
+        x0 = _after_step(on_step, i, predict(x, torch.full((len(x),), step.t, device=x.device)))
         if i + 1 < len(schedule):
             after = schedule[i + 1]
             x0 = upscale_latents(x0, after.scale)
@@ -79,25 +80,24 @@ def sample_with_scheduler(
     shape: Sequence[int],
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
-    begin: int = 0,
+    begin_index: int = 0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample [N, *shape] with a diffusers scheduler whose timesteps are set.
+    """Sample x0 [N, *shape] with a diffusers scheduler whose timesteps are set.
 
-    The scheduler gets what the network would have predicted for the x0 given: working on x0 keeps the one
-    question to the model. With `start`, latents noised to the level of step `begin`, the steps before that
-    one are left out.
+    `predict` returns x0, which is converted back into the kind of prediction that the scheduler expects.
+    `start`: latents [N, *shape] noised to the timestep of step `begin_index`, where sampling then begins.
     """
     if start is None:
         x = noise(shape, device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     else:
         x = start
-        scheduler.set_begin_index(begin)
-    for i, t in enumerate(scheduler.timesteps[begin:], begin):
+        scheduler.set_begin_index(begin_index)
+    for i, t in enumerate(scheduler.timesteps[begin_index:], begin_index):
         x_t = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        level = torch.full((len(x),), float(t), device=x.device)
-        x0 = _shown(on_step, i, predict(x_t, level))
-        x = scheduler.step(process.prediction(x0, x_t, level), t, x, return_dict=False)[0]
+        timestep = torch.full((len(x),), float(t), device=x.device)
+        x0 = _after_step(on_step, i, predict(x_t, timestep))
+        x = scheduler.step(process.prediction(x0, x_t, timestep), t, x, return_dict=False)[0]
     return x
 
 
@@ -111,7 +111,10 @@ def sample_student(
     role: str = "student",
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample with a student: one forward a step, no guidance; sample i depends on its seed alone."""
+    """Sample x0 [N, C, H, W] with a student: one forward pass per step, no guidance.
+
+    Sample i depends only on its condition and its seed, not on the batch.
+    """
     model = backbone.model
     return sample_scale_wise(
         partial(backbone.predict_x0, cond=cond, role=role), schedule, model.noise, SampleNoise(seeds),
@@ -131,23 +134,23 @@ def sample_teacher(
     uncond: Condition | None = None,
     shift: float | None = None,
     start: Tensor | None = None,
-    begin: int = 0,
+    begin_index: int = 0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample with the teacher: its own schedule of `steps` steps, with guidance; `shift` replaces the
-    schedule's own.
+    """Sample x0 [N, C, H, W] with the teacher: `steps` steps of its scheduler, with guidance.
 
-    `start` and `begin`: continue from noised latents at a step, as in `sample_with_scheduler`.
+    `shift` replaces the timestep shift of the scheduler. `start` [N, C, H, W] and `begin_index`: see
+    `sample_with_scheduler`.
     """
     model = backbone.model
     return sample_with_scheduler(
         partial(backbone.predict_x0, cond=cond, role=TEACHER, guidance=guidance, uncond=uncond),
         model.teacher_scheduler(steps, scale, shift=shift), model.noise, SampleNoise(seeds),
         shape=scale.shape(1, model.channels, video=model.video)[1:], device=backbone.device, start=start,
-        begin=begin, on_step=on_step,
+        begin_index=begin_index, on_step=on_step,
     )  # fmt: skip
 
 
-def _shown(on_step: OnStep | None, i: int, x0: Tensor) -> Tensor:
-    changed = on_step(i, x0) if on_step else None
-    return x0 if changed is None else changed
+def _after_step(on_step: OnStep | None, i: int, x0: Tensor) -> Tensor:
+    replacement = on_step(i, x0) if on_step else None
+    return x0 if replacement is None else replacement

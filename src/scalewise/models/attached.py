@@ -1,4 +1,4 @@
-"""A student beside the weights of its base, for a base in fewer bits: nothing can be added to those."""
+"""A student on a quantized base: its update is added to the outputs of layers instead of to their weights."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from scalewise.models import lora_keys
 from scalewise.models.lora import Student, StudentError, check_pairs, fused
 
 
-def in_fewer_bits(module: nn.Module) -> bool:
-    """Whether some of a module's weights are no floating-point numbers."""
+def is_quantized(module: nn.Module) -> bool:
+    """Return whether a module has weights that are not floating-point numbers."""
     return any(not parameter.is_floating_point() for parameter in module.parameters())
 
 
-def with_student(module: nn.Module, student: Student, *, weight: float = 1.0) -> AbstractContextManager[None]:
-    """Give a denoiser a student for a while: fused into whole weights, attached to those of fewer bits."""
-    hold = attached if in_fewer_bits(module) else fused
-    return hold(module, student, weight=weight)
+def apply_student(
+    module: nn.Module, student: Student, *, weight: float = 1.0
+) -> AbstractContextManager[None]:
+    """Apply a student within a `with` block: fused into the weights, or attached if they are quantized."""
+    apply = attached if is_quantized(module) else fused
+    return apply(module, student, weight=weight)
 
 
 def check_student(module: nn.Module, student: Student) -> None:
-    """Refuse a student that does not fit a denoiser."""
-    if in_fewer_bits(module):
+    """Raise StudentError if a student does not fit a denoiser."""
+    if is_quantized(module):
         _updates(module, student)
     else:
-        student.matched(module)
+        student.match_to(module)
 
 
 @contextmanager
 def attached(module: nn.Module, student: Student, *, weight: float = 1.0) -> Iterator[None]:
-    """Add weight alpha / rank (B A x + bias) to every layer's output; leaving takes it off again."""
+    """Add weight alpha / rank (B A x + bias) to the outputs of layers within a `with` block."""
     scale, hooks = weight * student.alpha / student.rank, []
     for layer, a, b, bias in _updates(module, student):
-        place = next(layer.parameters()).device
-        a, b, bias = (None if given is None else given.to(place) for given in (a, b, bias))
+        device = next(layer.parameters()).device
+        a, b, bias = (None if tensor is None else tensor.to(device) for tensor in (a, b, bias))
         add = partial(_add, a=a, b=b, bias=bias, scale=scale)
         hooks.append(layer.register_forward_hook(add))
     try:
@@ -50,7 +52,7 @@ def attached(module: nn.Module, student: Student, *, weight: float = 1.0) -> Ite
 
 
 Update = tuple[nn.Linear, Tensor | None, Tensor | None, Tensor | None]
-"""A layer with its A [R, in] and B [out, R], and its bias [out]; both matrices or the bias may be missing."""
+"""A layer with A [R, in], B [out, R] and bias [out]; None for both matrices or for the bias if missing."""
 
 
 def _add(
@@ -65,7 +67,7 @@ def _add(
 
 
 def _updates(module: nn.Module, student: Student) -> list[Update]:
-    """Every linear layer that a student changes, and by what."""
+    """Return the linear layers that a student changes, with its updates; StudentError if one does not fit."""
     layers = dict(module.named_modules())
     tensors, found = lora_keys.match_layers(student.tensors, layers), list[Update]()
     check_pairs(tensors)
@@ -76,16 +78,16 @@ def _updates(module: nn.Module, student: Student) -> list[Update]:
         layer = layers.get(path)
         if isinstance(layer, nn.Conv2d) or (a is not None and a.ndim > 2):
             raise StudentError(
-                f"The student changes the convolution {path}, which a base in fewer bits cannot take; sample "
-                "with model.quantize=none."
+                f"The student changes the convolution {path}, which is not supported on a quantized base; "
+                "sample with model.quantize=none."
             )
         own = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
         rows = len(bias) if bias is not None else len(b) if b is not None else 0
         wanted = (rows, a.shape[1]) if a is not None else (rows, own[1] if own else 0)
         if not isinstance(layer, nn.Linear) or own != wanted:
             raise StudentError(
-                f"The student does not fit this base: {path} is no linear layer of {wanted[0]} x {wanted[1]} "
-                "here. Sample with the base it was made for."
+                f"The student does not fit this base: {path} is not a linear layer of {wanted[0]} x "
+                f"{wanted[1]}. Use the base that the student was trained with."
             )
         found.append((layer, _float(a), _float(b), _float(bias)))
     return found

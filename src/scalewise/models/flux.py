@@ -1,4 +1,4 @@
-"""FLUX.1: packed latents, embedded guidance, positions by ids that are made anew for every scale."""
+"""FLUX.1: packed latents, guidance as an input, position ids computed for every scale."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from scalewise.models.pipeline_adapter import PipelineAdapter
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Gather 2 x 2 cells of latents [N, C, H, W] into tokens [N, H/2 * W/2, 4 C]."""
+    """Pack 2 x 2 cells of latents [N, C, H, W] into tokens [N, H/2 * W/2, 4 C]."""
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Undo `pack`: tokens [N, H/2 * W/2, 4 C] to latents [N, C, H, W]."""
+    """Unpack tokens [N, H/2 * W/2, 4 C] into latents [N, C, H, W]; the inverse of `pack`."""
     return FluxPipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)
 
 
 class Flux(PipelineAdapter):
-    """The family of `FluxPipeline`: FLUX.1-dev, whose guidance is an input, and its kin without guidance."""
+    """Models of `FluxPipeline`: FLUX.1-dev, which takes guidance as an input, and variants without it."""
 
     family = "flux"
     pipeline_class: ClassVar[Any] = FluxPipeline
     text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     t5_tokenizer = "tokenizer_2"
-    # The single blocks call their MLP proj_mlp and proj_out: named too, so that every block's attention and
-    # MLP are adapted, as in the other families (docs/decisions.md).
+    # proj_mlp and proj_out are the MLP of the single blocks. With them, LoRA covers attention and MLP of
+    # every
+    # block, as in the other families (docs/decisions.md).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_mlp", "proj_out")
 
-    def describe(self, config: Mapping[str, Any]) -> None:
+    def configure(self, config: Mapping[str, Any]) -> None:
         self.noise = FlowMatching()
         self.patch, self.channels = 2, int(config["in_channels"]) // 4
         self.double_blocks = int(config["num_layers"])
@@ -48,7 +49,7 @@ class Flux(PipelineAdapter):
         self.full_scale = Scale(1, side, side)
 
     def tokenizers(self) -> list[tuple[Any, int, str]]:
-        # CLIP gives the pooled embedding alone, from the first 77 tokens; T5 carries the text.
+        # CLIP only gives the pooled embedding, from the first 77 tokens; T5 gives the token embeddings.
         clip = self.pipeline.tokenizer
         return [
             (clip, clip.model_max_length, "CLIP"),
@@ -68,21 +69,21 @@ class Flux(PipelineAdapter):
         }
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        kind: Any = self.denoiser.dtype
+        dtype: Any = self.denoiser.dtype
         height, width = x_t.shape[-2:]
         if self.embedded_guidance is not None and GUIDANCE not in cond.tensors:
             cond = cond.with_guidance(self.embedded_guidance)
-        # The transformer multiplies by 1000 itself, t and guidance alike.
+        # The transformer multiplies timestep and guidance by 1000.
         tokens, guidance = cond.tensors["tokens"], cond.tensors.get(GUIDANCE)
         ids = FluxPipeline._prepare_latent_image_ids(
             len(x_t), height // 2, width // 2, device=x_t.device, dtype=torch.float32
         )
         prediction = self.denoiser(
-            hidden_states=pack(x_t).to(kind),
+            hidden_states=pack(x_t).to(dtype),
             timestep=t.float() / 1000,
             guidance=None if guidance is None else guidance.float(),
-            pooled_projections=cond.tensors["pooled"].to(kind),
-            encoder_hidden_states=tokens.to(kind),
+            pooled_projections=cond.tensors["pooled"].to(dtype),
+            encoder_hidden_states=tokens.to(dtype),
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x_t.device),
             img_ids=ids,
             return_dict=False,
@@ -98,7 +99,7 @@ class Flux(PipelineAdapter):
 
     def scheduler_options(self, scheduler: Any, steps: int, scale: Scale) -> dict[str, Any]:
         options = super().scheduler_options(scheduler, steps, scale)
-        if scheduler.config.get("use_flow_sigmas"):  # makes its own, as in the pipeline
+        if scheduler.config.get("use_flow_sigmas"):  # it computes its own sigmas, as in the pipeline
             return options
         return options | {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
@@ -125,5 +126,4 @@ class Flux(PipelineAdapter):
             max_image_seq_len=64, shift=3.0,
         )  # fmt: skip
         pipeline = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
-        pipeline.set_progress_bar_config(disable=True)
-        return cls.around(pipeline, base="tiny-flux").freeze()
+        return cls.from_tiny_pipeline(pipeline)

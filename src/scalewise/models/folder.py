@@ -1,6 +1,6 @@
-"""A base in diffusers' layout as loading and `plan` both read it: its index, configurations and variants.
+"""Index, configurations and weight variants of a base in diffusers' layout, for loading and for `plan`.
 
-What cannot be used is refused here, before any weight is read. A base is a folder or a hub id.
+A base is a folder or a hub id. Bases that cannot be used are rejected before weights are read.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ from scalewise.common.errors import ModelError, first_line
 INDEX = "model_index.json"
 Part = Literal["denoiser", "vae", "text"]
 ALL_PARTS: tuple[Part, ...] = ("denoiser", "vae", "text")
-READ = re.compile(r"(.*/)?(diffusion_pytorch_model|model)[.-].*")
-"""Weights that loading looks for; others in a base's folders are of other programs."""
-NO_LENGTH = 10**6
-"""transformers gives a tokenizer without `model_max_length` 1e30; nothing real is as long as this."""
+LOADABLE = re.compile(r"(.*/)?(diffusion_pytorch_model|model)[.-].*")
+"""File names of weights that are loaded; other files in the folders of a base belong to other programs."""
+UNLIMITED_LENGTH = 10**6
+"""transformers gives 1e30 for tokenizers without `model_max_length`; lengths from here on mean no limit."""
 
 
 def model_index(base: str | Path) -> dict[str, Any]:
-    """The content of model_index.json; ModelError where there is none, or one of no pipeline."""
+    """Read model_index.json of a base; raise ModelError if it is missing or invalid."""
     path = Path(base) / INDEX
     if not path.exists():
         if Path(base).exists() or str(base).startswith((".", "/")):
             raise ModelError(
-                f"{base} is no model folder: it has no {INDEX}. Give a folder in diffusers' layout."
+                f"{base} is not a model folder: {INDEX} is missing. Use a folder in diffusers' layout."
             )
         path = _from_hub(str(base))
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} does not describe a model ({error}); fetch the model again.") from error
+        raise ModelError(f"{path} is not a valid model index ({error}); download the model again.") from error
     if not isinstance(index, dict):
-        raise ModelError(f"{path} does not describe a model (it holds no mapping); fetch the model again.")
+        raise ModelError(f"{path} is not a valid model index (not a mapping); download the model again.")
     return index
 
 
 def check_index(
     index: Mapping[str, Any], base: str | Path, *, required: Sequence[str], optional: Collection[str] = ()
 ) -> dict[str, tuple[str, str]]:
-    """Library and class of every component that an index names; ModelError if a required one is missing.
+    """Return the library and class of every component in a model index.
 
-    A component is left out by null, by [null, null] or by no entry; `optional` ones may be.
+    An entry that is absent, null or [null, null] means a missing component. Raises ModelError if a component
+    is `required` and missing, unless it is `optional`.
     """
     found = {}
     for name, entry in index.items():
@@ -56,111 +57,117 @@ def check_index(
     missing = [name for name in required if name not in found and name not in optional]
     if missing:
         raise ModelError(
-            f"{base} is incomplete: its {INDEX} names no {', no '.join(missing)}. Fetch the model again, "
-            "or give one that has all its parts."
+            f"{base} is incomplete: {INDEX} has no entry for {', '.join(missing)}. Download the model again, "
+            "or use one with all components."
         )
     return found
 
 
 def diffusers_class(components: Mapping[str, tuple[str, str]], name: str, base: str | Path) -> Any:
-    """The class of a component that has to be one of diffusers'."""
+    """Return the diffusers class of a component; raise ModelError if diffusers does not have it."""
     import diffusers
 
     library, kind = components[name]
     if library != "diffusers" or not hasattr(diffusers, kind):
         raise ModelError(
-            f"The {name} of {base} is a {kind} of {library!r}, which diffusers {diffusers.__version__} has "
-            "not; give a base with diffusers' own classes."
+            f"The {name} of {base} is a {kind} of {library!r}, which diffusers {diffusers.__version__} does "
+            "not have; use a base with classes of diffusers."
         )
     return getattr(diffusers, kind)
 
 
 def with_defaults(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    """A configuration with its class's own defaults: files written before a setting came lack it."""
+    """Add the defaults of a class to a configuration, because old files do not contain new settings."""
     options = inspect.signature(kind.__init__).parameters
     defaults = {name: o.default for name, o in options.items() if o.default is not o.empty}
     return {"_class_name": kind.__name__, **defaults, **config}
 
 
 def refuse_quantized(config: Mapping[str, Any], name: str, base: str | Path) -> None:
-    """Refuse a component that was saved in fewer bits: adapters, fusing and `plan` need whole weights."""
+    """Raise ModelError for a quantized component: adapters, fusing and `plan` need unquantized weights."""
     quantization = config.get("quantization_config")
     if not quantization:
         return
     by = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     raise ModelError(
-        f"The {name} of {base} was saved quantized (by {by or 'an unknown method'}); such bases are not "
-        "supported. Name the unquantized one, and set model.quantize=nf4 or int8 to hold it in fewer bits."
+        f"The {name} of {base} is already quantized (by {by or 'an unknown method'}), which is not "
+        "supported. Use the unquantized model and set model.quantize=nf4 or int8 to quantize it."
     )
 
 
 # --- Variants ---
 
 
-def variant_of(files: Sequence[str], component: str, wanted: str | None) -> str | None:
-    """Which variant of a component's weights to load: `wanted` if there are such files, else the plain ones,
-    else the only one there is; None = plain.
+def choose_variant(files: Sequence[str], component: str, wanted: str | None) -> str | None:
+    """Choose the variant of the weights of a component: `wanted` if available, else the default one (None),
+    else the only one available.
 
-    `files` are `weight_names`; `component` "" is the base itself (an autoencoder's folder). ModelError if
-    there are several and none is wanted.
+    `files` are `find_weight_files`; `component` is "" for the folder of a VAE. Raises
+    ModelError if there are several variants and none was chosen.
     """
-    there = {variant_of_file(Path(name).name) for name in files if Path(name).parent == Path(component)}
-    if wanted in there or None in there or not there:
-        return wanted if wanted in there else None
-    if len(there) > 1:
-        named = ", ".join(sorted(map(str, there)))
+    available = {variant_of_file(Path(name).name) for name in files if Path(name).parent == Path(component)}
+    if wanted in available or None in available or not available:
+        return wanted if wanted in available else None
+    if len(available) > 1:
+        names = ", ".join(sorted(map(str, available)))
         raise ModelError(
-            f"The weights of the {component or 'model'} are there as {named}, and not plain; choose with "
+            f"The weights of the {component or 'model'} only exist in the variants {names}; choose one with "
             "model.variant."
         )
-    return there.pop()
+    return available.pop()
 
 
-def variants_of(base: str | Path, components: Collection[str], wanted: str | None) -> dict[str, str | None]:
-    """`variant_of` every component; ModelError for a `wanted` variant of which none of them has a file."""
-    files = weight_names(base)
-    there = {variant_of_file(Path(name).name) for name in files if str(Path(name).parent) in components}
-    if wanted is None or not there or wanted in there:
-        return {name: variant_of(files, name, wanted) for name in components}
-    named = ", ".join(sorted(filter(None, there)))
+def choose_variants(
+    base: str | Path, components: Collection[str], wanted: str | None
+) -> dict[str, str | None]:
+    """Choose the variant of every component; raise ModelError if no component has the `wanted` variant."""
+    files = find_weight_files(base)
+    available = {variant_of_file(Path(name).name) for name in files if str(Path(name).parent) in components}
+    if wanted is None or not available or wanted in available:
+        return {name: choose_variant(files, name, wanted) for name in components}
+    names = ", ".join(sorted(filter(None, available)))
     raise ModelError(
-        f"model.variant={wanted}: {base} has no file such as model.{wanted}{WEIGHTS}, only "
-        f"{named or 'plain ones'}. Set model.variant=null, or to what is there."
+        f"model.variant is {wanted}, but {base} has no file like model.{wanted}{WEIGHTS}; available "
+        f"variants: {names or 'only the default'}. Set model.variant to one of them, or to null for the "
+        "default."
     )
 
 
-def weight_names(base: str | Path) -> list[str]:
-    """Relative names of the safetensors files that loading may read: a folder's or a hub id's, without the
-    hub those that were downloaded.
+def find_weight_files(base: str | Path) -> list[str]:
+    """Return the relative paths of the safetensors files that can be loaded from a folder or hub id.
+
+    Without access to the hub, only downloaded files are listed.
     """
     names = list[str]()
-    if Path(base).is_dir() or (listed := _listed_by_hub(str(base))) is None:
+    if Path(base).is_dir() or (listed := _list_hub_files(str(base))) is None:
         if folder := local_folder(base):
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*" + WEIGHTS)]
     else:
         names = listed
-    return [name for name in names if READ.fullmatch(name)]
+    return [name for name in names if LOADABLE.fullmatch(name)]
 
 
-# --- How many tokens a text encoder reads ---
+# --- Maximum number of tokens of a text encoder ---
 
 
-def tokens_read(length: Any, encoder: Any) -> int:
-    """Tokens that a tokenizer of `model_max_length` cuts to; without one as many as its text encoder (its
-    configuration) has positions for, or 512 where those are relative (T5), as the pipelines read.
+def max_tokens(length: Any, encoder: Any) -> int:
+    """Return the maximum number of tokens: `length`, the `model_max_length` of the tokenizer, if it is set.
+
+    Otherwise the number of positions in `encoder`, the configuration of the text encoder, or 512 for relative
+    positions (T5), as in the pipelines.
     """
-    if isinstance(length, int | float) and 0 < length < NO_LENGTH:
+    if isinstance(length, int | float) and 0 < length < UNLIMITED_LENGTH:
         return int(length)
     return int(getattr(encoder, "max_position_embeddings", None) or 512)
 
 
-def _listed_by_hub(base: str) -> list[str] | None:
-    """The safetensors files of a hub id; None without the hub."""
+def _list_hub_files(base: str) -> list[str] | None:
+    """Return the safetensors files of a hub id; None if the hub does not answer."""
     from huggingface_hub import list_repo_files
 
     try:
         return [name for name in list_repo_files(base) if name.endswith(WEIGHTS)]
-    except Exception:  # offline, or no such model, which loading tells in its own words
+    except Exception:  # offline, or no such model, which loading reports
         return None
 
 
@@ -171,6 +178,6 @@ def _from_hub(base: str) -> Path:
         return Path(hf_hub_download(base, INDEX))
     except Exception as error:
         raise ModelError(
-            f"Cannot find the model {base!r}: it is no folder here, and the hub answered: "
-            f"{first_line(error)} Give a folder in diffusers' layout, or log in if the model is gated."
+            f"Cannot find the model {base!r}: there is no such folder, and the hub answered: "
+            f"{first_line(error)} Use a folder in diffusers' layout, or log in if the model is gated."
         ) from error

@@ -1,4 +1,4 @@
-"""Prompts longer than text encoders read, counted in one sentence for all that are encoded together."""
+"""Warning text for prompts longer than the maximum length of text encoders."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def overlong(prompts: Sequence[str], readers: Sequence[tuple[Any, int, str]]) -> str:
-    """Say how many of the different prompts are longer than each text encoder reads, or return "".
+def describe_truncation(prompts: Sequence[str], encoders: Sequence[tuple[Any, int, str]]) -> str:
+    """Return a warning with the number of distinct prompts that text encoders truncate, or "" if there are
+    none.
 
-    `readers`: tokenizer, tokens read and name of every text encoder.
+    `encoders`: tokenizer, maximum number of tokens and name of every text encoder.
     """
     different = list(dict.fromkeys(prompt for prompt in prompts if prompt))
     if not different:
         return ""
     lengths = {name: [len(ids) for ids in tokenizer(different, verbose=False).input_ids]
-               for tokenizer, _, name in readers}  # fmt: skip
-    limits = {name: limit for _, limit, name in readers}
+               for tokenizer, _, name in encoders}  # fmt: skip
+    limits = {name: limit for _, limit, name in encoders}
     cut = {name: sum(n > limits[name] for n in found) for name, found in lengths.items()}
     cutting = [name for name in cut if cut[name]]
     if not cutting:
@@ -27,16 +28,18 @@ def overlong(prompts: Sequence[str], readers: Sequence[tuple[Any, int, str]]) ->
     tokens = ", ".join([first.format("tokens "), *(words.format("") for words in more)])
     if len(different) == 1:
         reads = " and ".join(f"{name} reads ({limits[name]} tokens)" for name in cutting)
-        told, example = f"The prompt {shown} is longer than {reads}", f"It has {tokens}."
+        warning, example = f"The prompt {shown} is longer than {reads}", f"It has {tokens}."
     else:
         counts = [f"longer than {name} reads ({limits[name]} tokens)" for name in cutting]
-        told = f"{cut[cutting[0]]:,} of {len(different):,} prompts are {counts[0]}" + "".join(
+        warning = f"{cut[cutting[0]]:,} of {len(different):,} prompts are {counts[0]}" + "".join(
             f", {cut[name]:,} {words}" for name, words in zip(cutting[1:], counts[1:], strict=True)
         )
         example = f"The longest has {tokens}: {shown}."
     whole = [name for name in cut if not cut[name]]
     if whole:
         return (
-            f"{told}; {' and '.join(whole)} reads {'it' if len(different) == 1 else 'them'} whole. {example}"
+            f"{warning}; {' and '.join(whole)} reads "
+            f"{'all of it' if len(different) == 1 else 'all of them'}. "
+            f"{example}"
         )
-    return f"{told}: the rest is ignored there. {example} Shorten what matters to that length."
+    return f"{warning}; the rest is ignored. {example} Put the important words into that length."

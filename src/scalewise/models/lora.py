@@ -1,4 +1,4 @@
-"""A student on disk: LoRA weights with schedule and recipe in the metadata, in any of three conventions."""
+"""Student files: LoRA weights with schedule and recipe in the metadata, in one of three key formats."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from scalewise.config.recipe import Recipe
 from scalewise.method.scales import ScaleSchedule
 from scalewise.models import lora_foreign_keys, lora_keys
 
-# What diffusers itself reads back when it loads the file with `pipeline.load_lora_weights`.
+# The metadata key that diffusers reads in `pipeline.load_lora_weights`.
 _DIFFUSERS_KEY = "lora_adapter_metadata"
 
 
 class StudentError(ValueError):
-    """A student file that cannot be used; the message says why and what would help."""
+    """A student file that cannot be used; the message contains the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """Weights by role-parameter name, and what is needed to sample with them."""
+    """LoRA weights by parameter name, and the settings for sampling with them."""
 
     tensors: dict[str, Tensor]
     schedule: ScaleSchedule
@@ -41,23 +41,24 @@ class Student:
     alpha: float
     base: str
     recipe: dict[str, Any]
-    """Empty for a file that was not written by scalewise."""
+    """Empty for files that were not written by scalewise."""
     denoiser: str = "transformer"
     """Name of the denoiser in the pipeline."""
 
     def __post_init__(self) -> None:
         refuse_non_finite(self.tensors, "The student", "Train it again with a lower optimizer.lr.")
 
-    def matched(self, module: nn.Module) -> Student:
-        """The student with the layer names of a denoiser; every layer has to exist and to fit in shape."""
+    def match_to(self, module: nn.Module) -> Student:
+        """Return the student with the layer names of a denoiser; raise StudentError if it does not fit."""
         layers = dict(module.named_modules())
         tensors = lora_keys.match_layers(self.tensors, layers)
         check_pairs(tensors)
-        strangers = {n for n in tensors if lora_keys.layer_of(n) not in layers}
-        if strangers:
+        unmatched = {n for n in tensors if lora_keys.layer_of(n) not in layers}
+        if unmatched:
             raise StudentError(
-                f"The student does not fit this base: {len(strangers)} of its {len(tensors)} weights are for "
-                f"layers that are not there, for example {min(strangers)}. It was made for another model."
+                f"The student does not fit this base: {len(unmatched)} of its {len(tensors)} weights belong "
+                f"to layers that the base does not have, for example {min(unmatched)}. Use the base that "
+                "the student was trained with."
             )
         for name, a in tensors.items():
             if name.endswith(".lora_A.weight"):
@@ -65,8 +66,8 @@ class Student:
                 weight = getattr(layer, "base_layer", layer).weight
                 if not weight.is_floating_point():
                     raise StudentError(
-                        "A student is added to the base's weights, and a base of fewer bits has none to add "
-                        "to; sample with model.quantize=none."
+                        "A student cannot be fused into the weights of a quantized base; use "
+                        "model.quantize=none."
                     )
                 _check_shape(name, weight, a, b=tensors[name.replace("lora_A", "lora_B")])
             elif name.endswith(".lora_B.bias"):
@@ -75,7 +76,7 @@ class Student:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what it stands on."""
+    """Return the versions of this package and of its main dependencies."""
     names = ("scalewise-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors")
     found = {}
     for name in names:
@@ -90,16 +91,16 @@ def save_student(
     path: Path, tensors: dict[str, Tensor], recipe: Recipe, *, dtype: torch.dtype = torch.float16,
     form: lora_keys.Form = "diffusers", denoiser: str = "transformer",
 ) -> None:  # fmt: skip
-    """Write a student atomically; the schedule travels with the weights, so that it cannot get lost."""
-    student = student_of(tensors, recipe, denoiser=denoiser)
+    """Write the student of a recipe atomically, with the schedule in the metadata."""
+    student = make_student(tensors, recipe, denoiser=denoiser)
     write_student(path, student, dtype=dtype, form=form)
 
 
-def student_of(
+def make_student(
     tensors: dict[str, Tensor], recipe: Recipe, *, schedule: ScaleSchedule | None = None,
     denoiser: str = "transformer",
 ) -> Student:  # fmt: skip
-    """The student of a recipe with these weights."""
+    """Create the student of a recipe from its weights."""
     alpha = recipe.lora.alpha if recipe.lora.alpha is not None else float(recipe.lora.rank)
     return Student(
         tensors, schedule or recipe.schedule.build(), recipe.lora.rank, alpha, recipe.model.base,
@@ -110,11 +111,11 @@ def student_of(
 def write_student(
     path: Path, student: Student, *, dtype: torch.dtype = torch.float16, form: lora_keys.Form = "diffusers"
 ) -> None:
-    """Write a student atomically in one of the conventions; all three carry the same metadata.
+    """Write a student atomically in one of the key formats, with the same metadata in all of them.
 
     Raises StudentError, and writes nothing, for weights that are NaN or infinite in `dtype`.
     """
-    remedy = "Train with a lower optimizer.lr, or go on from an earlier checkpoint."
+    remedy = "Train with a lower optimizer.lr, or resume from an earlier checkpoint."
     cast = {name: tensor.to(dtype) for name, tensor in student.tensors.items()}
     refuse_non_finite(cast, f"The student was not written to {path}: it", remedy)
     layers = sorted({lora_keys.layer_of(name) for name in student.tensors})
@@ -139,7 +140,7 @@ def write_student(
         {k: v.to(dtype).contiguous() for k, v in student.tensors.items()}, form, denoiser=student.denoiser,
         alpha=torch.tensor(student.alpha),
     )  # fmt: skip
-    if form == "peft":  # a folder with the settings beside the weights is what PEFT reads
+    if form == "peft":  # PEFT reads a folder with weights and settings
         path.mkdir(parents=True, exist_ok=True)
         config = {"peft_type": "LORA", "base_model_name_or_path": student.base, **settings}
         (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -150,9 +151,9 @@ def write_student(
 
 
 def sorted_header(data: bytes) -> bytes:
-    """Bring the header of a safetensors file into alphabetical order, so that equal contents are equal bytes.
+    """Sort the header of a safetensors file, so that equal contents give equal bytes.
 
-    A file is the header's length (8 bytes, little-endian), the header as JSON, and the tensors.
+    A file consists of the length of the header (8 bytes, little-endian), the header as JSON, and the tensors.
     """
     length = int.from_bytes(data[:8], "little")
     text = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
@@ -162,9 +163,9 @@ def sorted_header(data: bytes) -> bytes:
 
 @contextmanager
 def fused(module: nn.Module, student: Student, *, weight: float = 1.0) -> Iterator[None]:
-    """Add a student's update to the weights of a module without adapters; leaving restores them bit by bit.
+    """Fuse a student into the weights within a `with` block, and restore them bit-exactly after it.
 
-    W + weight alpha / rank B A: sampling then costs what the teacher's own forward costs.
+    W + weight alpha / rank B A: a forward pass costs the same as that of the teacher.
     """
     before: dict[nn.Parameter, Tensor] = {}
     try:
@@ -176,14 +177,14 @@ def fused(module: nn.Module, student: Student, *, weight: float = 1.0) -> Iterat
 
 
 def fuse(module: nn.Module, student: Student, *, weight: float = 1.0) -> dict[nn.Parameter, Tensor]:
-    """Add a student's update to the weights for good; returns the weights as they were."""
-    student, before = student.matched(module), dict[nn.Parameter, Tensor]()
+    """Fuse a student into the weights of a module; return the previous weights by parameter."""
+    student, before = student.match_to(module), dict[nn.Parameter, Tensor]()
     for name, a in student.tensors.items():
         if name.endswith(".lora_A.weight"):
             parameter: Any = module.get_submodule(name.removesuffix(".lora_A.weight")).weight
             b = student.tensors[name.replace("lora_A", "lora_B")].to(parameter.device)
             before[parameter] = _kept(parameter)
-            # A convolution's A has its kernel, and its B one of 1 x 1.
+            # For a convolution, A has its kernel size and B a kernel of 1 x 1.
             product = b.float().flatten(1) @ a.to(parameter.device).float().flatten(1)
             update = weight * student.alpha / student.rank * product.view(parameter.shape)
         elif name.endswith(".lora_B.bias"):
@@ -197,12 +198,12 @@ def fuse(module: nn.Module, student: Student, *, weight: float = 1.0) -> dict[nn
 
 
 def _kept(parameter: nn.Parameter) -> Tensor:
-    """A copy in main memory: a second one of the base would not fit where the base alone does."""
+    """Copy a parameter to main memory, because the device may not have room for a second copy of the base."""
     return parameter.detach().to("cpu", copy=True)
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
-    """Raise StudentError, which begins with `what`, for weights with NaN or infinity: they draw black."""
+    """Raise StudentError, with `what` as the subject, for weights with NaN or infinity."""
     broken = non_finite(tensors)
     if broken:
         raise StudentError(
@@ -212,7 +213,7 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> 
 
 
 def with_all_biases(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Give every layer A, B and a bias if any has a bias, as PEFT asks for; the new ones are zero."""
+    """Add zeros so that every layer has A, B and a bias if one layer has a bias, as PEFT requires."""
     out, layers = dict(tensors), {lora_keys.layer_of(name) for name in tensors}
     for layer in layers if any(name.endswith(".bias") for name in tensors) else ():
         weight: Any = module.get_submodule(layer).weight
@@ -224,31 +225,31 @@ def with_all_biases(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[st
 
 
 def check_pairs(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights of which one half is missing, and such that are no LoRA."""
+    """Raise StudentError for weights that are not LoRA, and for layers without A or without B."""
     a, b = (
         {lora_keys.layer_of(n) for n in tensors if n.endswith(f".{k}.weight")} for k in ("lora_A", "lora_B")
     )
     strange = [n for n in tensors if not n.endswith((".lora_A.weight", ".lora_B.weight", ".lora_B.bias"))]
     if strange or not a:
         raise StudentError(
-            f"The file is no LoRA that can be read: {len(strange)} of {len(tensors)} weights are not expected"
+            f"The file is not a supported LoRA: {len(strange)} of {len(tensors)} weights are unexpected"
             + (f", for example {min(strange)}." if strange else ".")
-            + " Read are PEFT's, diffusers' and kohya's names."
+            + " Use a file with key names of PEFT, diffusers or kohya."
         )
     if a != b:
         raise StudentError(
-            f"The student does not fit any base: {len(a ^ b)} layers lack one of their two matrices, for "
-            f"example {sorted(a ^ b)[0]}. Fetch or train it again."
+            f"The student is incomplete: {len(a ^ b)} layers have only one of their two matrices, for "
+            f"example {sorted(a ^ b)[0]}. Download or train it again."
         )
 
 
 def _check_shape(name: str, weight: nn.Parameter, a: Tensor, *, b: Tensor) -> None:
     made_for = (b.shape[0], *a.shape[1:])
     if weight.shape != made_for or b.flatten(1).shape[1] != len(a):
-        there, here = (" x ".join(map(str, shape)) for shape in (made_for, weight.shape))
+        expected, own = (" x ".join(map(str, shape)) for shape in (made_for, weight.shape))
         raise StudentError(
-            f"The student does not fit this base: {name} is made for a layer of {there}, "
-            f"which has {here} here. Sample with the base it was made for."
+            f"The student does not fit this base: {name} is for a layer of {expected}, but the layer has "
+            f"{own}. Use the base that the student was trained with."
         )
 
 
@@ -256,13 +257,13 @@ def _check_bias(name: str, layer: Any, bias: Tensor) -> None:
     own = getattr(getattr(layer, "base_layer", layer), "bias", None)
     if own is None or own.shape != bias.shape:
         raise StudentError(
-            f"The student does not fit this base: {name} is added to a bias of {len(bias)} numbers, and the "
-            f"layer has {'none' if own is None else len(own)} here. Sample with the base it was made for."
+            f"The student does not fit this base: {name} is for a bias of {len(bias)} values, but the layer "
+            f"has {'none' if own is None else len(own)}. Use the base that the student was trained with."
         )
 
 
 def find_file(path: str | Path) -> Path:
-    """The safetensors file that a path means: the file itself, a run's folder, or a PEFT folder."""
+    """Return the student file of a path: the file itself, or the one in the folder of a run or of PEFT."""
     file = Path(path)
     if file.is_dir():
         names = ("student.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -271,38 +272,38 @@ def find_file(path: str | Path) -> Path:
         pickles = sorted(p.name for p in Path(path).glob("*.bin"))
         if not file.exists() and pickles:
             raise StudentError(
-                f"{path} holds {pickles[0]}, a pickle, which is never loaded. Convert it first."
+                f"{path} contains {pickles[0]}, a pickle, and pickles are not loaded; convert it first."
             )
     if not file.exists():
         newest = checkpoint.newest(Path(path) / "checkpoints")
-        or_this = f"; its newest checkpoint is one too: {newest}" if newest else ""
+        hint = f", such as its newest one, {newest}" if newest else ""
         raise StudentError(
-            f"There is no student at {path}; give a .safetensors file, the folder of a finished run or a "
-            f"checkpoint{or_this}."
+            f"There is no student at {path}; use a .safetensors file, the folder of a finished run or a "
+            f"checkpoint{hint}."
         )
     if file.suffix != ".safetensors":
         raise StudentError(
-            f"{file} is not a safetensors file; others (pickles) are never loaded. Convert it first."
+            f"{file} is not a .safetensors file; other formats (pickles) are not loaded, convert it first."
         )
     return file
 
 
 def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> Student:
-    """Read a student: a .safetensors file, a run's folder, one of its checkpoints, or a PEFT folder.
+    """Load a student from a .safetensors file, the folder of a run, a checkpoint, or a PEFT folder.
 
-    `schedule` is for files that carry none in their metadata, and replaces the one of those that do.
+    `schedule` replaces the one in the metadata; it is required for files without. Raises StudentError.
     """
     path = expand_home(str(path))
     if checkpoint.is_checkpoint(Path(path)):
-        return _of_checkpoint(Path(path), schedule)
+        return _from_checkpoint(Path(path), schedule)
     file = find_file(path)
     try:
         with safe_open(file, "pt") as opened:
             head = opened.metadata() or {}
             raw = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise StudentError(f"{file} is damaged ({error}); fetch or train it again.") from error
-    refuse_non_finite(raw, f"The student {file}", "Fetch it again, or train with a lower optimizer.lr.")
+        raise StudentError(f"{file} is damaged ({error}); download or train it again.") from error
+    refuse_non_finite(raw, f"The student {file}", "Download it again, or train with a lower optimizer.lr.")
     if "scalewise.timesteps" in head:
         tensors = {_as_bias(name): value for name, value in lora_keys.read_names(raw)[0].items()}
         check_pairs(tensors)
@@ -310,8 +311,8 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
         wanted = int(head.get("scalewise.layers", found))
         if found != wanted:
             raise StudentError(
-                f"{file} holds {found} of its {wanted} layers: {wanted - found} are missing. Fetch or train "
-                "it again."
+                f"{file} contains {found} of {wanted} layers ({wanted - found} are missing); download or "
+                "train it again."
             )
         own = ScaleSchedule.build(
             json.loads(head["scalewise.timesteps"]), json.loads(head["scalewise.scales"])
@@ -328,48 +329,48 @@ def load_student(path: str | Path, *, schedule: ScaleSchedule | None = None) -> 
     check_pairs({_as_bias(name): value for name, value in tensors.items()})
     if schedule is None:
         raise StudentError(
-            f"{file} carries no schedule in its metadata, so it was not written by scalewise. Give its "
+            f"{file} has no schedule in its metadata, because it was not written by scalewise. Specify the "
             "schedule: the name of a recipe (`scalewise recipes` lists them) or timesteps with scales, as in "
-            '"1000@64 896@80 737@96 602@128". `scalewise export FILE OUT --schedule ...` writes it into one.'
+            '"1000@64 896@80 737@96 602@128". `scalewise export FILE OUT --schedule ...` stores it in a file.'
         )
-    return _foreign(tensors, alphas, _settings(file, head), schedule=schedule)
+    return _from_foreign(tensors, alphas, _settings(file, head), schedule=schedule)
 
 
 def _as_bias(name: str) -> str:
     return f"{name.removesuffix('.diff_b')}.lora_B.bias" if name.endswith(".diff_b") else name
 
 
-def _of_checkpoint(folder: Path, schedule: ScaleSchedule | None) -> Student:
-    """The student that training would ship at a checkpoint: the average if there is one."""
+def _from_checkpoint(folder: Path, schedule: ScaleSchedule | None) -> Student:
+    """Return the student of a checkpoint, from the averaged weights if there are any."""
     state, meta = checkpoint.load(folder)
     recipe = Recipe.from_mapping(meta["recipe"], origin=f"the recipe of {folder}")
     tensors = {name: value.float() for name, value in state.get("average", state["student"]).items()}
-    refuse_non_finite(tensors, f"The checkpoint {folder}", "Take an earlier one.")
+    refuse_non_finite(tensors, f"The checkpoint {folder}", "Use an earlier one.")
     unet = any(name.startswith(("down_blocks", "mid_block", "up_blocks")) for name in tensors)
     recipe = recipe.with_values({"train.iterations": state["iteration"]})
-    return student_of(
+    return make_student(
         tensors, recipe, schedule=schedule, denoiser=meta.get("denoiser", "unet" if unet else "transformer")
     )
 
 
 def _settings(file: Path, head: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings of a file: in its metadata, as diffusers writes them, or in the JSON beside it."""
-    beside = file.with_name("adapter_config.json")
-    text = head.get(_DIFFUSERS_KEY) or (beside.read_text(encoding="utf-8") if beside.exists() else "{}")
+    """Read the PEFT settings of a file from its metadata (diffusers) or from adapter_config.json (PEFT)."""
+    config = file.with_name("adapter_config.json")
+    text = head.get(_DIFFUSERS_KEY) or (config.read_text(encoding="utf-8") if config.exists() else "{}")
     try:
         found = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
     except (ValueError, AttributeError) as error:
-        raise StudentError(f"The settings of {file} are damaged ({error}); fetch it again.") from error
+        raise StudentError(f"The settings of {file} are damaged ({error}); download it again.") from error
     unknown = [name for name in ("alpha_pattern", "use_dora") if found.get(name)]
     if unknown:
-        raise StudentError(f"{file} was made with {unknown[0]}, which is not supported; train it without.")
+        raise StudentError(f"{file} uses {unknown[0]}, which is not supported; train it without.")
     return found
 
 
-def _foreign(
+def _from_foreign(
     tensors: dict[str, Tensor], alphas: dict[str, float], config: dict[str, Any], *, schedule: ScaleSchedule
 ) -> Student:
-    """A student from a file of others: rank from the shapes, alpha from the file or PEFT's settings."""
+    """Create a student from a file of another program; alpha comes from the file or from PEFT."""
     ranks = {lora_keys.layer_of(name): a.shape[0] for name, a in tensors.items() if ".lora_A." in name}
     rank, out = max(ranks.values()), dict[str, Tensor]()
     for name, value in tensors.items():
@@ -378,10 +379,10 @@ def _foreign(
         alpha = alphas.get(layer, config.get("lora_alpha", own))
         scale = alpha / own**0.5 if config.get("use_rslora") else alpha / own
         if name.endswith(".lora_A.weight"):
-            # Padded to one rank, since files of the conventions name one for all layers.
+            # Padded to one rank, because student files have one rank for all layers.
             out[name] = F.pad(value, (*[0, 0] * (value.ndim - 1), 0, rank - own))
         elif name.endswith(".lora_B.weight"):
-            # From here on alpha = rank, whatever each layer had.
+            # Scaled so that alpha = rank in every layer.
             out[name] = F.pad(value * scale, (*[0, 0] * (value.ndim - 2), 0, rank - own))
         elif name.endswith(".lora_B.bias"):
             out[name] = value * scale

@@ -1,6 +1,6 @@
-"""A model without weights: real classes on the meta device, from the configuration alone.
+"""Models on the meta device, without weights, built from their configuration.
 
-Configurations of the models that have recipes come along (known/*.json); others are read from their folder.
+Configurations of the models with recipes are in known/*.json; others are read from the folder of the model.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 from scalewise.common.errors import ModelError
-from scalewise.models import SD3, check_family, family_named
+from scalewise.models import SD3, check_family, family_of_pipeline
 from scalewise.models.folder import (
     ALL_PARTS,
+    choose_variants,
     diffusers_class,
+    max_tokens,
     model_index,
     refuse_quantized,
-    tokens_read,
-    variants_of,
     with_defaults,
 )
-from scalewise.models.loading import check_vae, find_autoencoder, vae_class_of
+from scalewise.models.loading import check_vae, find_vae_config, vae_class
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.models.schedulers import refuse_inverted
 
@@ -34,36 +34,35 @@ FOLDER = Path(__file__).parent / "known"
 
 
 @functools.cache
-def known() -> dict[str, dict[str, Any]]:
-    """Configurations by hub id: the pipeline's class and options, denoiser, VAE, text encoders, scheduler."""
+def known_configurations() -> dict[str, dict[str, Any]]:
+    """Return configurations by hub id: pipeline, denoiser, VAE, text encoders, scheduler."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     return {entry["base"]: entry for entry in found}
 
 
-def configuration(base: str | Path) -> dict[str, Any]:
-    """The configuration of a known hub id or of a folder in diffusers' layout."""
-    if str(base) in known():
-        return known()[str(base)]
+def read_configuration(base: str | Path) -> dict[str, Any]:
+    """Return the configuration of a known hub id or of a folder; raise ModelError for others."""
+    if str(base) in known_configurations():
+        return known_configurations()[str(base)]
     folder = Path(base)
     if not (folder / "model_index.json").exists():
-        names = ", ".join(known())
+        names = ", ".join(known_configurations())
         raise ModelError(
-            f"The configuration of {base} is not known here; give its folder in diffusers' layout, or one of "
-            f"{names}."
+            f"There is no configuration for {base}; use its folder in diffusers' layout, or one of {names}."
         )
     index = model_index(base)
-    family = family_named(index.get("_class_name"), str(base))
+    family = family_of_pipeline(index.get("_class_name"), str(base))
     found, denoiser = family.components(base), family.denoiser_name
     texts = sorted(name for name in found if name.startswith("text_encoder"))
     configs = {name: _read(folder / name / "config.json") for name in (denoiser, "vae", *texts)}
     for name, values in configs.items():
         refuse_quantized(values, name, base)
-    lengths = [_tokens_read(folder, name, found[name][1], configs[name]) for name in texts]
+    lengths = [_max_tokens(folder, name, found[name][1], configs[name]) for name in texts]
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     return {
         "base": str(base),
         "pipeline_class": index["_class_name"],
-        "sequence": family.usual_sequence(found) or min(512, lengths[-1]),
+        "sequence": family.sequence_length_for(found) or min(512, lengths[-1]),
         "clip_sequence": lengths[0],
         "denoiser": {"_class_name": diffusers_class(found, denoiser, base).__name__, **configs[denoiser]},
         "vae": {"_class_name": found["vae"][1], **configs["vae"]},
@@ -73,7 +72,7 @@ def configuration(base: str | Path) -> dict[str, Any]:
     }
 
 
-def skeleton(
+def build_meta_model(
     base: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -81,19 +80,19 @@ def skeleton(
     variant: str | None = None,
     family: str | None = None,
 ) -> PipelineAdapter:
-    """The adapter of a model whose denoiser has shapes and no numbers; VAE and text encoders are left out.
+    """Build the adapter of a model with the denoiser on the meta device, without VAE and text encoders.
 
-    What loading refuses before it reads weights is refused here too.
+    Raises the same ModelErrors as loading does before it reads weights.
     """
     import diffusers
 
-    if str(base) not in known() and (Path(base) / "model_index.json").exists():
+    if str(base) not in known_configurations() and (Path(base) / "model_index.json").exists():
         _check_files(base, variant, family=family)
-    config = configuration(base)
-    kind: Any = check_family(family_named(config["pipeline_class"], str(base)), family, base)
+    config = read_configuration(base)
+    kind: Any = check_family(family_of_pipeline(config["pipeline_class"], str(base)), family, base)
     refuse_inverted(config["scheduler"], base)
     with torch.device("meta"):
-        denoiser = build(diffusers, config["denoiser"]["_class_name"], config["denoiser"])
+        denoiser = build_module(diffusers, config["denoiser"]["_class_name"], config["denoiser"])
     cast(denoiser, dtype)
     scheduler = getattr(diffusers, config["scheduler"]["_class_name"]).from_config(config["scheduler"])
     options = inspect.signature(kind.pipeline_class.__init__).parameters
@@ -104,7 +103,7 @@ def skeleton(
     parts |= {name: value for name, value in config["pipeline"].items() if name in options}
     pipeline = kind.pipeline_class(**parts)
     longest = max_sequence_length or config.get("sequence")
-    vae = with_defaults(config["vae"], vae_class_of(config["vae"]))
+    vae = with_defaults(config["vae"], vae_class(config["vae"]))
     model: PipelineAdapter = kind(pipeline, denoiser.config, vae, base=str(base), max_sequence_length=longest)
     if isinstance(model, SD3):
         model.clip_length = config.get("clip_sequence", 77)
@@ -112,59 +111,59 @@ def skeleton(
 
 
 def _check_files(base: str | Path, variant: str | None, *, family: str | None) -> None:
-    """What loading refuses of a folder's files before it reads weights."""
-    kind = check_family(family_named(model_index(base).get("_class_name"), str(base)), family, base)
+    """Check the files of a folder as loading does before it reads weights."""
+    kind = check_family(family_of_pipeline(model_index(base).get("_class_name"), str(base)), family, base)
     found = kind.components(base)
-    variants = variants_of(base, found.keys(), variant)
+    variants = choose_variants(base, found.keys(), variant)
     kind.check_files(base, found, ALL_PARTS, variants=variants, planned=True)
 
 
-def build(library: Any, name: str, config: Mapping[str, Any]) -> Any:
-    """A diffusers module from its configuration."""
+def build_module(library: Any, name: str, config: Mapping[str, Any]) -> Any:
+    """Build a diffusers module from its configuration."""
     return getattr(library, name).from_config(config)
 
 
 def cast(module: Any, dtype: torch.dtype) -> None:
-    """Bring a skeleton to the type that loading gives it: some layers stay in float32, as their class says.
+    """Cast a module on the meta device to the dtypes that it has after loading; some layers stay in float32.
 
-    transformers keeps `_keep_in_fp32_modules` for float16 alone, diffusers for both half precisions.
+    transformers applies `_keep_in_fp32_modules` only for float16, diffusers for float16 and bfloat16.
     """
-    exact = [*(getattr(module, "_keep_in_fp32_modules_strict", None) or ())]
+    keep_fp32 = [*(getattr(module, "_keep_in_fp32_modules_strict", None) or ())]
     if dtype == torch.float16 or type(module).__module__.startswith("diffusers."):
-        exact += module._keep_in_fp32_modules or ()
+        keep_fp32 += module._keep_in_fp32_modules or ()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and not any(part in name.split(".") for part in exact):
+        if tensor.is_floating_point() and not any(part in name.split(".") for part in keep_fp32):
             tensor.data = tensor.data.to(dtype)
 
 
-def autoencoder(base: str | Path, *, dtype: torch.dtype = torch.float32, vae: str | None = None) -> Any:
-    """The VAE of a model without numbers, in the type that the family loads it in.
+def build_vae(base: str | Path, *, dtype: torch.dtype = torch.float32, vae: str | None = None) -> Any:
+    """Build the VAE of a model on the meta device, in the dtype that it is loaded in.
 
-    `vae`: the folder of another one. Raises ModelError where it holds no configuration.
+    `vae`: folder of another VAE. Raises ModelError if it has no configuration or does not fit the base.
     """
     import diffusers
 
-    config = configuration(base)
-    family: Any = family_named(config["pipeline_class"], str(base))
-    own = with_defaults(config["vae"], vae_class_of(config["vae"]))
+    config = read_configuration(base)
+    family: Any = family_of_pipeline(config["pipeline_class"], str(base))
+    own = with_defaults(config["vae"], vae_class(config["vae"]))
     if vae:
-        other = _read(find_autoencoder(vae, weights=False))
-        refuse_quantized(other, "autoencoder", vae)
-        other = with_defaults(other, vae_class_of(other))
+        other = _read(find_vae_config(vae, weights=False))
+        refuse_quantized(other, "VAE", vae)
+        other = with_defaults(other, vae_class(other))
         check_vae(other, own, vae)
         own = other
     with torch.device("meta"):
-        module = build(diffusers, own["_class_name"], own)
+        module = build_module(diffusers, own["_class_name"], own)
     cast(module, family.vae_dtype(own, dtype))
     return module.eval()
 
 
-def text_encoders(base: str | Path, *, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """The text encoders of a model without numbers."""
+def build_text_encoders(base: str | Path, *, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Build the text encoders of a model on the meta device."""
     import transformers
 
     found = []
-    for name, values in configuration(base)["text"]:
+    for name, values in read_configuration(base)["text"]:
         kind = getattr(transformers, name)
         with torch.device("meta"):
             found.append(kind(kind.config_class(**values)).eval())
@@ -172,23 +171,23 @@ def text_encoders(base: str | Path, *, dtype: torch.dtype = torch.float32) -> li
     return found
 
 
-def count(module: nn.Module) -> int:
-    """Number of parameters."""
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
-def _tokens_read(folder: Path, name: str, kind: str, config: Mapping[str, Any]) -> int:
-    """Tokens that a text encoder of transformers reads, by its tokenizer's or its own configuration."""
+def _max_tokens(folder: Path, name: str, kind: str, config: Mapping[str, Any]) -> int:
+    """Return the maximum number of tokens of a text encoder from the configuration files."""
     import transformers
 
     path = folder / name.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
     length = _read(path).get("model_max_length") if path.exists() else None
-    return tokens_read(length, getattr(transformers, kind).config_class(**config))
+    return max_tokens(length, getattr(transformers, kind).config_class(**config))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {path} ({error}); fetch the model again.") from error
+        raise ModelError(f"Cannot read {path} ({error}); download the model again.") from error
     return dict(found)

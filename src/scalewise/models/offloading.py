@@ -1,4 +1,6 @@
-"""Models larger than a GPU: weights rest in main memory and come over as they run, as diffusers has it."""
+"""Offloading for models larger than a GPU: weights are in main memory and move to the GPU when they are
+used.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +18,31 @@ Offload = Literal["none", "components", "blocks"]
 
 
 def offload(model: PipelineAdapter, how: Offload, device: torch.device, *, denoiser_stays: bool) -> bool:
-    """Let a loaded model's weights rest in main memory; tells whether they do.
+    """Offload the weights of a loaded model to main memory; return whether they are offloaded.
 
-    "components": text encoders, denoiser and VAE take turns on the device (`enable_model_cpu_offload`).
-    "blocks": one block of the denoiser and one layer of a text encoder at a time (`enable_group_offload`);
-    the VAE, which is small, stays there. Both decode and encode sample by sample. `denoiser_stays` is for one
-    in fewer bits. Warns, and changes nothing, where there is no accelerator.
+    "components": text encoders, denoiser and VAE are on the device one at a time, as in diffusers'
+    `enable_model_cpu_offload`. "blocks": one block of the denoiser and one layer of a text encoder at a time,
+    as in `enable_group_offload`; the VAE, which is small, stays on the device. Both encode and decode samples
+    one by one. `denoiser_stays`: keep the denoiser on the device (quantized weights are not offloaded).
+    Without an accelerator this only warns.
     """
     if how == "none":
         return False
     if device.type == "cpu":
         warnings.warn(
-            f"model.offload={how} has no effect on a machine without an accelerator: the weights are in main "
-            "memory anyway.",
+            f"model.offload={how} has no effect without an accelerator, because the weights are in main "
+            "memory anyway. Set it to none.",
             stacklevel=3,
         )
         return False
-    attach(model, how, device, denoiser_stays=denoiser_stays)
+    install_hooks(model, how, device, denoiser_stays=denoiser_stays)
     return True
 
 
-def attach(model: PipelineAdapter, how: Offload, device: torch.device, *, denoiser_stays: bool) -> None:
-    """Put the hooks onto every part that is loaded."""
+def install_hooks(
+    model: PipelineAdapter, how: Offload, device: torch.device, *, denoiser_stays: bool
+) -> None:
+    """Install the offloading hooks on every loaded part."""
     pipeline: Any = model.pipeline
     texts = [name for name in model.text_names if name.startswith("text_encoder")]
     parts = {name: getattr(pipeline, name, None) for name in (*texts, model.denoiser_name, "vae")}
@@ -45,7 +50,7 @@ def attach(model: PipelineAdapter, how: Offload, device: torch.device, *, denois
     if denoiser_stays and model.denoiser_name in moving:
         moving.pop(model.denoiser_name).to(device)
     if how == "components":
-        _take_turns(list(moving.values()), device)
+        _offload_in_turn(list(moving.values()), device)
     else:
         for name, part in moving.items():
             if name == "vae":
@@ -58,11 +63,11 @@ def attach(model: PipelineAdapter, how: Offload, device: torch.device, *, denois
             )  # fmt: skip
     if parts["vae"] is not None:
         parts["vae"].enable_slicing()
-    model.runs_on = device
+    model.execution_device = device
 
 
-def _take_turns(parts: list[nn.Module], device: torch.device) -> None:
-    """Each part sends the one before it home; the first sends the last, for the next batch."""
+def _offload_in_turn(parts: list[nn.Module], device: torch.device) -> None:
+    """Make each part offload the previous one before it runs, and the first part the last one."""
     hooks, before = list[Any](), None
     for part in parts:
         _, before = cpu_offload_with_hook(part, device, prev_module_hook=before)

@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits: its blocks' linear layers, by bitsandbytes (arXiv 2208.07339, 2305.14314)."""
+"""Quantization of a frozen base to 8 or 4 bits with bitsandbytes (arXiv 2208.07339, 2305.14314)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from scalewise.common.optional import import_bitsandbytes
 from scalewise.models.pipeline_adapter import PipelineAdapter
 
 Bits = Literal["none", "int8", "nf4"]
-# Bytes of a weight, with what it is scaled by: a float32 for a row, or a byte for every 64 weights.
-BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
+# Including the scales: one float32 per row, or one byte per 64 weights.
+BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
 
 
-def layers(model: PipelineAdapter) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer inside a repeated block, with the module that holds it and its name there."""
+def linear_layers(model: PipelineAdapter) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Yield every linear layer in the repeated blocks, with its parent module and its name in the parent."""
     for block in model.repeated_blocks():
         for holder in block.modules():
             for name, child in holder.named_children():
@@ -27,10 +27,10 @@ def layers(model: PipelineAdapter) -> Iterator[tuple[nn.Module, str, nn.Linear]]
 
 
 def quantize(model: PipelineAdapter, bits: Bits, device: torch.device | str) -> None:
-    """Replace the denoiser's linear layers by ones of fewer bits, on `device`, one after the other.
+    """Replace the linear layers in the blocks of the denoiser by quantized ones on `device`, one by one.
 
-    Embeddings, norms and the last layer stay as they are: they are small, and what they spoil shows most.
-    Raises ModelError when bitsandbytes is missing.
+    Embeddings, norms and the last layer are not quantized: they are small, and quantizing them reduces
+    quality most. Raises ModelError if bitsandbytes is not installed.
     """
     if bits == "none":
         return
@@ -41,7 +41,7 @@ def quantize(model: PipelineAdapter, bits: Bits, device: torch.device | str) -> 
             f"model.quantize={bits} needs a package that is not installed: pip install -e "
             "'.[quantize]' in the folder of scalewise"
         ) from error
-    for holder, name, linear in list(layers(model)):
+    for holder, name, linear in list(linear_layers(model)):
         make = _int8 if bits == "int8" else _nf4
         setattr(holder, name, make(bitsandbytes.nn, linear).to(device))
 
@@ -60,8 +60,8 @@ def _nf4(library: Any, linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, bias=linear.bias is not None,
         compute_dtype=linear.weight.dtype, quant_type="nf4", compress_statistics=True, device="meta",
     )  # fmt: skip
-    # On processors with AVX512-BF16 the first forward without gradients would repack the weight for a kernel
-    # that has no backward pass, rounds to bfloat16 and wants sizes that are multiples of 32.
+    # On CPUs with AVX512-BF16 the first forward pass without gradients would repack the weight for a kernel
+    # without a backward pass, which rounds to bfloat16 and requires sizes that are multiples of 32.
     new.support_avx512bf16_for_cpu = False
     new.weight = library.Params4bit(
         linear.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=new

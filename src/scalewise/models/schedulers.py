@@ -1,4 +1,4 @@
-"""Schedulers (diffusers) that a base brings along for its teacher's sampling."""
+"""Preparing the diffusers scheduler of a base for sampling with the teacher."""
 
 from __future__ import annotations
 
@@ -19,48 +19,46 @@ from scalewise.method.noise import FlowMatching, NoiseProcess
 
 
 def refuse_inverted(config: Mapping[str, Any], base: str | Path) -> None:
-    """Refuse a schedule that rises from the image to noise, as Mochi's does; no family here samples so."""
+    """Raise ModelError for a schedule with inverted sigmas, such as that of Mochi, which is not supported."""
     if config.get("invert_sigmas"):
         raise ModelError(
-            f"The scheduler of {base} has invert_sigmas=true, so its noise rises from step to step, which "
-            "this family was not trained for. Set invert_sigmas to false in its "
-            "scheduler/scheduler_config.json."
+            f"The scheduler of {base} has invert_sigmas=true, so the noise increases from step to step, "
+            "which is not supported. Set invert_sigmas to false in its scheduler/scheduler_config.json."
         )
 
 
-def for_flow_matching(scheduler: Any, needed: Mapping[str, Any], *, base: str) -> Any:
-    """The scheduler to sample a flow-matching model with: its own, or FlowMatchEulerDiscreteScheduler in its
-    place, with a warning, if its `set_timesteps` does not take what the family's pipeline has to give it.
+def flow_matching_scheduler(scheduler: Any, needed: Mapping[str, Any], *, base: str) -> Any:
+    """Return a scheduler for sampling with a flow-matching model.
 
-    ModelError for a scheduler of another noise process, by which such a model draws noise.
+    If `set_timesteps` does not take the `needed` arguments of the pipeline, warn and return a
+    FlowMatchEulerDiscreteScheduler instead. Raises ModelError for a scheduler of another noise process.
     """
     config, name = scheduler.config, type(scheduler).__name__
     refuse_inverted(config, base)
     flow = config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
     if not (name.startswith("FlowMatch") or flow):
         raise ModelError(
-            f"The scheduler {name} of {base} is set for another noise process than flow matching, so its "
-            "samples would be noise. Put FlowMatchEulerDiscreteScheduler with the model's shift into the "
-            "base's scheduler folder."
+            f"The scheduler {name} of {base} is not configured for flow matching, so samples would be noise. "
+            "Put a FlowMatchEulerDiscreteScheduler with the shift of the model into the scheduler folder of "
+            "the base."
         )
-    lacking = [
-        option for option in needed if option not in inspect.signature(scheduler.set_timesteps).parameters
-    ]
-    if not lacking:
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    rejected = [option for option in needed if option not in accepted]
+    if not rejected:
         return scheduler
     shift = config.get("shift", config.get("flow_shift", 1.0))
     euler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
     how = "dynamic shifting" if config.get("use_dynamic_shifting") else f"shift {shift:g}"
     warnings.warn(
-        f"The scheduler {name} of {base} takes no {' and no '.join(lacking)}, which the model's pipeline "
-        f"needs; the teacher samples with FlowMatchEulerDiscreteScheduler, {how}.",
+        f"The scheduler {name} of {base} does not take {' and '.join(rejected)}, which the pipeline of the "
+        f"model needs; the teacher samples with FlowMatchEulerDiscreteScheduler, {how}.",
         stacklevel=4,
     )
     return euler
 
 
 def is_stochastic(scheduler: Any) -> bool:
-    """Whether a scheduler, whose timesteps are set, draws noise of its own: tried out on its first step."""
+    """Return whether a step of a scheduler depends on the generator; its timesteps must be set."""
     found = []
     for seed in (0, 1):
         probe, x_t = copy.deepcopy(scheduler), torch.ones(1, 1, 2, 2)
@@ -77,38 +75,39 @@ def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
     return calculate_shift(tokens, *map(config.get, names, usual))
 
 
-def shifted(scheduler: Any, shift: float, *, base: str) -> tuple[Any, dict[str, float]]:
-    """Return a scheduler (diffusers) whose sigmas are shift s / (1 + (shift - 1) s), and what its
-    `set_timesteps` needs for that; ModelError for one that is not of flow matching.
+def with_shift(scheduler: Any, shift: float, *, base: str) -> tuple[Any, dict[str, float]]:
+    """Return a scheduler with the sigmas shift s / (1 + (shift - 1) s), and the arguments of `set_timesteps`.
+
+    Raises ModelError for a scheduler that is not for flow matching.
     """
     config = scheduler.config
-    if config.get("use_dynamic_shifting"):  # mu stands for the shift, or for its logarithm
+    if config.get("use_dynamic_shifting"):  # mu is the shift or its logarithm
         return scheduler, {"mu": shift if config.get("time_shift_type") == "linear" else math.log(shift)}
     if "shift" in config:
         return type(scheduler).from_config(config, shift=shift), {}
     if config.get("use_flow_sigmas"):
         return type(scheduler).from_config(config, flow_shift=shift), {}
     raise ModelError(
-        f"teacher.shift={shift:g} has no effect on {type(scheduler).__name__} of {base}, which is not a "
-        "scheduler of flow matching; set teacher.shift=null."
+        f"teacher.shift={shift:g} has no effect on the {type(scheduler).__name__} of {base}, which is not a "
+        "flow-matching scheduler; set teacher.shift=null."
     )
 
 
-def set_for_sampling(
+def prepare_scheduler(
     scheduler: Any, steps: int, process: NoiseProcess, *, base: str, shift: float | None,
     options: Callable[[Any], dict[str, Any]],
 ) -> Any:  # fmt: skip
-    """Return a copy of a base's scheduler with its timesteps set; ModelError for one that cannot be used.
+    """Return a copy of the scheduler of a base with its timesteps set; raise ModelError if it cannot be used.
 
-    `options(scheduler)` is what the family's pipeline passes to `set_timesteps` besides the number of steps;
-    `shift` takes the place of the scheduler's own.
+    `options(scheduler)` returns the arguments of `set_timesteps` in the pipeline, except the number of steps;
+    `shift` replaces the timestep shift of the scheduler.
     """
     scheduler = copy.deepcopy(scheduler)
     if flow := isinstance(process, FlowMatching):
-        scheduler = for_flow_matching(scheduler, options(scheduler), base=base)
+        scheduler = flow_matching_scheduler(scheduler, options(scheduler), base=base)
     chosen = options(scheduler)
     if shift is not None:
-        scheduler, own = shifted(scheduler, shift, base=base)
+        scheduler, own = with_shift(scheduler, shift, base=base)
         chosen |= own
     scheduler.set_timesteps(steps, **chosen)
     if hasattr(scheduler, "set_begin_index"):
@@ -116,8 +115,8 @@ def set_for_sampling(
     usual = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler or DDIMScheduler"
     if "generator" in inspect.signature(scheduler.step).parameters and is_stochastic(scheduler):
         raise ModelError(
-            f"The scheduler {type(scheduler).__name__} of {base} draws noise of its own, so samples "
-            f"could not be made again; put a deterministic one, such as {usual}, into the base's "
-            "scheduler folder."
+            f"The scheduler {type(scheduler).__name__} of {base} adds random noise, so samples would not be "
+            f"reproducible; put a deterministic scheduler, such as {usual}, into the scheduler folder of the "
+            "base."
         )
     return scheduler

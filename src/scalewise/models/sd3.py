@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Medium with its dual attention, Large), and the mini, which is built alike."""
+"""Stable Diffusion 3 and 3.5 (Medium, Large), and the mini, which has the same architecture."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scalewise.method.noise import FlowMatching
 from scalewise.method.scales import Scale
 from scalewise.models.pipeline_adapter import PipelineAdapter
 
-STOCK = 256
-"""T5 tokens that diffusers' own pipeline reads by default."""
+PIPELINE_T5_TOKENS = 256
+"""Default number of T5 tokens of the diffusers pipeline."""
 
 
 class SD3(PipelineAdapter):
-    """The family of `StableDiffusion3Pipeline`."""
+    """Models of `StableDiffusion3Pipeline`."""
 
     family = "sd3"
     pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
@@ -34,9 +34,9 @@ class SD3(PipelineAdapter):
         "tokenizer_3",
     )
     t5_tokenizer = "tokenizer_3"
-    optional_texts = ("text_encoder_3", "tokenizer_3")
+    optional_text_names = ("text_encoder_3", "tokenizer_3")
 
-    def describe(self, config: Mapping[str, Any]) -> None:
+    def configure(self, config: Mapping[str, Any]) -> None:
         self.noise = FlowMatching()
         self.patch, self.channels = int(config["patch_size"]), int(config["in_channels"])
         self.blocks = int(config["num_layers"])
@@ -47,14 +47,13 @@ class SD3(PipelineAdapter):
         positions = int(config["pos_embed_max_size"]) * self.patch
         self.largest_scale = Scale(1, positions, positions)
 
-    def stock_sequence(self) -> int:
-        return min(STOCK, self.longest_sequence())
+    def pipeline_sequence_length(self) -> int:
+        return min(PIPELINE_T5_TOKENS, self.default_sequence_length())
 
     @classmethod
-    def usual_sequence(cls, components: Mapping[str, tuple[str, str]]) -> int | None:
-        # Zeros stand for the tokens of a T5 that is not there: as many as the stock pipeline has, for more
-        # would say nothing and cost time.
-        return None if "text_encoder_3" in components else STOCK
+    def sequence_length_for(cls, components: Mapping[str, tuple[str, str]]) -> int | None:
+        # Without T5 its tokens are zeros, in the number that diffusers uses; more would only cost time.
+        return None if "text_encoder_3" in components else PIPELINE_T5_TOKENS
 
     def tokenizers(self) -> list[tuple[Any, int, str]]:
         clip, t5 = self.pipeline.tokenizer, self.pipeline.tokenizer_3
@@ -62,8 +61,8 @@ class SD3(PipelineAdapter):
         return found if t5 is None else [*found, (t5, self.max_sequence_length, "T5")]
 
     @contextmanager
-    def _telling_the_width(self) -> Iterator[None]:
-        """The stock zeros are as wide as the pipeline's transformer says, which may not be loaded."""
+    def _transformer_width(self) -> Iterator[None]:
+        """Provide the width of zero embeddings to `encode_prompt` if the transformer is not loaded."""
         if self.pipeline.transformer is not None:
             yield
             return
@@ -75,7 +74,7 @@ class SD3(PipelineAdapter):
             self.pipeline.transformer = None
 
     def embed(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        with self._telling_the_width():
+        with self._transformer_width():
             tokens, _, pooled, _ = self.pipeline.encode_prompt(
                 prompts,
                 None,
@@ -87,19 +86,19 @@ class SD3(PipelineAdapter):
         return {"tokens": tokens, "pooled": pooled}
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        length = self.clip_length + self.max_sequence_length  # CLIP's tokens stand before T5's
+        length = self.clip_length + self.max_sequence_length  # CLIP tokens, then T5 tokens
         return {
             "tokens": (length, self.config["joint_attention_dim"]),
             "pooled": (self.config["pooled_projection_dim"],),
         }
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        kind: Any = self.denoiser.dtype
+        dtype: Any = self.denoiser.dtype
         return self.denoiser(
-            hidden_states=x_t.to(kind),
+            hidden_states=x_t.to(dtype),
             timestep=t.float(),
-            encoder_hidden_states=cond.tensors["tokens"].to(kind),
-            pooled_projections=cond.tensors["pooled"].to(kind),
+            encoder_hidden_states=cond.tensors["tokens"].to(dtype),
+            pooled_projections=cond.tensors["pooled"].to(dtype),
             return_dict=False,
         )[0]
 
@@ -134,5 +133,4 @@ class SD3(PipelineAdapter):
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **texts
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return cls.around(pipeline, base="tiny-sd3").freeze()
+        return cls.from_tiny_pipeline(pipeline)

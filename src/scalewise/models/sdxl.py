@@ -1,4 +1,6 @@
-"""Stable Diffusion XL: a UNet that predicts noise, variance preserving, told the size of the picture."""
+"""Stable Diffusion XL: a variance-preserving UNet that predicts noise and takes the image size as an
+input.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from scalewise.method.scales import Scale
 from scalewise.models.pipeline_adapter import PipelineAdapter
 
 ZERO = 1e-5
-"""Share of the signal below which none is left; SDXL's own schedule ends at 4.7e-3."""
+"""Minimum of the last value of alphas_cumprod; that of SDXL is 4.7e-3."""
 
 
 class SDXL(PipelineAdapter):
-    """The family of `StableDiffusionXLPipeline`; features come from the UNet's middle block.
+    """Models of `StableDiffusionXLPipeline`; features are the output of the middle block of the UNet.
 
-    A "token" is a cell of the middle block, so `patch` is the factor by which the UNet shrinks its latent.
+    A token is a cell of the middle block, so `patch` is the downscaling factor of the UNet.
     """
 
     family = "sdxl"
@@ -32,39 +34,40 @@ class SDXL(PipelineAdapter):
     text_names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     t5_tokenizer = None
 
-    def describe(self, config: Mapping[str, Any]) -> None:
+    def configure(self, config: Mapping[str, Any]) -> None:
         scheduler = self.pipeline.scheduler
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ModelError(
-                f"{self.base} has the scheduler {type(scheduler).__name__}, of another noise process than "
-                "SDXL's (it has no alphas_cumprod); such models cannot be distilled here."
+                f"{self.base} has the scheduler {type(scheduler).__name__}, which has no alphas_cumprod, so "
+                "its noise process differs from that of SDXL; such models are not supported, use another "
+                "base."
             )
         predicts = scheduler.config.get("prediction_type", "epsilon")
         if predicts != "epsilon":
             raise ModelError(
-                f"{self.base} predicts {predicts!r}; of SDXL's relatives only those that predict 'epsilon' "
-                "can be distilled here."
+                f"{self.base} predicts {predicts!r}, which is not supported; use an SDXL model that predicts "
+                "'epsilon'."
             )
         if scheduler.alphas_cumprod[-1] < ZERO:
             raise ModelError(
-                f"The scheduler of {self.base} has zero terminal SNR (rescale_betas_zero_snr): at t = 1000 "
-                "nothing is left of x0, which does not follow from a prediction of 'epsilon' then. If the "
-                "base was not trained so, set rescale_betas_zero_snr to false in its scheduler_config.json."
+                f"The scheduler of {self.base} has zero terminal SNR (rescale_betas_zero_snr), so x0 cannot "
+                "be computed from a prediction of 'epsilon' at t = 1000. If the base was not trained with "
+                "it, set rescale_betas_zero_snr to false in its scheduler_config.json."
             )
         self.noise = VariancePreserving(scheduler.alphas_cumprod)
         levels = config["block_out_channels"]
         self.patch, self.channels, self.blocks = 2 ** (len(levels) - 1), int(config["in_channels"]), 1
         self.width = int(levels[-1])
-        side = int(config["sample_size"] or 128)  # as the stock pipeline has it
+        side = int(config["sample_size"] or 128)  # as in the diffusers pipeline
         self.full_scale = Scale(1, side, side)
 
     @classmethod
     def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-        # SDXL's own VAE overflows in float16 and says so; the repaired ones say that they do not.
+        # The original VAE of SDXL overflows in float16 and has force_upcast=true; fixed ones have false.
         half = dtype == torch.float16 and vae_config.get("force_upcast", False)
         return torch.float32 if half else dtype
 
-    def longest_sequence(self) -> int:
+    def default_sequence_length(self) -> int:
         tokenizer = self.pipeline.tokenizer
         return 77 if tokenizer is None else int(tokenizer.model_max_length)
 
@@ -77,44 +80,44 @@ class SDXL(PipelineAdapter):
             prompts, device=device, do_classifier_free_guidance=False
         )
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            # No prompt means zeros, as it did when the model was trained.
+            # Embeddings of empty prompts are zeros, as in the training of the model.
             empty = torch.tensor([not prompt for prompt in prompts], device=tokens.device)
             tokens = torch.where(empty[:, None, None], 0.0, tokens)
             pooled = torch.where(empty[:, None], 0.0, pooled)
         return {"tokens": tokens, "pooled": pooled}
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        # The added embedding is the pooled one beside six sinusoids: two sizes and a corner.
+        # The input of the added embedding is the pooled one and six sinusoids (two sizes and a corner).
         sizes = 6 * self.config["addition_time_embed_dim"]
         pooled = self.config["projection_class_embeddings_input_dim"] - sizes
         return {"tokens": (self.max_sequence_length, self.config["cross_attention_dim"]), "pooled": (pooled,)}
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        kind: Any = self.denoiser.dtype
-        size = self.told_size(Scale(1, *x_t.shape[-2:]))
-        ids = torch.tensor([*size, 0, 0, *size], device=x_t.device, dtype=kind)
+        dtype: Any = self.denoiser.dtype
+        size = self.size_condition(Scale(1, *x_t.shape[-2:]))
+        ids = torch.tensor([*size, 0, 0, *size], device=x_t.device, dtype=dtype)
         return self.denoiser(
-            x_t.to(kind),
+            x_t.to(dtype),
             t.float().clamp(max=999),
-            encoder_hidden_states=cond.tensors["tokens"].to(kind),
+            encoder_hidden_states=cond.tensors["tokens"].to(dtype),
             added_cond_kwargs={
-                "text_embeds": cond.tensors["pooled"].to(kind),
+                "text_embeds": cond.tensors["pooled"].to(dtype),
                 "time_ids": ids.expand(len(x_t), -1),
             },
             return_dict=False,
         )[0]
 
-    def told_size(self, scale: Scale) -> tuple[int, int]:
-        """Height and width in pixels that the UNet is told, as original and as target size.
+    def size_condition(self, scale: Scale) -> tuple[int, int]:
+        """Return height and width in pixels for the size conditioning of the UNet (original and target size).
 
-        A latent smaller than the model was made for is a stage of a picture of full size: it is told that
-        size in its own shape. Told its own few pixels, SDXL draws the blurred pictures that it learned such
-        sizes from.
+        A latent smaller than the full size represents a full-size image at an intermediate step, so its size
+        is the full size with the aspect ratio of the latent. For the actual small size, SDXL generates
+        blurred images, like those of that size in its training data.
         """
-        grow = (self.full_scale.cells / scale.cells) ** 0.5
-        if grow < 1.1:  # full size already: SDXL's own buckets vary by some percent
-            grow = 1.0
-        return round(scale.height * grow) * self.vae_factor, round(scale.width * grow) * self.vae_factor
+        factor = (self.full_scale.cells / scale.cells) ** 0.5
+        if factor < 1.1:  # already full size, because the buckets of SDXL vary by some percent
+            factor = 1.0
+        return round(scale.height * factor) * self.vae_factor, round(scale.width * factor) * self.vae_factor
 
     def block_list(self) -> Sequence[nn.Module]:
         return [self.denoiser.mid_block]  # type: ignore[list-item]
@@ -154,5 +157,4 @@ class SDXL(PipelineAdapter):
             steps_offset=1,
         )  # fmt: skip
         pipeline = StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, **texts)
-        pipeline.set_progress_bar_config(disable=True)
-        return cls.around(pipeline, base="tiny-sdxl").freeze()
+        return cls.from_tiny_pipeline(pipeline)

@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers for the random miniatures (`tiny()`) that tests and dry runs use."""
+"""Text encoders, tokenizers and VAEs of the tiny random models (`tiny()`) for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PIECES = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.-'"]
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw weights from a seed and leave the global generator as it was."""
+    """Seed the global generator within a `with` block, and restore it after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def image_vae(*, scaling_factor: float, shift_factor: float | None) -> AutoencoderKL:
-    """A VAE with factor 2 and 4 channels."""
+    """Create a VAE with a downscaling factor of 2 and 4 latent channels."""
     return AutoencoderKL(
         block_out_channels=(8, 8),
         layers_per_block=1,
@@ -50,17 +50,17 @@ def image_vae(*, scaling_factor: float, shift_factor: float | None) -> Autoencod
 
 
 def clip_tokenizer() -> tuple[CLIPTokenizer, int]:
-    """A tokenizer of single letters, and the number of its words."""
+    """Create a tokenizer of single letters; return it with the size of its vocabulary."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     vocabulary = {word: i for i, word in enumerate(words)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS), len(words)
 
 
-def clip_config(words: int, width: int) -> CLIPTextConfig:
-    """A CLIP text encoder of two layers."""
+def clip_config(vocabulary: int, width: int) -> CLIPTextConfig:
+    """Create the configuration of a CLIP text encoder with two layers."""
     return CLIPTextConfig(
-        vocab_size=words,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -74,12 +74,12 @@ def clip_config(words: int, width: int) -> CLIPTextConfig:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A tokenizer of single letters."""
+    """Create a tokenizer of single letters."""
     return T5Tokenizer(vocab=[(piece, 0.0) for piece in PIECES], extra_ids=0, model_max_length=TOKENS)
 
 
 def clip_and_t5(joint_width: int) -> dict[str, Any]:
-    """SD3's: tokenizers and text encoders 1, 2, 3, two CLIPs of `joint_width` and a T5 of twice that."""
+    """Create tokenizers and text encoders of SD3: two CLIPs of `joint_width` and a T5 of twice that width."""
     tokenizer, words = clip_tokenizer()
     t5 = T5Config(vocab_size=len(PIECES), d_model=2 * joint_width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return {
@@ -93,7 +93,7 @@ def clip_and_t5(joint_width: int) -> dict[str, Any]:
 
 
 def clip_and_t5_for_flux(width: int) -> dict[str, Any]:
-    """FLUX's: a CLIP of `width`, of which the pooled embedding counts, and a T5 of twice that."""
+    """Create tokenizers and text encoders of FLUX: a CLIP of `width` and a T5 of twice that width."""
     tokenizer, words = clip_tokenizer()
     t5 = T5Config(vocab_size=len(PIECES), d_model=2 * width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return {
@@ -105,7 +105,7 @@ def clip_and_t5_for_flux(width: int) -> dict[str, Any]:
 
 
 def two_clips(width: int) -> dict[str, Any]:
-    """SDXL's: two CLIPs of `width`, the second with the pooled projection."""
+    """Create tokenizers and text encoders of SDXL: two CLIPs of `width`, the second one with a projection."""
     tokenizer, words = clip_tokenizer()
     return {
         "tokenizer": tokenizer,
@@ -116,6 +116,6 @@ def two_clips(width: int) -> dict[str, Any]:
 
 
 def umt5(width: int) -> dict[str, Any]:
-    """Wan's: a UMT5 of `width`."""
+    """Create tokenizer and text encoder of Wan: a UMT5 of `width`."""
     config = UMT5Config(vocab_size=len(PIECES), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return {"tokenizer": t5_tokenizer(), "text_encoder": UMT5EncoderModel(config)}

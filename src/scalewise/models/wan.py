@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video: latents with frames, a VAE with a mean and a spread for each channel."""
+"""Wan2.1 text-to-video: latents with frames, normalized with mean and standard deviation per channel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from scalewise.models.pipeline_adapter import PipelineAdapter
 
 
 class Wan(PipelineAdapter):
-    """The family of `WanPipeline` with one transformer: Wan2.1 T2V 1.3B and 14B.
+    """Models of `WanPipeline` with one transformer: Wan2.1 T2V 1.3B and 14B.
 
-    A latent of k + 1 frames stands for 4 k + 1 frames of video.
+    A latent of k + 1 frames represents 4 k + 1 frames of video.
     """
 
     family = "wan"
@@ -28,11 +28,11 @@ class Wan(PipelineAdapter):
     t5_tokenizer = "tokenizer"
     video = True
 
-    def describe(self, config: Mapping[str, Any]) -> None:
+    def configure(self, config: Mapping[str, Any]) -> None:
         if self.pipeline.config.boundary_ratio is not None or self.pipeline.config.expand_timesteps:
             raise ModelError(
-                f"{self.base} is a Wan2.2 model (two transformers, or a time for each token), which is not "
-                "supported; give a Wan2.1 text-to-video model."
+                f"{self.base} is a Wan2.2 model (two transformers, or one timestep per token), which is not "
+                "supported; use a Wan2.1 text-to-video model."
             )
         self.noise = FlowMatching()
         frames, height, width = config["patch_size"]
@@ -45,7 +45,7 @@ class Wan(PipelineAdapter):
 
     @classmethod
     def vae_dtype(cls, vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-        return torch.float32  # as published: in half precision it flickers
+        return torch.float32  # as in the published model; in half precision videos flicker
 
     def tokenizers(self) -> list[tuple[Any, int, str]]:
         return [(self.pipeline.tokenizer, self.max_sequence_length, "T5")]
@@ -60,26 +60,27 @@ class Wan(PipelineAdapter):
     def encode(self, pixels: Tensor) -> Tensor:
         if pixels.ndim != 5:
             raise ModelError(
-                f"{self.base} takes videos [N, 3, F, H, W], not pictures of {list(pixels.shape)}."
+                f"Pixels have the shape {list(pixels.shape)}, but {self.base} is a model for videos; use "
+                "[N, 3, T, H, W]."
             )
         if (pixels.shape[2] - 1) % self.frame_factor:
             frames, k = pixels.shape[2], (pixels.shape[2] - 1) // self.frame_factor
             raise ModelError(
-                f"A video of {frames} frames cannot be encoded; take {self.frame_factor} k + 1 of them, "
-                f"for example {self.frame_factor * k + 1}."
+                f"A video of {frames} frames cannot be encoded; use {self.frame_factor} k + 1 frames, for "
+                f"example {self.frame_factor * k + 1}."
             )
         return super().encode(pixels)
 
-    def normalise(self, latents: Tensor) -> Tensor:
+    def normalize(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
-    def denormalise(self, latents: Tensor) -> Tensor:
+    def denormalize(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
         return latents * std + mean
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        config = self._need("vae", "vae").config
+        config = self._component("vae", "vae").config
         mean, std = (
             torch.tensor(v, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
             for v in (config.latents_mean, config.latents_std)
@@ -90,11 +91,11 @@ class Wan(PipelineAdapter):
         return {"tokens": (self.max_sequence_length, self.config["text_dim"])}
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        kind: Any = self.denoiser.dtype
+        dtype: Any = self.denoiser.dtype
         return self.denoiser(
-            hidden_states=x_t.to(kind),
+            hidden_states=x_t.to(dtype),
             timestep=t.float(),
-            encoder_hidden_states=cond.tensors["tokens"].to(kind),
+            encoder_hidden_states=cond.tensors["tokens"].to(dtype),
             return_dict=False,
         )[0]
 
@@ -137,5 +138,4 @@ class Wan(PipelineAdapter):
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
         pipeline = WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
-        pipeline.set_progress_bar_config(disable=True)
-        return cls.around(pipeline, base="tiny-wan").freeze()
+        return cls.from_tiny_pipeline(pipeline)

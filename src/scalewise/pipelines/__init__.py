@@ -1,4 +1,4 @@
-"""diffusers pipelines that sample scale-wise, one for each family; `load` gives the one that fits a base."""
+"""Diffusers pipelines for scale-wise sampling, one per model family; `load` returns the one for a base."""
 
 from __future__ import annotations
 
@@ -44,14 +44,13 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     **options: Any,
 ) -> Any:
-    """Load a base with a student into the family's scale-wise pipeline.
+    """Load a base and a student into a pipeline for scale-wise sampling.
 
-    `base`: 'mini', a folder in diffusers' layout, or a hub id. `student`: a safetensors file, a run's or
-    PEFT folder, a hub id, or None for the undistilled base. `schedule`: replaces, or stands in for, the one
-    in the student's metadata: a ScaleSchedule, a recipe's name, or text such as "1000@64 896@80 737@96
-    602@128". `weight`: of the student's adapter. `dtype`: torch.float32, torch.bfloat16 or torch.float16, or
-    its name. `options` go to the adapter's `load`: `vae` (a tiny autoencoder's folder), `variant` (such as
-    "fp16") and `max_sequence_length`.
+    `base`: 'mini', a folder in diffusers' layout, or a hub id. `student`: a safetensors file, the folder of a
+    run or of PEFT, a hub id, or None for the base without a student. `schedule`: a ScaleSchedule, the name of
+    a recipe, or text such as "1000@64 896@80 737@96 602@128", which replaces the schedule of the student.
+    `weight`: LoRA scale of the student (1 = full). `dtype`: torch.float32, torch.bfloat16, torch.float16, or
+    its name. `options`: `vae` (folder of another VAE), `variant` (such as "fp16") and `max_sequence_length`.
     """
     checks.check_load_options(options, ("vae", "variant", "max_sequence_length"))
     dtype = checks.check_dtype(dtype)
@@ -59,21 +58,21 @@ def load(
     family = family_of(folder)
     if mini.is_named(str(student)) and not mini.is_named(str(base)):
         raise StudentError(
-            f"The student 'mini' is the mini's and does not fit {base}; name its own with student=..., or "
-            "give student=None and a schedule for the undistilled base."
+            f"The student 'mini' belongs to the base 'mini' and does not fit {base}; pass the student of "
+            "this base as student=..., or student=None and a schedule for the base without a student."
         )
     given = read_schedule(schedule) if schedule is not None else None
     found = (
-        load_student(_local(mini.resolve(expand_home(str(student)), mini.STUDENT)), schedule=given)
+        load_student(_find_student(mini.resolve(expand_home(str(student)), mini.STUDENT)), schedule=given)
         if student
         else None
     )
     if found is None and given is None:
         raise StudentError(
-            f"Without a student {base} has no schedule; give one, as in schedule='sd35-medium-4'."
+            f"{base} has no schedule without a student; pass one, as in schedule='sd35-medium-4'."
         )
-    told = found.recipe.get("model", {}) if found else {}
-    options = {"max_sequence_length": told.get("max_sequence_length")} | options
+    trained_with = found.recipe.get("model", {}) if found else {}
+    options = {"max_sequence_length": trained_with.get("max_sequence_length")} | options
     if options.get("vae"):
         options["vae"] = expand_home(str(options["vae"]))
     model: Any = family.load(folder, dtype=dtype, **options)
@@ -82,14 +81,14 @@ def load(
     if found is None and given is not None:
         pipeline.set_schedule(given)
     pipeline.max_sequence_length = model.max_sequence_length
-    pipeline.embedded_guidance = told.get("embedded_guidance")
+    pipeline.embedded_guidance = trained_with.get("embedded_guidance")
     if found is not None:
         pipeline.set_student(found, weight=weight)
     return pipeline
 
 
-def _local(student: str) -> str:
-    """A student's place on this disk; what is neither file nor folder is taken for a hub id."""
+def _find_student(student: str) -> str:
+    """Return the path of a student; download it if it is a hub id."""
     if Path(student).exists() or student.startswith((".", "/")) or student.count("/") != 1:
         return student
     from huggingface_hub import snapshot_download
@@ -98,11 +97,11 @@ def _local(student: str) -> str:
         folder = snapshot_download(student, allow_patterns=["*.safetensors", "*adapter_config.json"])
     except Exception as error:
         raise StudentError(
-            f"Cannot find the student {student!r}: it is no file here, and the hub answered: "
-            f"{first_line(error)} Give a file, or log in if the repository is gated."
+            f"Cannot find the student {student!r}: there is no such file, and the hub answered: "
+            f"{first_line(error)} Use a file, or log in if the repository is gated."
         ) from error
     files = sorted(Path(folder).rglob("*.safetensors"))
     if len(files) != 1:
         names = ", ".join(str(f.relative_to(folder)) for f in files) or "no .safetensors file"
-        raise StudentError(f"{student} holds {names}; download the one you mean and give its path.")
+        raise StudentError(f"{student} contains {names}; download one student file and pass its path.")
     return str(files[0])

@@ -1,6 +1,6 @@
-"""Scale-wise sampling as diffusers pipelines: the stock classes, with another `__call__`.
+"""Diffusers pipelines for scale-wise sampling: subclasses of the stock pipelines with their own `__call__`.
 
-The sampler is the one of training (scalewise.method.sampling); what a family needs is asked of its adapter.
+The sampler is that of training (scalewise.method.sampling); the adapter handles details of a model family.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | No
 
 
 def stock_options(source: Any, target: Any) -> dict[str, Any]:
-    """Settings of a pipeline that are no components, such as SDXL's zeros for an empty prompt."""
+    """Return the configuration of a pipeline without its components."""
     return {k: v for k, v in source.config.items() if not k.startswith("_") and k not in target.components}
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def _quiet_lora_loading() -> Iterator[None]:
+    """Hide the advice of diffusers that the student has no weights for text encoders."""
     logger = logging.getLogger("diffusers.loaders")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -58,54 +59,57 @@ def _without_advice() -> Iterator[None]:
 
 
 class ScaleWisePipeline:
-    """Mixed into a stock pipeline: few-step sampling that starts on a small latent and grows it."""
+    """Mixin for stock pipelines: few-step sampling that starts with a small latent and upscales it."""
 
     family: ClassVar[Any]
     output: ClassVar[Any]
     max_sequence_length: int | None = None
     embedded_guidance: float | None = None
-    """What the student was told in training where guidance is an input; None = the family's standard."""
+    """Guidance input of the network, as in training; None = the default of the model family."""
     _schedule: ScaleSchedule | None = None
 
     @property
     def schedule(self) -> ScaleSchedule:
-        """Timesteps and scales of the student."""
-        assert self._schedule is not None, "load() or set_schedule() give the schedule"
+        """The timesteps and scales of the student."""
+        assert self._schedule is not None, "set by load() or set_schedule()"
         return self._schedule
 
     def set_schedule(self, schedule: str | ScaleSchedule) -> None:
-        """Sample with this schedule from now on; one that does not fit the model is refused."""
+        """Set the schedule; raise an error if the model does not support it."""
         schedule = read_schedule(schedule)
         self.adapter().check_schedule(schedule)
         self._schedule = schedule
 
     def set_student(self, student: Student, *, weight: float = 1.0) -> None:
-        """Sample with a student, attached as the adapter "scalewise" in place of one that may be there.
+        """Load a student as the adapter "scalewise", replacing a previous student; set its schedule.
 
-        Others may stand beside it: `load_lora_weights` of a style, then `set_adapters([ADAPTER, "style"])`.
+        To combine it with another LoRA, call `load_lora_weights`, then `set_adapters([ADAPTER, "style"])`.
         """
         pipeline: Any = self
         name = self.family.denoiser_name
         self.adapter().check_schedule(student.schedule)
-        matched = with_all_biases(student.matched(getattr(pipeline, name)).tensors, getattr(pipeline, name))
+        matched = with_all_biases(student.match_to(getattr(pipeline, name)).tensors, getattr(pipeline, name))
         if ADAPTER in pipeline.get_list_adapters().get(name, []):
             pipeline.delete_adapters(ADAPTER)
-        # diffusers takes rank and alpha from the shapes; with alpha / rank in B, weight 1 is the student.
+        # Without a config diffusers sets alpha = rank, so alpha / rank is multiplied into B.
         scale = student.alpha / student.rank
         tensors = {k: v * scale if ".lora_B." in k else v for k, v in matched.items()}
         named = lora_keys.write_names(tensors, "diffusers", denoiser=name, alpha=torch.tensor(1.0))
-        with _without_advice():  # that the student has no weights for text encoders, which is as it should be
+        with (
+            _quiet_lora_loading()
+        ):  # that the student has no weights for text encoders, which is as it should be
             pipeline.load_lora_weights(named, adapter_name=ADAPTER)
         pipeline.set_adapters([ADAPTER], [weight])
         self._schedule = student.schedule
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Save the base as the stock pipeline does, for `scalewise.load` and diffusers alike."""
+        """Save the base as a stock pipeline, for `scalewise.load` and diffusers."""
         pipeline: Any = self
-        if pipeline.get_list_adapters():
+        if loaded := pipeline.get_list_adapters():
+            adapters = ", ".join(sorted({name for names in loaded.values() for name in names}))
             raise ValueError(
-                "A pipeline is not saved together with its adapters: keep the base and the student's file, "
-                "or call fuse_lora() and unload_lora_weights() first."
+                f"A pipeline with adapters ({adapters}) cannot be saved; keep the base and the student "
+                "file, or call fuse_lora() and unload_lora_weights() first."
             )
         stock = self.family.pipeline_class(**pipeline.components)
         stock.register_to_config(**stock_options(pipeline, stock))
@@ -114,16 +118,16 @@ class ScaleWisePipeline:
     def compile_blocks(self, **options: Any) -> None:
         """Compile every repeated block of the denoiser; `options` go to torch.compile.
 
-        All families can (diffusers' `compile_repeated_blocks` knows no blocks of SD3). Call it after the
-        student is loaded. torch compiles each kind of block for the first scale and then once more, for all
-        others; with dynamic=False for every scale of the schedule, which draws fastest.
+        Works for all model families (`compile_repeated_blocks` of diffusers does not support SD3). Call it
+        after loading the student. torch compiles each type of block for the first scale and then once for all
+        other scales; with dynamic=False it compiles for every scale, which gives the fastest sampling.
         """
         self.adapter().compile_blocks(**options)
 
     def adapter(self) -> Any:
-        """The family's adapter around this very pipeline."""
+        """Return an adapter around this pipeline."""
         pipeline: Any = self
-        model = self.family.around(
+        model = self.family.from_pipeline(
             pipeline, base=pipeline.name_or_path or "the pipeline",
             max_sequence_length=self.max_sequence_length,
         )  # fmt: skip
@@ -152,14 +156,14 @@ class ScaleWisePipeline:
         callback_on_step_end: Callback | None = None,
         **others: Any,
     ) -> Any:
-        """Draw samples of prompts; the sizes are pixels (and frames), any that the model can take.
+        """Generate images or videos from prompts; `height`, `width` and `num_frames` default to the schedule.
 
-        `generator`: one torch.Generator, or one a sample; `seed`: sample i takes seed + i, or seeds[i],
-        whatever the batch. `image` and `strength` in (0, 1], 0.8 unless given: start from pictures
-        [N, 3, H, W] in [0, 1] or PIL images, at the first step whose level t is at most 1000 x strength; the
-        picture enters at the scale before that step's, as the data did in training.
-        `callback_on_step_end(pipe, i, t, {"latents": x0})` may return {"latents": other}, or None. Returns
-        `.images`, or `.frames` of a video, like the stock pipeline.
+        `generator`: one torch.Generator, or one per sample. `seed`: sample i uses seed + i, or seeds[i],
+        independent of the batch. `image`: start from images [N, 3, H, W] in [0, 1] or PIL images, at the
+        first step with timestep t <= 1000 x `strength` (in (0, 1], default 0.8); the image is encoded at the
+        scale before that step, as in training. `callback_on_step_end(pipe, i, t, {"latents": x0})` may return
+        {"latents": replacement} or None. Returns `.images` or `.frames`, like the stock pipeline; raises
+        ValueError for arguments that the model does not support.
         """
         own = self.schedule if schedule is None else read_schedule(schedule)
         stock = self.family.pipeline_class.__call__
@@ -175,8 +179,9 @@ class ScaleWisePipeline:
         if guidance_scale is not None:
             self._check_guidance(model, guidance_scale)
         if not prompts or output_type not in OUTPUTS:
-            fault = f"output_type {output_type!r}" if prompts else "no prompt"
-            raise ValueError(f"There is nothing to draw with {fault}; give prompts, and one of {OUTPUTS}.")
+            if not prompts:
+                raise ValueError(f"prompt is {prompt!r}; pass at least one prompt.")
+            raise ValueError(f"output_type must be one of {OUTPUTS}; got {output_type!r}.")
         model.check_schedule(own)
         plan = own.for_size(self._full_scale(model, height, width, num_frames, own), model.patch)
         plan.check(patch=model.patch, largest=model.largest_scale)
@@ -193,8 +198,8 @@ class ScaleWisePipeline:
     def _check_guidance(self, model: Any, guidance: float) -> None:
         if model.embedded_guidance is None:
             raise ValueError(
-                f"guidance_scale {guidance:g} has no effect here: the student samples without "
-                "classifier-free guidance. Leave it out."
+                f"guidance_scale {guidance:g} has no effect, because the student samples without "
+                "classifier-free guidance; omit it."
             )
         model.set_guidance(guidance)
 
@@ -205,12 +210,14 @@ class ScaleWisePipeline:
         for name, size in (("height", height), ("width", width)):
             if size is not None and size % cell:
                 near = max(1, round(size / cell)) * cell
-                raise ValueError(f"{name} {size} is not divisible by {cell}; {near} would be.")
+                raise ValueError(f"{name} must be divisible by {cell}; got {size}, the nearest is {near}.")
         if frames is not None and not model.video:
-            raise ValueError("num_frames has no effect: this is a model for images. Leave it out.")
+            raise ValueError(f"num_frames {frames} has no effect on a model for images; omit it.")
         if frames is not None and (frames - 1) % model.frame_factor:
             near = max(0, round((frames - 1) / model.frame_factor)) * model.frame_factor + 1
-            raise ValueError(f"num_frames {frames} is not {model.frame_factor} k + 1; {near} would be.")
+            raise ValueError(
+                f"num_frames must be {model.frame_factor} k + 1; got {frames}, the nearest is {near}."
+            )
         return Scale(
             full.frames if frames is None else (frames - 1) // model.frame_factor + 1,
             full.height if height is None else height // model.vae_factor,
@@ -224,57 +231,59 @@ class ScaleWisePipeline:
     ) -> Any:  # fmt: skip
         checks.check_generators(generator, count)
         if seed is None:
-            several = list(generator) if isinstance(generator, Sequence) else generator
-            return lambda shape, device: randn_tensor((count, *shape), generator=several, device=device)
+            generators = list(generator) if isinstance(generator, Sequence) else generator
+            return lambda shape, device: randn_tensor((count, *shape), generator=generators, device=device)
         if generator is not None:
-            raise ValueError("Give generator or seed, not both.")
+            raise ValueError("generator and seed cannot be combined; pass only one of them.")
         return SampleNoise(checks.check_seeds(seed, count))
 
     def _start_from(
         self, model: Any, image: Any, strength: float, *, plan: ScaleSchedule, count: int
     ) -> tuple[int, Tensor]:
-        """The step at which a picture enters, and its latents at the scale before."""
-        levels = [step.t for step in plan]
-        # Levels such as 602.15 are shown as 0.602, which has to reach them.
-        start = next((i for i, t in enumerate(levels) if t <= 1000 * strength + 0.5), None)
+        """Return the step at which an image enters, and its latents [N, C, H, W] at the scale before."""
+        timesteps = [step.t for step in plan]
+        # The tolerance is for timesteps such as 602.15, which the message shows as 0.602.
+        start = next((i for i, t in enumerate(timesteps) if t <= 1000 * strength + 0.5), None)
         if start is None:
             raise ValueError(
-                f"strength {strength:g} lies below every step of the schedule; use one of "
-                f"{', '.join(f'{t / 1000:.3g}' for t in reversed(levels))}, or between them."
+                f"strength {strength:g} is below all timesteps of the schedule; use one of "
+                f"{', '.join(f'{t / 1000:.3g}' for t in reversed(timesteps))}, or a value between them."
             )
         pixels = self._pixels(model, image, model.pixel_size(plan.full))
         if len(pixels) not in (1, count):
-            raise ValueError(f"{len(pixels)} pictures for {count} prompts; give one, or one for each.")
+            raise ValueError(
+                f"There are {len(pixels)} images for {count} prompts; pass one, or one per prompt."
+            )
         pixels = (2 * pixels.float() - 1).expand(count, *pixels.shape[1:])
         return start, model.encode(downscale_video(pixels, model.pixel_size(plan.source(start))))
 
     @staticmethod
     def _pixels(model: Any, image: Any, size: tuple[int, ...]) -> Tensor:
-        """Pictures [N, 3, H, W] (video [N, 3, F, H, W]) in [0, 1]. PIL images are cropped to the size drawn;
-        a list of them is a batch, or the frames of one video.
+        """Return images [N, 3, H, W] (video [N, 3, T, H, W]) in [0, 1]; PIL images are cropped to `size`.
+
+        A list of PIL images is a batch of images or the frames of one video.
         """
         if not isinstance(image, Tensor):
-            pictures = image if isinstance(image, list | tuple) else [image]
-            strangers = [p for p in pictures if not isinstance(p, Image.Image)]
-            if strangers:
+            images = image if isinstance(image, list | tuple) else [image]
+            if unsupported := [i for i in images if not isinstance(i, Image.Image)]:
                 raise ValueError(
-                    f"A picture is a PIL image or a tensor, not {type(strangers[0]).__name__}; open a file "
-                    "with PIL.Image.open, turn an array into an image with PIL.Image.fromarray."
+                    f"image must be a PIL image or a tensor, not {type(unsupported[0]).__name__}; open a "
+                    "file with PIL.Image.open, or convert an array with PIL.Image.fromarray."
                 )
-            if model.video and len(pictures) != size[0]:
-                raise ValueError(f"{len(pictures)} frames are given and {size[0]} drawn; give as many.")
-            upright = [to_rgb(ImageOps.exif_transpose(picture)) for picture in pictures]
-            fitted = [ImageOps.fit(picture, (size[-1], size[-2])) for picture in upright]
-            image = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 for p in fitted])
+            if model.video and len(images) != size[0]:
+                raise ValueError(f"image has {len(images)} frames; pass {size[0]}, the number generated.")
+            upright = [to_rgb(ImageOps.exif_transpose(i)) for i in images]
+            fitted = [ImageOps.fit(i, (size[-1], size[-2])) for i in upright]
+            image = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) / 255 for i in fitted])
             if model.video:
                 image = image.transpose(0, 1).unsqueeze(0)
         if not image.is_floating_point() or image.min() < 0 or image.max() > 1:
             found = f"{str(image.dtype).removeprefix('torch.')} from {image.min():g} to {image.max():g}"
-            raise ValueError(f"Pixels of a tensor are floats in [0, 1], not {found}; bring them there.")
+            raise ValueError(f"An image tensor must contain floats in [0, 1]; got {found}.")
         if tuple(image.shape[1:]) != (3, *size):
             raise ValueError(
-                f"The picture has the shape {list(image.shape)}, but [N, 3, {', '.join(map(str, size))}] is "
-                "drawn; resize it, or give PIL images, which are cropped."
+                f"An image tensor must have the shape [N, 3, {', '.join(map(str, size))}]; got "
+                f"{list(image.shape)}. Resize it, or pass PIL images, which are cropped."
             )
         return image
 
@@ -282,26 +291,26 @@ class ScaleWisePipeline:
         self, model: Any, plan: ScaleSchedule, cond: Condition, *, noise: Any, start: int,
         latents: Tensor | None, callback: Callback | None,
     ) -> Tensor:  # fmt: skip
-        """Run the sampler under the pipeline's progress bar; the callback sees x0 and may change it."""
+        """Run the sampler with a progress bar and the callback; return x0 [N, C, H, W]."""
         pipeline: Any = self
-        rest = ScaleSchedule(plan.steps[start:])
+        remaining = ScaleSchedule(plan.steps[start:])
         if latents is not None:
-            latents = upscale_latents(latents, rest[0].scale)
+            latents = upscale_latents(latents, remaining[0].scale)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             found: Tensor = model.noise.x0(model.predict(x_t, t, cond), x_t, t)
             return found
 
-        with pipeline.progress_bar(total=len(rest)) as bar:
+        with pipeline.progress_bar(total=len(remaining)) as bar:
 
             def on_step(i: int, x0: Tensor) -> Tensor | None:
                 bar.update()
                 step = start + i
-                told = callback(self, step, plan[step].t, {"latents": x0}) if callback else None
-                return checks.changed_latents(told, x0, step)
+                result = callback(self, step, plan[step].t, {"latents": x0}) if callback else None
+                return checks.latents_from_callback(result, x0, step)
 
             return sample_scale_wise(
-                predict, rest, model.noise, noise, channels=model.channels, video=model.video,
+                predict, remaining, model.noise, noise, channels=model.channels, video=model.video,
                 device=model.device, start=latents, on_step=on_step,
             )  # fmt: skip
 
@@ -319,28 +328,28 @@ class ScaleWisePipeline:
 
 
 class ScaleWiseSD3Pipeline(ScaleWisePipeline, StableDiffusion3Pipeline):
-    """SD3.5 and the mini."""
+    """Scale-wise sampling with SD3.5 and with the mini."""
 
     family = SD3
     output = StableDiffusion3PipelineOutput
 
 
 class ScaleWiseFluxPipeline(ScaleWisePipeline, FluxPipeline):
-    """FLUX.1; `guidance_scale` is its embedded guidance."""
+    """Scale-wise sampling with FLUX.1; `guidance_scale` is the guidance input of the network."""
 
     family = Flux
     output = FluxPipelineOutput
 
 
 class ScaleWiseSDXLPipeline(ScaleWisePipeline, StableDiffusionXLPipeline):
-    """SDXL."""
+    """Scale-wise sampling with SDXL."""
 
     family = SDXL
     output = StableDiffusionXLPipelineOutput
 
 
 class ScaleWiseWanPipeline(ScaleWisePipeline, WanPipeline):
-    """Wan2.1, video."""
+    """Scale-wise sampling of videos with Wan2.1."""
 
     family = Wan
     output = WanPipelineOutput

@@ -1,4 +1,4 @@
-"""Schedules as users name them."""
+"""Reading a schedule from the name of a recipe or from text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scalewise.method.scales import ScaleSchedule
 
 
 def read_schedule(schedule: str | ScaleSchedule) -> ScaleSchedule:
-    """A schedule from a recipe's name or from text."""
+    """Return a schedule from the name of a recipe or from text; raise RecipeError for an unknown name."""
     if isinstance(schedule, ScaleSchedule):
         return schedule
     if "@" in schedule:
@@ -17,4 +17,6 @@ def read_schedule(schedule: str | ScaleSchedule) -> ScaleSchedule:
         return find_recipe(schedule).schedule.build()
     except RecipeError as error:
         known = ", ".join(RECIPES)
-        raise RecipeError(f"There is no schedule {schedule!r}; known are those of {known}.") from error
+        raise RecipeError(
+            f"There is no schedule {schedule!r}; use timesteps with scales, or one of the recipes {known}."
+        ) from error

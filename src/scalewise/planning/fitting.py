@@ -9,8 +9,8 @@ from typing import Any
 
 from scalewise.config.overrides import key_of, replaced
 from scalewise.config.recipe import Recipe
-from scalewise.planning.footprint import BATCHES, RUNS, Command
-from scalewise.planning.plan import KEPT_FREE, Memory, Plan, make_plan, training_memory
+from scalewise.planning.footprint import BATCH_SIZES, WORKLOADS, Command
+from scalewise.planning.plan import RESERVED, Memory, Plan, make_plan, training_memory
 
 Planner = Callable[[Recipe], Plan]
 PROMPTS, PHOTOS = "prompts.txt", "photos"
@@ -41,9 +41,9 @@ class Need:
 
 def needs_of(plan: Plan, device_bytes: float | None, *, planner: Planner = make_plan) -> list[Need]:
     """Return the memory needs of all commands in order of use; without a device everything fits."""
-    room = float("inf") if device_bytes is None else device_bytes * (1 - KEPT_FREE)
+    room = float("inf") if device_bytes is None else device_bytes * (1 - RESERVED)
     train = plan.recipe.train
-    found = [_drawing(plan, command, room) for command in RUNS]
+    found = [_sampling_need(plan, command, room) for command in WORKLOADS]
     own = plan.memory.total(train.batch, checkpointing=train.gradient_checkpointing)
     change: Change | None = Change()
     if own > room:
@@ -53,14 +53,14 @@ def needs_of(plan: Plan, device_bytes: float | None, *, planner: Planner = make_
     return found
 
 
-def _drawing(plan: Plan, command: Command, room: float) -> Need:
-    batch, model = BATCHES[command], plan.recipe.model
-    own = plan.drawing.peak(command, batch, model=model)
-    change = Change() if own <= room else drawing_change(plan, command, room)
+def _sampling_need(plan: Plan, command: Command, room: float) -> Need:
+    batch, model = BATCH_SIZES[command], plan.recipe.model
+    own = plan.sampling.peak(command, batch, model=model)
+    change = Change() if own <= room else sampling_change(plan, command, room)
     return Need(command, batch, own, own <= room, change)
 
 
-def drawing_change(plan: Plan, command: Command, room: float) -> Change | None:
+def sampling_change(plan: Plan, command: Command, room: float) -> Change | None:
     """Return settings with which a sampling command fits `room` bytes, with the largest possible batch.
 
     In order of cost: a smaller batch, offloading of components, offloading of blocks, and quantization, which
@@ -76,9 +76,9 @@ def drawing_change(plan: Plan, command: Command, room: float) -> Change | None:
         steps += [{"quantize": bits, "offload": "components"} for bits in ("int8", "nf4")]
     for change in steps:
         changed = model.model_copy(update=change)
-        for batch in range(BATCHES[command], 0, -1):
-            if plan.drawing.peak(command, batch, model=changed) <= room:
-                own = batch if batch != BATCHES[command] else None
+        for batch in range(BATCH_SIZES[command], 0, -1):
+            if plan.sampling.peak(command, batch, model=changed) <= room:
+                own = batch if batch != BATCH_SIZES[command] else None
                 return Change(tuple(f"model.{key}={value}" for key, value in change.items()), own)
     return None
 
@@ -107,7 +107,7 @@ def _ladder(plan: Plan, planner: Planner) -> Iterator[tuple[list[str], Memory]]:
         changes.extend(overrides)
         recipe = recipe.override(list(overrides))
         lora = plan.lora_parameters * recipe.lora.rank // plan.recipe.lora.rank
-        return list(changes), training_memory(recipe, plan.drawing, plan.full, lora=lora)
+        return list(changes), training_memory(recipe, plan.sampling, plan.full, lora=lora)
 
     if not recipe.train.gradient_checkpointing:
         yield step("train.gradient_checkpointing=true")

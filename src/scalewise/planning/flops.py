@@ -105,29 +105,25 @@ class _Flash(torch.autograd.Function):
         return scores @ key, scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ gradient
 
 
-class _FlashMode(TorchFunctionMode):
-    """Replaces torch's attention."""
+class _AttentionMode(TorchFunctionMode):
+    """Replaces torch's attention by a function of query, key and value."""
+
+    def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.attention = attention
 
     def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
         args = given[0] if given else ()
         options: dict[str, Any] = (given[1] if len(given) > 1 else None) or {}
         if func is F.scaled_dot_product_attention:
             names = dict(zip(("query", "key", "value"), args, strict=False)) | options
-            return _Flash.apply(names["query"], names["key"], names["value"])
+            return self.attention(names["query"], names["key"], names["value"])
         return func(*args, **options)
 
 
-class _FusedMode(TorchFunctionMode):
-    """Replaces torch's attention by the operator of the flash kernel, which stores no L x L scores."""
-
-    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
-        args = given[0] if given else ()
-        options: dict[str, Any] = (given[1] if len(given) > 1 else None) or {}
-        if func is F.scaled_dot_product_attention:
-            names = dict(zip(("query", "key", "value"), args, strict=False)) | options
-            qkv = (names[name] for name in ("query", "key", "value"))
-            return torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0]
-        return func(*args, **options)
+def _flash_operator(query: Tensor, key: Tensor, value: Tensor) -> Any:
+    """Run the operator of the flash kernel, which does not allocate the L x L scores."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
 class _Alive(TorchDispatchMode):
@@ -163,7 +159,7 @@ def measure(run: Callable[[], object], networks: Sequence[nn.Module]) -> tuple[i
     """
     known = {_storage(t) for network in networks for t in (*network.parameters(), *network.buffers())}
     alive = _Alive(without=known)
-    with torch.no_grad(), _FusedMode(), FlopCounterMode(display=False) as counter, alive:
+    with torch.no_grad(), _AttentionMode(_flash_operator), FlopCounterMode(display=False) as counter, alive:
         run()
     return alive.peak, float(counter.get_total_flops())
 
@@ -208,7 +204,7 @@ def count(
         made = iter(_StandIn.apply(own.outputs, anchor, *inputs))
         return tree_unflatten([next(made) if p is _TENSOR else p for p in own.plain], own.layout)
 
-    with _patched(blocks, around), _FlashMode(), FlopCounterMode(display=False) as counter:
+    with _patched(blocks, around), _AttentionMode(_Flash.apply), FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             output = run()
         if backward:

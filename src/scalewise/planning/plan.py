@@ -1,7 +1,7 @@
-"""What a recipe will cost, from the model's configuration alone: operations, speed-up, memory, batch.
+"""Cost of a recipe, computed from the configuration of the model: FLOPs, speed-up, memory, batch size.
 
-Operators are counted, not estimated: the model's real forward and backward run on the meta device, and what
-autograd keeps for the backward pass is added up (counting.py).
+Operators are counted, not estimated: the forward and backward pass of the model run on the meta device, and
+flops.py adds up the bytes that autograd saves for the backward pass.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from scalewise.method.features import tap
 from scalewise.method.roles import Roles
 from scalewise.method.scales import Scale
 from scalewise.models import Condition
-from scalewise.models.meta import autoencoder, skeleton, text_encoders
-from scalewise.models.meta import count as parameters_of
+from scalewise.models.meta import build_meta_model, build_text_encoders, build_vae, count_parameters
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.planning.flops import count
-from scalewise.planning.footprint import Drawing, drawing_of, takes_two
+from scalewise.planning.footprint import SamplingMemory, measure_sampling_memory, needs_two_passes
 
 GB = 1e9
 # Seconds per sample in the paper (A100, batch 8, half precision, compiled, tiny VAE), by base and steps:
@@ -36,138 +35,138 @@ PAPER_SECONDS: dict[str, tuple[float, dict[int, float], dict[int, float]]] = {
     "black-forest-labs/FLUX.1-dev": (10.0, {4: 1.41, 2: 0.72}, {6: 0.97, 4: 0.72}),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (137.0, {4: 5.51, 2: 2.97}, {6: 2.61, 4: 1.84}),
 }
-KEPT_FREE = 0.08  # of the device: the allocator's slack and the kernels' workspaces
-# The recipes whose schedules these are, by base and steps.
+RESERVED = 0.08  # fraction of device memory for fragmentation and kernel workspaces
+# The recipes with the schedules of PAPER_SECONDS.
 PAPER_RECIPES = ("sd35-medium", "sd35-medium-4", "sd35-large", "flux-dev", "wan21-1.3b")
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Operations of one sample through the denoiser at a scale, with an adapter or without."""
+class PassFlops:
+    """FLOPs of one sample through the denoiser at a scale, with or without an adapter."""
 
-    whole: float
-    """Forward of the whole network."""
+    forward: float
+    """Forward pass of the whole network."""
     features: float
-    """Forward up to the tapped block."""
+    """Forward pass up to the tapped block."""
     gradient: float
-    """Forward up to the tapped block and back to the latent: a loss of features, which trains no weight."""
+    """Forward pass up to the tapped block and backward pass to the latent, as in a loss on features."""
 
 
 @dataclass(frozen=True)
-class Forward:
-    """One sample at a scale, counted."""
+class ForwardCost:
+    """Cost of one sample at a scale."""
 
     scale: Scale
     tokens: int
-    base: Passes
-    adapted: Passes
+    base: PassFlops
+    adapted: PassFlops
     train_flops: float
-    """Forward and backward of the whole network, to an adapter's weights."""
+    """Forward and backward pass of the whole network, with gradients of the adapter weights."""
     feature_train_flops: float
     """The same up to the tapped block."""
     activations: float
-    """Bytes that autograd keeps in a student's update."""
+    """Bytes that autograd saves in an update of the student."""
     checkpointed: float
     """The same with gradient checkpointing."""
 
     @property
     def flops(self) -> float:
-        """Forward of the base; a student is fused into it for sampling."""
-        return self.base.whole
+        """FLOPs of a forward pass of the base, and of a student, which is fused into it for sampling."""
+        return self.base.forward
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device holds while training."""
+    """Bytes on one device during training."""
 
     base: float
     adapters: float
     optimizer: float
     activations: float
-    """Of one sample, at the largest scale."""
+    """Of one sample at the largest scale."""
     checkpointed: float
     """The same with gradient checkpointing."""
-    not_held: dict[str, float] = field(default_factory=dict)
-    """Parts that are in memory only while prompts and pictures are encoded."""
+    excluded: dict[str, float] = field(default_factory=dict)
+    """Parts that are only in memory while prompts and images are encoded."""
 
     @property
     def fixed(self) -> float:
-        """Everything but activations."""
+        """Bytes of everything except activations."""
         return self.base + self.adapters + self.optimizer
 
     def total(self, batch: int, *, checkpointing: bool) -> float:
-        """Bytes for a batch."""
+        """Return the bytes for a batch size."""
         return self.fixed + batch * (self.checkpointed if checkpointing else self.activations)
 
     def batch_that_fits(self, device_bytes: float, *, checkpointing: bool) -> int:
-        """Largest batch within the device, 0 if none."""
-        free = device_bytes * (1 - KEPT_FREE) - self.fixed
+        """Return the largest batch size that fits the device, or 0 if none does."""
+        free = device_bytes * (1 - RESERVED) - self.fixed
         return max(0, int(free // (self.checkpointed if checkpointing else self.activations)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe costs."""
+    """Cost of a recipe."""
 
     recipe: Recipe
-    steps: list[Forward]
-    full: Forward
+    steps: list[ForwardCost]
+    full: ForwardCost
     teacher_forwards: int
     parameters: dict[str, int]
     lora_parameters: int
     iteration: float
-    """Operations of one training iteration for one sample of each update, mean over the schedule's steps."""
+    """FLOPs of one training iteration with one sample per update, mean over the steps of the schedule."""
     iteration_full: float
     """The same at full scale."""
     iteration_mmd: float
-    """The same with MMD alone."""
+    """The same with MMD only."""
     memory: Memory
     prompt_bytes: int
-    """On disk, of one prompt's embeddings."""
+    """Size on disk of the embeddings of one prompt."""
     sample_bytes: int
-    """On disk, of one sample's latents at every scale."""
-    drawing: Drawing
-    """What `generate`, `sample` and `evaluate` hold."""
+    """Size on disk of the latents of one sample at all scales."""
+    sampling: SamplingMemory
+    """Memory of `generate`, `sample` and `evaluate`."""
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a sample by the student, over all its steps."""
+        """Image tokens of a sample of the student, summed over all steps."""
         return sum(step.tokens for step in self.steps)
 
     @property
     def full_tokens(self) -> int:
-        """The same in as many steps at full scale."""
+        """The same with all steps at full scale."""
         return len(self.steps) * self.full.tokens
 
     @property
     def training_flops(self) -> float:
-        """Operations of the whole training by each process."""
+        """FLOPs of the whole training per process."""
         train = self.recipe.train
         return self.iteration * train.batch * train.accumulate * train.iterations
 
     @property
-    def generated_flops(self) -> float:
-        """Operations of one sample by `generate`: prompt, teacher, and the VAE at every scale."""
-        return self.teacher + self.drawing.flops["text"] + self.drawing.flops["vae"]
+    def generation_flops(self) -> float:
+        """FLOPs of one sample of `generate`: text encoders, teacher, and the VAE at every scale."""
+        return self.teacher_flops + self.sampling.flops["text"] + self.sampling.flops["vae"]
 
     @property
-    def scale_wise(self) -> float:
-        """Operations of a sample by the student."""
+    def student_flops(self) -> float:
+        """FLOPs of a sample of the student."""
         return sum(step.flops for step in self.steps)
 
     @property
-    def full_scale(self) -> float:
-        """Operations of a sample in as many steps at full scale."""
+    def full_scale_flops(self) -> float:
+        """FLOPs of a sample with the same number of steps at full scale."""
         return len(self.steps) * self.full.flops
 
     @property
-    def teacher(self) -> float:
-        """Operations of a sample by the teacher."""
+    def teacher_flops(self) -> float:
+        """FLOPs of a sample of the teacher."""
         return self.teacher_forwards * self.full.flops
 
     @property
     def paper_speed_up(self) -> tuple[float | None, float | None]:
-        """Measured in the paper: teacher over scale-wise, and full-scale over scale-wise of as many steps."""
+        """Speed-up in the paper over the teacher, and over as many steps at full scale; None = no value."""
         teacher, full, scale_wise = PAPER_SECONDS.get(self.recipe.model.base, (0.0, {}, {}))
         number = len(self.steps)
         own = scale_wise.get(number)
@@ -179,27 +178,27 @@ class Plan:
 
 
 def scales_to_count(recipe: Recipe) -> list[Scale]:
-    """What `make_plan` counts, in its order."""
+    """Return the scales that `make_plan` counts, in its order."""
     return sorted(set(recipe.schedule.build().scales))
 
 
 def make_plan(recipe: Recipe, done: ProgressCallback = no_progress) -> Plan:
-    """Count everything for a recipe; `done` is told how many of the scales are counted."""
+    """Compute the cost of a recipe; `done` is called with the number of scales counted so far."""
     base, dtype = recipe.model.folder, getattr(torch, recipe.model.dtype)
-    model = skeleton(
+    model = build_meta_model(
         base, dtype=dtype, max_sequence_length=recipe.model.max_sequence_length,
         variant=recipe.model.variant, family=recipe.model.family,
     )  # fmt: skip
     schedule, block = recipe.schedule.build(), recipe.loss.feature_block
     model.check_schedule(schedule)
     model.block(block)
-    vae, encoders = autoencoder(base, dtype=dtype, vae=recipe.model.vae), text_encoders(base, dtype=dtype)
+    vae, encoders = build_vae(base, dtype=dtype, vae=recipe.model.vae), build_text_encoders(base, dtype=dtype)
     sizes = {
-        "denoiser": parameters_of(model.denoiser), "vae": parameters_of(vae),
-        "text": sum(map(parameters_of, encoders)),
+        "denoiser": count_parameters(model.denoiser), "vae": count_parameters(vae),
+        "text": sum(map(count_parameters, encoders)),
     }  # fmt: skip
-    # Before adapters bring linear layers of their own.
-    drawing = drawing_of(recipe, model, vae=vae, encoders=encoders)
+    # Before adapters are added, because they contain linear layers too.
+    sampling = measure_sampling_memory(recipe, model, vae=vae, encoders=encoders)
     targets = model.lora_targets if recipe.lora.targets is None else recipe.lora.targets
     roles = Roles(
         model.denoiser, ["student"], rank=recipe.lora.rank, alpha=recipe.lora.alpha, targets=targets
@@ -213,59 +212,59 @@ def make_plan(recipe: Recipe, done: ProgressCallback = no_progress) -> Plan:
     embedded = model.embedded_guidance is not None
     # A scheduler of second order (Heun's) takes two passes for all steps but the last.
     scheduler = model.teacher_scheduler(recipe.teacher.steps, schedule.full, shift=recipe.teacher.shift)
-    forwards_of_teacher = len(scheduler.timesteps) * (2 if takes_two(recipe, model) else 1)
+    forwards_of_teacher = len(scheduler.timesteps) * (2 if needs_two_passes(recipe, model) else 1)
     iteration = partial(iteration_flops, embedded=embedded)
-    alone = recipe.override(["loss.mmd.weight=1", "loss.mmd_only=true"])
+    mmd_only = recipe.override(["loss.mmd.weight=1", "loss.mmd_only=true"])
     condition = model.prompt_shapes().values()
     return Plan(
         recipe, steps, full, forwards_of_teacher, sizes, lora,
-        iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(alone, steps),
-        training_memory(recipe, drawing, full, lora=lora),
+        iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(mmd_only, steps),
+        training_memory(recipe, sampling, full, lora=lora),
         prompt_bytes=torch.finfo(dtype).bits // 8 * sum(prod(shape) for shape in condition),
         sample_bytes=2 * model.channels * sum(scale.cells for scale in forwards),
-        drawing=drawing,
+        sampling=sampling,
     )  # fmt: skip
 
 
-def training_memory(recipe: Recipe, drawing: Drawing, full: Forward, *, lora: int) -> Memory:
-    """What a device holds in training; `lora` are a role's parameters, `full` the forward at full scale."""
+def training_memory(recipe: Recipe, sampling: SamplingMemory, full: ForwardCost, *, lora: int) -> Memory:
+    """Compute the memory of training; `lora` = parameters of one role, `full` = cost at full scale."""
     trained = 2 if recipe.loss.needs_fake else 1
     return Memory(
-        base=drawing.denoiser.whole - drawing.denoiser.saved(recipe.model.quantize),
+        base=sampling.denoiser.total - sampling.denoiser.quantization_saving(recipe.model.quantize),
         adapters=trained * lora * 4.0 + (lora * 4.0 if recipe.train.ema else 0.0),
         optimizer=trained * lora * 12.0,  # gradient and two moments in float32
         activations=full.activations,
         checkpointed=full.checkpointed,
-        not_held={"vae": drawing.vae, "text": drawing.text},
+        excluded={"vae": sampling.vae, "text": sampling.text},
     )
 
 
-def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles) -> Forward:
-    """Count one sample at a scale: all passes of base and adapter that training makes."""
+def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles) -> ForwardCost:
+    """Count one sample at a scale: all passes through base and adapter in training."""
     run, features = partial(_predict, model, scale), partial(_features, model, scale, block)
     counted = partial(count, network=model.denoiser, blocks=model.repeated_blocks())
 
-    def passes() -> Passes:
+    def passes() -> PassFlops:
         with torch.no_grad():
-            whole, tapped = (counted(ask, backward=False).flops for ask in (run, features))
-        return Passes(whole, tapped, counted(partial(features, gradient=True), backward=True).flops)
+            forward, tapped = (counted(f, backward=False).flops for f in (run, features))
+        return PassFlops(forward, tapped, counted(partial(features, gradient=True), backward=True).flops)
 
     with roles.role("teacher"):
         base = passes()
     with roles.role("student"):
-        whole, part = (counted(ask, backward=True) for ask in (run, features))
+        whole, part = (counted(f, backward=True) for f in (run, features))
         for parameter in roles.parameters("student").values():
-            parameter.requires_grad_(False)  # until the role is entered anew
+            parameter.requires_grad_(False)  # until the role is entered again
         adapted, held = passes(), counted(partial(features, gradient=True), backward=True)
-    # The student's graph waits while a term's on the features of its x0 is there.
-    return Forward(
+    # While a term on the features of x0 is computed, the graph of the student is in memory too.
+    return ForwardCost(
         scale, model.token_count(scale), base, adapted, whole.flops, part.flops,
         float(whole.activations + held.activations), float(whole.checkpointed + held.checkpointed),
     )  # fmt: skip
 
 
 def forward_flops(model: PipelineAdapter, scale: Scale) -> float:
-    """Count the operations of one sample's forward through a skeleton's denoiser at a scale."""
+    """Count the FLOPs of a forward pass of one sample through the denoiser at a scale, on the meta device."""
     run = partial(_predict, model, scale)
     with torch.no_grad():
         return count(run, network=model.denoiser, blocks=model.repeated_blocks(), backward=False).flops
@@ -281,42 +280,43 @@ def flops_of(model: PipelineAdapter, scales: Iterable[Scale], progress: Progress
     return counted
 
 
-def iteration_flops(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> float:
-    """Operations of one iteration: DistillStep's fake updates and its student update, mean over the steps.
+def iteration_flops(recipe: Recipe, steps: list[ForwardCost], *, embedded: bool) -> float:
+    """Compute the FLOPs of one iteration (all fake updates and the student update), mean over the steps.
 
-    With gradient checkpointing every backward pass runs its forward once more.
+    `embedded`: the model takes guidance as an input, so guidance needs one forward pass. With gradient
+    checkpointing, every backward pass repeats its forward pass.
     """
-    loss, total, again = recipe.loss, 0.0, float(recipe.train.gradient_checkpointing)
+    loss, total, recompute = recipe.loss, 0.0, float(recipe.train.gradient_checkpointing)
     for step in steps:
         base, adapted = step.base, step.adapted
-        trained = step.train_flops + again * adapted.whole
+        trained = step.train_flops + recompute * adapted.forward
         student = trained
         if loss.mmd.weight:
-            seen = base if loss.mmd.features == "teacher" else adapted
-            student += seen.features + seen.gradient + again * seen.features
+            passes = base if loss.mmd.features == "teacher" else adapted
+            student += passes.features + passes.gradient + recompute * passes.features
         if loss.gan.weight:
-            student += adapted.gradient + again * adapted.features
+            student += adapted.gradient + recompute * adapted.features
         if loss.dmd.weight:
             guided = 1 if embedded or loss.dmd.guidance == 1 else 2
-            student += guided * base.whole + adapted.whole
-        fake = adapted.whole + trained
+            student += guided * base.forward + adapted.forward
+        fake = adapted.forward + trained
         if loss.needs_head:
-            fake += step.feature_train_flops + again * adapted.features
+            fake += step.feature_train_flops + recompute * adapted.features
         total += student + (loss.fake.updates * fake if loss.needs_fake else 0.0)
     return total / len(steps)
 
 
-def _question(model: PipelineAdapter, scale: Scale, gradient: bool) -> tuple[Tensor, Tensor, Condition]:
+def _inputs(model: PipelineAdapter, scale: Scale, gradient: bool) -> tuple[Tensor, Tensor, Condition]:
     x_t = torch.empty(scale.shape(1, model.channels, video=model.video), device="meta")
     x_t.requires_grad_(gradient)
     return x_t, torch.full((1,), 500.0, device="meta"), model.empty_condition(1, "meta")
 
 
 def _predict(model: PipelineAdapter, scale: Scale, *, gradient: bool = False) -> Tensor:
-    return model.predict(*_question(model, scale, gradient))
+    return model.predict(*_inputs(model, scale, gradient))
 
 
 def _features(model: PipelineAdapter, scale: Scale, block: int, *, gradient: bool = False) -> Tensor:
     with tap(model.block(block), model.image_tokens, stop=True) as found:
-        model.predict(*_question(model, scale, gradient))
+        model.predict(*_inputs(model, scale, gradient))
     return found.tokens

@@ -30,7 +30,7 @@ from scalewise.method.spectrum import (
     weights,
     within_budget,
 )
-from scalewise.models.meta import skeleton
+from scalewise.models.meta import build_meta_model
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.planning.plan import flops_of
 from scalewise.training import setup
@@ -204,7 +204,7 @@ def measure_spectrum(
 ) -> SpectrumReport:
     """Measure latents of the recipe's data, rate its schedule and propose another; loads no denoiser."""
     base = recipe.model.folder
-    model = skeleton(
+    model = build_meta_model(
         base, max_sequence_length=recipe.model.max_sequence_length, variant=recipe.model.variant,
         family=recipe.model.family,
     )  # fmt: skip

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from scalewise.config.recipe import Recipe, RecipeError
-from scalewise.method.backbone import settle
+from scalewise.method.backbone import choose_precision
 from scalewise.method.scales import Scale
-from scalewise.models.meta import skeleton
+from scalewise.models.meta import build_meta_model
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.planning.flops import measure
 
@@ -82,13 +82,13 @@ def measured(recipe: Recipe, device: torch.device, *, seconds: float = 0.5) -> T
     Runs at the full scale of the recipe on a GPU, with at most 256 image tokens on a CPU.
     """
     dtype = getattr(torch, recipe.model.dtype)
-    model = skeleton(recipe.model.folder, dtype=dtype)
+    model = build_meta_model(recipe.model.folder, dtype=dtype)
     full = recipe.schedule.build().full
     side = min(16 * model.patch, full.height, full.width)
     scale = full if device.type == "cuda" else Scale(1, side, side)
     block, args, options = first_block(model, scale)
     flops = measure(lambda: block(*args, **options), [block])[1]
-    bf16 = settle(recipe.train.precision, device) == "bf16"
+    bf16 = choose_precision(recipe.train.precision, device) == "bf16"
     block = block.to_empty(device=device)
     for tensor in (*block.parameters(), *block.buffers()):
         _fill(tensor)

@@ -171,7 +171,7 @@ def sample_from_start(
         )  # fmt: skip
         x0 = sample_teacher(
             backbone, full, encode(batch.captions), batch.seeds, steps=teacher.steps,
-            guidance=teacher.guidance, uncond=uncond, shift=teacher.shift, start=x_t, begin=first_step,
+            guidance=teacher.guidance, uncond=uncond, shift=teacher.shift, start=x_t, begin_index=first_step,
         )  # fmt: skip
         parts.append(to_bytes(model.decode(x0)))
         done(first + len(batch))

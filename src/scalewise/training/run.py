@@ -18,7 +18,7 @@ from scalewise.common.images import contact_sheet, middle_frame, read_image, to_
 from scalewise.common.locks import locked
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
-from scalewise.method.backbone import Precision, settle
+from scalewise.method.backbone import Precision, choose_precision
 from scalewise.method.distill import Numbers
 from scalewise.method.rng import derive
 from scalewise.method.sampling import sample_student
@@ -187,7 +187,7 @@ def resolve_precision(recipe: Recipe, out: Path) -> Recipe:
         return recipe
     stored = out / "recipe.yaml"
     wanted: Precision = Recipe.from_yaml(stored).train.precision if stored.exists() else "auto"
-    return recipe.with_values({"train.precision": settle(wanted, distributed.device())})
+    return recipe.with_values({"train.precision": choose_precision(wanted, distributed.device())})
 
 
 def finish(trainer: Trainer, data: setup.Data) -> Path | None:

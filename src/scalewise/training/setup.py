@@ -85,9 +85,9 @@ def prompt_fingerprint(recipe: Recipe) -> str:
         return ""
     family = family_of(base, recipe.model.family)
     parts = [files, family.family, recipe.model.dtype, str(recipe.model.max_sequence_length)]
-    if family.optional_texts:
+    if family.optional_text_names:
         components = family.components(base)
-        parts += [f"no {name}" for name in family.optional_texts if name not in components]
+        parts += [f"no {name}" for name in family.optional_text_names if name not in components]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
