@@ -225,3 +225,40 @@ def test_a_marker_exists_only_where_a_test_carries_it() -> None:
     tests = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py"))
     for marker in settings["ini_options"].get("markers", []):
         assert f"mark.{marker.partition(':')[0]}" in tests
+
+
+def public_functions() -> Iterator[tuple[str, ast.FunctionDef, ast.ClassDef | None]]:
+    """Every public function, and every public method of a public class with its class."""
+    for file, tree in FILES.items():
+        for node in tree.body:
+            inside = [node] if isinstance(node, ast.FunctionDef) else []
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                inside = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            for function in inside:
+                if function.name == "__call__" or not function.name.startswith("_"):
+                    yield (
+                        f"{file}:{function.name}",
+                        function,
+                        node if isinstance(node, ast.ClassDef) else None,
+                    )
+
+
+def test_every_public_tensor_argument_and_result_has_a_shape_in_the_docstring():
+    """A method without a docstring takes over that of the method of the same name that it overrides."""
+    methods: dict[str, str] = {}
+    for _, function, owner in public_functions():
+        if owner:
+            methods[function.name] = methods.get(function.name, "") + (ast.get_docstring(function) or "")
+    bare = []
+    for where, function, owner in public_functions():
+        args = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        annotations = [ast.unparse(arg.annotation) for arg in args if arg.annotation]
+        annotations += [ast.unparse(function.returns)] if function.returns else []
+        if not any(re.fullmatch(r"Tensor( \| None)?", text) for text in annotations):
+            continue
+        text = ast.get_docstring(function) or methods[function.name]
+        if owner and function.name in ("__call__", "forward"):
+            text += ast.get_docstring(owner) or ""
+        if not re.search(r"\[[A-Zn*]?[^\]]*\]", text):
+            bare.append(where)
+    assert bare == []
