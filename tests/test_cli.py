@@ -411,7 +411,7 @@ def test_a_plan_says_what_fits_and_what_to_switch_on(run, recipe_file):
 def test_metrics_are_listed_with_their_weights(run) -> None:
     code, text = run("metrics")
     assert code == 0 and all(
-        name in text for name in ("fid", "pickscore", "geneval", "vbench", "to be named")
+        name in text for name in ("fid", "pickscore", "geneval", "vbench", "given by NAME=WEIGHTS")
     )
 
 

@@ -187,7 +187,10 @@ def test_videos_are_compared_by_their_middle_frames_and_kept_as_animations(tmp_p
     recipe_model, prompts = setup.load(recipe, ("denoiser", "vae", "text")), Prompts.of(texts)
     for result, text in zip(outcome.results, ["undistilled", "full=undistilled:full"], strict=True):
         contender = parse_sampler(text, recipe)
-        videos, scorer = drawing.draw(recipe_model, contender, prompts), ClipScorer.load(mini.SCORER)
+        videos, scorer = (
+            drawing.generate_images(recipe_model, contender, prompts),
+            ClipScorer.load(mini.SCORER),
+        )
         assert videos.shape[:2] == (4, 9)
         cosine = (scorer.embed_images(videos[:, 4]) * scorer.embed_texts(texts)).sum(-1)
         assert result.row.values["clip_score"].value == pytest.approx(100 * float(cosine.mean()), abs=1e-3)

@@ -16,7 +16,7 @@ from scalewise.common.images import save_image
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.planning.fitting import Change, Need, TypedRecipe, line
-from scalewise.planning.footprint import RUNS
+from scalewise.planning.footprint import WORKLOADS
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_every_command_that_plan_prints_runs_to_its_end(here: Path, capsys) -> N
 def test_sample_and_evaluate_are_printed_without_overrides_that_they_refuse() -> None:
     typed = ["train.batch=2", "name=foo", "about=mine", "model.dtype=bfloat16", "data.path=sets/a"]
     of = TypedRecipe("mini", typed, find_recipe("mini").override(typed), set_folder="sets/a")
-    words = {c: shlex.split(line(Need(c, 1, 1.0, False, Change()), of))[2:] for c in (*RUNS, "distill")}
+    words = {c: shlex.split(line(Need(c, 1, 1.0, False, Change()), of))[2:] for c in (*WORKLOADS, "distill")}
     assert words["sample"] == ["a cat", "model.dtype=bfloat16", "--student", "runs/foo"]
     assert words["evaluate"] == [
         "mini", "teacher", "student:runs/foo", "train.batch=2", "model.dtype=bfloat16", "data.path=sets/a"

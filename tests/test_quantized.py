@@ -163,7 +163,7 @@ def test_a_run_on_a_base_of_4_bits_makes_a_student_for_the_whole_one(tiny: Recip
     assert not any(isinstance(p, bitsandbytes.nn.Params4bit) for p in sampled.denoiser.parameters())
     few = setup.load(recipe, ["denoiser"])  # drawing is in fewer bits too, with the student beside them
     check_student(few.denoiser, student)
-    with pytest.raises(StudentError, match=r"sample with model\.quantize=none"), fused(few.denoiser, student):
+    with pytest.raises(StudentError, match=r"use model\.quantize=none"), fused(few.denoiser, student):
         pass
 
 

@@ -71,7 +71,7 @@ def test_images_of_one_prompt_count_as_much_as_they_differ() -> None:
     together = bernoulli(0.5, 100).repeat_interleave(4)
     by_itself = bernoulli(0.5, 400, seed=1)
     for values, count in ((together, 100), (by_itself, 400)):
-        tab = shares._by_prompt(values, passes(values, each=4).seen)
+        tab = shares._by_prompt(values, passes(values, each=4).features)
         assert shares.effective_count(tab) == pytest.approx(count, rel=0.12)
     few = shares.interval(passes(by_itself[:40], each=4))  # 10 prompts: how alike they are cannot be measured
     share = float(by_itself[:40].mean())
