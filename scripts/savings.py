@@ -13,10 +13,10 @@ from dataclasses import replace
 from scalewise.common import console
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
-from scalewise.planning.plan import Forward, Passes, iteration_flops, make_plan, scales_to_count
+from scalewise.planning.plan import ForwardCost, PassFlops, iteration_flops, make_plan, scales_to_count
 
 
-def undone(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> dict[str, float]:
+def undone(recipe: Recipe, steps: list[ForwardCost], *, embedded: bool) -> dict[str, float]:
     """Operations without each saving, relative to those with all."""
     now = iteration_flops(recipe, steps, embedded=embedded)
     to_the_end = [
@@ -35,9 +35,11 @@ def undone(recipe: Recipe, steps: list[Forward], *, embedded: bool) -> dict[str,
     }
 
 
-def whole(passes: Passes) -> Passes:
+def whole(passes: PassFlops) -> PassFlops:
     """Passes whose features are taken by forwards to the end; the way back is as long as before."""
-    return replace(passes, features=passes.whole, gradient=passes.gradient + passes.whole - passes.features)
+    return replace(
+        passes, features=passes.forward, gradient=passes.gradient + passes.forward - passes.features
+    )
 
 
 def main(names: list[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scalewise.method.backbone import settle
+from scalewise.method.backbone import choose_precision
 
 DENOISER_STYLES = ("noto", "fluent", "fluent-flat")
 DENOISER_CATEGORIES_LEFT_OUT = ("people-body", "symbols")
@@ -64,7 +64,7 @@ def load_pictures(*, split: str | None = None, denoiser_only: bool = False) -> P
 
 def half_is_fast() -> bool:
     """Return whether the processor supports bfloat16; emulation is five times slower than float32."""
-    return settle("auto", "cpu") == "bf16"
+    return choose_precision("auto", "cpu") == "bf16"
 
 
 def to_float(pixels: np.ndarray | Tensor) -> Tensor:
@@ -147,13 +147,15 @@ class Stage:
             self.parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
         )
         self.step, self.seconds, self._stop = 0, 0.0, False
+        self.warm_from = 0
+        """Step at which the optimizer state is new: the learning rate warms up from there."""
         if (self.folder / "state.safetensors").exists():
             self._load()
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
 
     def rate(self) -> float:
         """Return the current learning rate: warm-up, constant, then linear decay."""
-        warm = min(1.0, (self.step + 1) / self.warmup)
+        warm = min(1.0, (self.step - self.warm_from + 1) / self.warmup)
         done = self.step / self.steps
         fall = 1.0 if done < self.decay_from else max(0.02, (1 - done) / (1 - self.decay_from))
         return self.lr * warm * fall
@@ -227,6 +229,8 @@ class Stage:
             state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             if state:
                 self.optimizer.state[parameter] = state
+            else:
+                self.warm_from = self.step
         print(f"{self.name}: resumed from step {self.step}", flush=True)
 
 
