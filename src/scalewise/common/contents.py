@@ -125,7 +125,7 @@ def _pieces(path: Path, size: int) -> list[tuple[int, int]]:
 
 
 def _tensor_pieces(path: Path, size: int) -> list[tuple[int, int]]:
-    """Return the spans of the header and three samples per tensor; none if it is no safetensors file."""
+    """Return the spans of the header and three samples per tensor; none if it is not a safetensors file."""
     with path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > size - 8:

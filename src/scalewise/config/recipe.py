@@ -65,12 +65,12 @@ class ModelRecipe(Frozen):
 
     @property
     def folder(self) -> str:
-        """The base's folder or hub id, that of the mini included."""
+        """Folder or hub id of the base, with the mini resolved to its folder."""
         return mini.resolve(self.base, mini.TEACHER)
 
     @property
     def is_mini(self) -> bool:
-        """Tell whether the base is the embedded mini, which brings captions and a judge along."""
+        """Whether the base is the embedded mini, which includes captions and a scorer."""
         return mini.is_named(self.base)
 
 
@@ -159,7 +159,7 @@ class DataRecipe(Frozen):
 
     @property
     def is_mini(self) -> bool:
-        """Tell whether the data is the set that comes along."""
+        """Whether the data is the dataset of the mini."""
         return mini.is_named(self.path)
 
 

@@ -16,10 +16,15 @@ Penalty = Literal["squared", "huber", "abs"]
 
 
 def mmd_linear(
-    real: Tensor, fake: Tensor, *, penalty: Penalty = "squared", c: float = 0.001, whole_batch: bool = False
+    real: Tensor,
+    generated: Tensor,
+    *,
+    penalty: Penalty = "squared",
+    c: float = 0.001,
+    whole_batch: bool = False,
 ) -> Tensor:
     """MMD with a linear kernel between features of real and generated samples [N, L, D] (paper, section 4.2,
-    eq. 2): mean over n and channels of penalty(d_n), d_n = mean_l fake_nl - mean_l real_nl, d [N, D].
+    eq. 2): mean over n and channels of penalty(d_n), d_n = mean_l generated_nl - mean_l real_nl, d [N, D].
 
     penalty(d) is d^2 ("squared", the MSE of section 4.2), sqrt(d^2 + c^2) - c ("huber", the released form) or
     |d| ("abs", its limit c -> 0). Eq. 2 writes the sum over n and channels; the mean is N D times smaller and
@@ -28,7 +33,7 @@ def mmd_linear(
     table 6, worse). ValueError for an unknown penalty.
     """
     axes = (0, 1) if whole_batch else (1,)
-    d = fake.float().mean(axes) - real.float().mean(axes)
+    d = generated.float().mean(axes) - real.float().mean(axes)
     if penalty == "squared":
         return d.square().mean()
     if penalty == "huber":
@@ -38,7 +43,7 @@ def mmd_linear(
     raise ValueError(f"Unknown penalty {penalty!r}; use squared, huber or abs.")
 
 
-def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float | None = 100.0) -> Tensor:
+def mmd_rbf(real: Tensor, generated: Tensor, *, sigma: float | None = 100.0) -> Tensor:
     """Unbiased MMD^2 with a Gaussian kernel between image tokens [N, L, D] (paper, eq. 1; ablation A of table
     6): mean over n of E k(x, x') + E k(y, y') - 2 E k(x, y), k(x, y) = exp(-|x - y|^2 / (2 sigma^2)).
 
@@ -46,7 +51,7 @@ def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float | None = 100.0) -> Tenso
     median distance between two real tokens of an image, over the batch (Gretton et al., JMLR 2012, section
     8); ValueError if that is 0 or there is only one token.
     """
-    real, fake = real.float(), fake.float()
+    real, generated = real.float(), generated.float()
     if sigma is None:
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         sigma = float(torch.cdist(real, real).detach()[:, ~itself].median())
@@ -63,7 +68,7 @@ def mmd_rbf(real: Tensor, fake: Tensor, *, sigma: float | None = 100.0) -> Tenso
         k = kernel(x, x)
         return (k.sum((1, 2)) - k.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
 
-    return (mean_of_pairs(real) + mean_of_pairs(fake) - 2 * kernel(real, fake).mean((1, 2))).mean()
+    return (mean_of_pairs(real) + mean_of_pairs(generated) - 2 * kernel(real, generated).mean((1, 2))).mean()
 
 
 def dmd_gradient(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
@@ -80,24 +85,28 @@ def dmd_gradient(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Ten
 
 
 def dmd(x0_student: Tensor, gradient: Tensor) -> Tensor:
-    """DMD as a loss: 0.5 mean (x0_student - stop(x0_student - gradient))^2.
+    """DMD as a loss (paper, appendix A; arXiv 2311.18828): 0.5 mean (x0_student - stop(x0_student -
+    gradient))^2.
 
     Both are [N, ...]; its gradient in x0_student is `gradient` / number of elements.
     """
     return 0.5 * F.mse_loss(x0_student.float(), (x0_student.float() - gradient).detach())
 
 
-def gan_generator(fake_logits: Tensor) -> Tensor:
-    """Non-saturating GAN loss of the student (DMD2, section 4.3): mean softplus(-D(fake)); logits [N, 1]."""
-    return F.softplus(-fake_logits.float()).mean()
+def gan_generator(generated_logits: Tensor) -> Tensor:
+    """Non-saturating GAN loss of the student (DMD2, section 4.3): mean softplus(-D(generated)); logits [N,
+    1].
+    """
+    return F.softplus(-generated_logits.float()).mean()
 
 
-def gan_discriminator(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """GAN loss of the discriminator (DMD2, section 4.3): mean softplus(D(fake)) + mean softplus(-D(real)).
+def gan_discriminator(generated_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """GAN loss of the discriminator (DMD2, section 4.3): mean softplus(D(generated)) + mean
+    softplus(-D(real)).
 
     Logits are [N, 1].
     """
-    return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
+    return F.softplus(generated_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
 
 
 def denoising(x0_fake: Tensor, x0_student: Tensor) -> Tensor:
