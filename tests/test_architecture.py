@@ -227,6 +227,10 @@ def test_a_marker_exists_only_where_a_test_carries_it() -> None:
         assert f"mark.{marker.partition(':')[0]}" in tests
 
 
+SHAPE = re.compile(r"\[(?:[A-Z]\w*|[a-z]\b|\d+(?=, [A-Z])|\*)[^\]]*\]")
+"""A shape such as [N, C, H, W], [N, *shape], [n, ...] or [3, F, H, W]; a range such as [0, 1000] is none."""
+
+
 def public_functions() -> Iterator[tuple[str, ast.FunctionDef, ast.ClassDef | None]]:
     """Every public function, and every public method of a public class with its class."""
     for file, tree in FILES.items():
@@ -259,6 +263,6 @@ def test_every_public_tensor_argument_and_result_has_a_shape_in_the_docstring():
         text = ast.get_docstring(function) or methods[function.name]
         if owner and function.name in ("__call__", "forward"):
             text += ast.get_docstring(owner) or ""
-        if not re.search(r"\[[A-Zn*]?[^\]]*\]", text):
+        if not SHAPE.search(text):
             bare.append(where)
     assert bare == []

@@ -55,5 +55,5 @@ class SampleNoise:
 
 
 def permutation(count: int, *key: int | str) -> Tensor:
-    """Return the integers [0, count) in random order, as a tensor [count], for a key."""
+    """Return a shuffled range(count) [N] for a key, with N = count."""
     return torch.randperm(count, generator=generator(*key))
