@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from scalewise.cli import demo
+from scalewise.cli import demo, main
+from scalewise.config.presets import find_recipe
 
 
 @pytest.mark.timeout(900)  # a minute on a quiet machine
@@ -21,6 +24,14 @@ def test_the_demo_ends_in_a_self_contained_report(tmp_path: Path, monkeypatch: p
     assert not re.search(r"(?:src|href)=\"https?://[^\"]+\.(?:css|js|png|svg)", text)
     for words in ("Fréchet", "Prompt match", "CLIP score", "1000", "8x8", "batch"):
         assert words in text, words
+    run = tmp_path / "demo" / "run"
+    sample, longer, own = demo.next_steps(find_recipe("mini-demo"), run)
+    assert all(step.command.splitlines()[0] in html.unescape(text) for step in (sample, own))
+    shorter = [*shlex.split(longer.command.splitlines()[0])[1:], "--dry-run"]
+    for words in ([*shlex.split(sample.command)[1:], "--out", str(tmp_path / "drawn")], shorter):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0, words
     again = demo.run_demo(tmp_path / "demo", minutes=1)  # a finished training is not repeated
     assert again == report
 

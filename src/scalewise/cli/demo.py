@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from scalewise.common.results import write_json
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe
 from scalewise.evaluation import compare
-from scalewise.evaluation.report import Column, ReportContent, Stage, StepSequence, write_report
+from scalewise.evaluation.report import Column, NextStep, ReportContent, Stage, StepSequence, write_report
 from scalewise.evaluation.samplers import Prompts, SamplerSpec, generate_images, generate_steps, parse_sampler
 from scalewise.models import PipelineAdapter
 from scalewise.models.lora import versions
@@ -186,7 +187,8 @@ def collect_report(
         schedule=labels,
         rows=outcome.rows,
         timings=outcome.timings,
-        command=f"scalewise demo --out {out}",
+        next_steps=next_steps(recipe, run),
+        command=shlex.join(["scalewise", "demo", "--out", str(out)]),
         recipe=recipe.to_yaml(),
         versions=versions(),
         machine={
@@ -206,6 +208,29 @@ def collect_step_sequences(
     steps = generate_steps(model, student, first, precision=recipe.train.precision)
     return [
         StepSequence(caption, labels, [step[i] for step in steps]) for i, caption in enumerate(first.captions)
+    ]
+
+
+def next_steps(recipe: Recipe, run: Path) -> list[NextStep]:
+    """Return commands to continue with after the demo."""
+    student, settings = shlex.quote(str(run)), shlex.quote(str(run / "recipe.yaml"))
+    caption = shlex.quote(recipe.train.sample_prompts[0])
+    longer = f"train.iterations={3 * recipe.train.iterations}"
+    return [
+        NextStep(
+            "Sample your own caption with the student that was just trained:",
+            f"scalewise sample {caption} --student {student}",
+        ),
+        NextStep(
+            "Continue its training, three times as long in total, then evaluate it again:",
+            f"scalewise distill {settings} {longer} --out {student} --resume\n"
+            f"scalewise evaluate mini teacher student:{student}",
+        ),
+        NextStep(
+            "Distill your own model, on its samples or on your images: see “Your own model” and “Your own "
+            "images” in docs/guide.md, and docs/families. List the recipes, and see what fits into memory:",
+            "scalewise recipes\nscalewise plan sd35-medium-4 --memory 24",
+        ),
     ]
 
 

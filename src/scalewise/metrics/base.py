@@ -156,6 +156,10 @@ class Metric:
     """
     rounds: int = ROUNDS
     """Number of resampling rounds; fewer for slow metrics."""
+    group: str = ""
+    """Heading of the metrics of one kind, such as the tasks of a benchmark, that reports show in a table of
+    their own; "" = in the main table.
+    """
 
     @property
     def heading(self) -> str:

@@ -297,7 +297,7 @@ def _metric(task: str, title: str, about: str) -> Metric:
     name = f"geneval_{task}"
     return Metric(
         name=name, title=f"GenEval {title}", better="higher", bounds=(0, 1), percent=True, share=True,
-        statistic=lambda features: features.mean_output(name),
+        statistic=lambda features: features.mean_output(name), group="GenEval by task",
         about=f"share of images {about}, according to a detector",
     )  # fmt: skip
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from scalewise.evaluation.evaluate import Row
 from scalewise.evaluation.timing import Timing
 
-__all__ = ["Column", "ReportContent", "Stage", "StepSequence", "write_report"]
+__all__ = ["Column", "NextStep", "ReportContent", "Stage", "StepSequence", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,30 @@ class Stage:
 
 @dataclass(frozen=True)
 class Column:
-    """One sampler's images of the shown prompts, uint8 [N, H, W, 3]."""
+    """Images of the shown prompts, uint8 [N, H, W, 3], by one sampler or by a renderer."""
 
     name: str
     about: str
     images: np.ndarray
+    kind: Literal["sampler", "render"] = "sampler"
+    """"render": drawn by a program from the caption, the ground truth; shown before the samplers."""
 
 
 @dataclass(frozen=True)
 class StepSequence:
-    """The decoded x0 of every step of one image, uint8 [H_i, W_i, 3] each."""
+    """The decoded x0 of every step of one image, uint8 [H_i, W_i, 3] each; the last is the final image."""
 
     prompt: str
     labels: Sequence[str]
     images: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """A command to try after reading the report, and what it does."""
+
+    about: str
+    command: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class ReportContent:
     """Name of the sampler that the report is about."""
     notes: Sequence[str] = ()
     """Further sentences for "Summary of the results"."""
+    next_steps: Sequence[NextStep] = ()
     command: str = ""
     recipe: str = ""
     """The recipe as YAML."""

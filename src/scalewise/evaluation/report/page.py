@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,14 +14,23 @@ from scalewise.evaluation.evaluate import Row
 from scalewise.evaluation.report import ReportContent
 from scalewise.evaluation.report.charts import training_charts
 from scalewise.evaluation.report.findings import duration, findings, milliseconds, timing_of
-from scalewise.evaluation.report.images import embed, zoom
+from scalewise.evaluation.report.images import embed
 from scalewise.metrics import METRICS, Interval, Metric
 
 HERE = Path(__file__).parent
-CONTENT_WIDTH, NAMES_WIDTH, GAP = 1180, 108, 6
 PARTS = {"text": "text encoder", "denoiser": "denoiser", "vae": "VAE"}
-TILES = ("prompt_match", "frechet")
-"""Metrics shown at the top of the page."""
+TILES = (("scene_match", "prompt_match"), ("frechet",))
+"""Metrics shown at the top of the page: of each group the first that was measured."""
+FINAL_WIDTH = 256
+"""Width of the last image of a step sequence; the earlier ones are smaller in proportion to their scale."""
+
+
+class Tile(NamedTuple):
+    """A key number: the value, its 95% interval ("" if unknown) and a description."""
+
+    value: str
+    interval: str
+    about: str
 
 
 def render(content: ReportContent) -> str:
@@ -29,56 +39,59 @@ def render(content: ReportContent) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    metrics = [m for m in METRICS.values() if any(m.name in row.values for row in content.rows)]
     return environment.get_template("page.html.j2").render(
         content=content,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         tiles=tiles(content),
-        side=zoom(content.columns[0].images[0])[0] if content.prompts and content.columns else 0,
-        bands=bands(content),
-        metrics=metrics,
-        headings=[heading(metric) for metric in metrics],
-        ranges={metric.name: range_of(content.rows, metric.name) for metric in metrics},
+        columns=sorted(content.columns, key=lambda column: column.kind != "render"),
+        tables=metric_tables(content.rows),
         parts=PARTS,
         findings=findings(content),
         charts=training_charts(content.log, content.schedule),
-        **{helper.__name__: helper for helper in (duration, embed, milliseconds, positions, zip, zoom)},
+        final_width=FINAL_WIDTH,
+        **{f.__name__: f for f in (duration, embed, headings, milliseconds, positions, range_of, zip)},
     )
 
 
-def tiles(content: ReportContent) -> list[tuple[str, str]]:
-    """Return the measured key numbers as (value, description)."""
+def tiles(content: ReportContent) -> list[Tile]:
+    """Return the measured key numbers of the student: speed-ups and metrics."""
     found = []
     batches = list(dict.fromkeys(timing.batch for timing in content.timings))
     for batch in batches[:1] + batches[1:][-1:]:
         timing = timing_of(content, content.student, batch)
-        if timing and "total" in timing.speedup:
+        if timing and (ratio := timing.speedup.get("total")):
             about = f"speed-up over {content.teacher}, caption to pixels, batch size {batch}"
-            found.append((f"{timing.speedup['total'].value:.1f}×", about))
+            interval = f"95% interval {ratio.low:.1f} to {ratio.high:.1f}" if ratio.known else ""
+            found.append(Tile(f"{ratio.value:.1f}×", interval, about))
     rows = {row.name: row.values for row in content.rows}
     ours, theirs = rows.get(content.student, {}), rows.get(content.teacher, {})
-    for name, metric in METRICS.items():
-        if name in TILES and name in ours and name in theirs:
-            other = metric.show(theirs[name].value)
-            about = f"{metric.title} of {content.student} ({content.teacher}: {other})"
-            found.append((metric.show(ours[name].value), about))
+    for names in TILES:
+        name = next((name for name in names if name in ours and name in theirs), None)
+        if name is None:
+            continue
+        metric, value = METRICS[name], ours[name]
+        about = (
+            f"{metric.title} of {content.student}, {metric.better} is better "
+            f"({content.teacher}: {theirs[name].show(metric.show)})"
+        )
+        interval = (
+            f"95% interval {metric.show(value.low)} to {metric.show(value.high)}" if value.known else ""
+        )
+        found.append(Tile(metric.show(value.value), interval, about))
     return found
 
 
-def bands(content: ReportContent) -> list[range]:
-    """Split the prompts into rows of about equal length."""
-    if not content.columns or not content.prompts:
-        return []
-    width = zoom(content.columns[0].images[0])[0]
-    fit = max(1, (CONTENT_WIDTH - NAMES_WIDTH) // (width + GAP))
-    count = len(content.prompts)
-    each = ceil(count / ceil(count / fit))
-    return [range(start, min(start + each, count)) for start in range(0, count, each)]
+def metric_tables(rows: Sequence[Row]) -> list[tuple[str, list[Metric]]]:
+    """Return the measured metrics by group, as (heading, metrics); those without a group come first."""
+    measured = [metric for metric in METRICS.values() if any(metric.name in row.values for row in rows)]
+    names = list(dict.fromkeys(["", *(metric.group for metric in measured)]))
+    by_group = sorted(measured, key=lambda metric: names.index(metric.group))
+    return [(group, list(members)) for group, members in groupby(by_group, key=lambda metric: metric.group)]
 
 
-def heading(metric: Metric) -> Markup:
-    """Return the column heading of a metric."""
-    return Markup("{}<small>{} is better</small>").format(metric.title, metric.better)
+def headings(metrics: Sequence[Metric]) -> list[Markup]:
+    """Return the column headings of metrics."""
+    return [Markup("{}<small>{} is better</small>").format(m.title, m.better) for m in metrics]
 
 
 def range_of(rows: Sequence[Row], name: str) -> tuple[float, float]:
