@@ -68,6 +68,44 @@ def test_no_command_shows_another_librarys_lines_or_imports_bitsandbytes(tmp_pat
         assert [line for line in lines[:-1] if line and not OURS.fullmatch(line)] == [], name
 
 
+def modules_after(command: list[str], folder: Path) -> tuple[str, str, set[str]]:
+    """Run a command in a process of its own: (stdout, stderr, names of the imported top-level modules)."""
+    code = f"""
+import sys
+from scalewise.__main__ import main
+sys.argv = ["scalewise", *{command!r}]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print("modules", *{{name.partition(".")[0] for name in sys.modules}})
+"""
+    printed, errors = run(code, folder)
+    *lines, modules = printed.rstrip().splitlines()
+    return "\n".join(lines), errors, set(modules.split()[1:])
+
+
+@pytest.mark.parametrize("command", [["--help"], ["sample", "--help"], ["recipes", "--help"]])
+def test_help_imports_neither_torch_nor_a_model_library(command: list[str], tmp_path: Path) -> None:
+    printed, errors, modules = modules_after(command, tmp_path)
+    assert "Usage" in printed and errors == ""
+    heavy = {"torch", "diffusers", "transformers", "peft", "numpy", "PIL", "datasets", "huggingface_hub"}
+    assert modules & heavy == set()
+    assert {"scalewise", "typer"} <= modules
+
+
+@pytest.mark.timeout(600)  # eight seconds on a quiet machine
+def test_a_first_sample_needs_no_dataset_library_and_says_what_to_try_next(tmp_path: Path) -> None:
+    printed, errors, modules = modules_after(["sample", "a red apple"], tmp_path)
+    assert [line for line in errors.splitlines() if not OURS.fullmatch(line)] == []
+    assert modules & {"datasets", "pandas", "matplotlib", "tensorboard", "bitsandbytes"} == set()
+    file = Path("samples") / "a-red-apple-0.png"
+    assert printed.splitlines()[0].endswith(f"s after loading: {file}") and (tmp_path / file).exists()
+    assert printed.splitlines()[1:] == [
+        "Next: scalewise sample 'a red apple' --teacher, or scalewise demo to train such a student"
+    ]
+
+
 def test_peft_looks_again_for_bitsandbytes_once_bits_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """It remembers the answer; with an old one it would not know layers of 4 bits."""
     from peft.import_utils import is_bnb_available

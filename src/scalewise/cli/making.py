@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -147,6 +148,12 @@ def sample(
         f"{', '.join(map(str, files))}",
         soft_wrap=True,
     )
+    if student in (None, "mini") and not (teacher or base):
+        again = shlex.join(["scalewise", "sample", texts[0], "--teacher"])
+        console.out.print(
+            f"Next: {again}, or scalewise demo to train such a student", soft_wrap=True, markup=False,
+            highlight=False,
+        )  # fmt: skip
 
 
 def export(

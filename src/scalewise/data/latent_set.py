@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import torch
@@ -40,6 +39,8 @@ class LatentSet:
 
     def __init__(self, folder: Path, header: SetHeader) -> None:
         self.folder, self.header = folder, header
+        import datasets  # here, because `sample` opens no dataset and importing it takes half a second
+
         parts = [_open_shard(folder, shard) for shard in header.shards]
         self._rows = datasets.concatenate_datasets(parts).with_format("arrow")
         self._latents = {scale: self._rows.select_columns(_column(scale)) for scale in header.scales}
@@ -330,6 +331,8 @@ def _write_arrow(path: Path, table: Any) -> None:
 
 
 def _open_shard(folder: Path, shard: Shard) -> Any:
+    import datasets
+
     try:
         rows = datasets.Dataset.from_file(str(folder / shard.file))
     except (pa.ArrowException, OSError) as error:
