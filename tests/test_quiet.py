@@ -106,6 +106,18 @@ def test_a_first_sample_needs_no_dataset_library_and_says_what_to_try_next(tmp_p
     ]
 
 
+@pytest.mark.timeout(600)  # five seconds on a quiet machine
+def test_the_first_import_from_python_shows_no_warning_of_another_library(tmp_path: Path) -> None:
+    code = """
+import logging
+import scalewise
+assert scalewise.load and scalewise.distill
+for name in ("transformers.utils.import_utils", "bitsandbytes.backends.cpu.ops"):
+    assert logging.getLogger(name).level == logging.NOTSET, name
+"""
+    assert run(code, tmp_path) == ("", "")
+
+
 def test_peft_looks_again_for_bitsandbytes_once_bits_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """It remembers the answer; with an old one it would not know layers of 4 bits."""
     from peft.import_utils import is_bnb_available

@@ -35,7 +35,10 @@ _WHERE = {
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'scalewise' has no attribute {name!r}")
-    found = getattr(import_module(f"scalewise.{_WHERE[name]}"), name)
+    from scalewise.common.optional import quiet_imports
+
+    with quiet_imports():
+        found = getattr(import_module(f"scalewise.{_WHERE[name]}"), name)
     globals()[name] = found
     return found
 

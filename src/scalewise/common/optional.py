@@ -12,9 +12,27 @@ from types import ModuleType
 BITSANDBYTES = "bitsandbytes"
 # They warn on import (about a CPU kernel that is not used here) and at every 8-bit forward.
 NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+IMPORT_LOGGERS = (*NOISY_LOGGERS, "transformers.utils.import_utils")  # the last recommends torchvision
 
 
 _hidden = False  # whether the package is hidden by `without_bitsandbytes`, and not by the user
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import model libraries without their warnings about optional packages that are not used here.
+
+    Errors are shown, and the levels of the loggers are restored at the end of the block.
+    """
+    loggers = [logging.getLogger(name) for name in IMPORT_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
