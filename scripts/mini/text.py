@@ -1,102 +1,104 @@
-"""Stage 3: the text encoders of the teacher (two CLIPs and a T5) and, from another seed and split, the
-scorer.
+"""Stage 4: the text encoders of the teacher (two CLIPs and a T5), taught what captions say.
 
-    python scripts/mini/text.py             # mini-work/text: the teacher's three encoders
-    python scripts/mini/text.py --towers    # mini-work/towers: their second part, text towers alone
-    python scripts/mini/text.py --scorer    # mini-work/scorer: a CLIPModel that only judges
-    python scripts/mini/text.py --measure   # rank-1-of-50 on held-out captions and images, both
+    python scripts/mini/text.py              # trains, resumes by itself, writes mini-work/text
+    python scripts/mini/text.py --measure    # share of held-out captions read without any error
 
-Every text tower is trained contrastively against one image tower and, beside that, regresses an 8 x 8
-colour thumbnail of the picture: an embedding that already knows what a thing looks like is what makes the
-denoiser learn objects in minutes (measured: docs/log.md).
+Each encoder's pooled vector has to carry the truth of its caption: things and colors (by place where the
+caption says a place), number, relation, style, background, and thumbnails of the drawings, so that things
+that look alike lie close. The denoiser then starts with conditions that say plainly what to draw.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import hashlib
 import json
 import math
+import random
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from common import (
-    Pictures,
-    Stage,
-    batches,
-    chunks,
-    half_is_fast,
-    load_averaged,
-    load_pictures,
-    to_float,
-    work_folder,
-)
-from safetensors import safe_open
+from common import Stage, half_is_fast, load_averaged, to_float, work_folder
+from PIL import Image
+from scenes import training_scene
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
-MAX_TOKENS = 16
-JOINT_WIDTH = 128
+from scalewise.mini.grammar import (
+    BACKGROUNDS,
+    INKS,
+    NUMBERS,
+    STYLES,
+    THINGS,
+    random_description,
+    write_caption,
+)
+from scalewise.mini.scenes import Scene, drawing, random_scene
+
+MAX_TOKENS = 24
+POOLED = 128
+COLORS = (None, *INKS)
+KINDS = ("one", "two", "three", "four", "pair", "left of", "above")
+"""Number or relation that a caption states."""
 
 
-def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """The byte-pair tokenizer of all CLIPs here, trained once and kept.
+@cache
+def vocabulary_captions() -> tuple[str, ...]:
+    """Captions with every word of the mini."""
+    rng = random.Random(0)
+    return tuple(write_caption(random_description(rng), rng) for _ in range(30000))
 
-    Training it is not repeatable: the alphabet and pairs of equal frequency come in another order each time.
-    """
+
+@cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """The byte-pair tokenizer of both CLIPs: trained once, each word becomes one token."""
     folder = work_folder() / "tokenizers" / "clip"
     if not folder.exists():
-        train_clip_tokenizer(captions).save_pretrained(folder)
+        reference = CLIPTokenizer().backend_tokenizer
+        raw = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+        raw.normalizer, raw.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
+        raw.train_from_iterator(
+            vocabulary_captions(),
+            trainers.BpeTrainer(
+                vocab_size=1200,
+                end_of_word_suffix="</w>",
+                show_progress=False,
+                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            ),
+        )
+        model = json.loads(raw.to_str())["model"]
+        CLIPTokenizer(
+            vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS
+        ).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def train_clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Train with CLIP's own normalisation; each common word becomes one token."""
-    reference = CLIPTokenizer().backend_tokenizer
-    raw = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    raw.normalizer, raw.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
-    raw.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=2600,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        ),
-    )
-    model = json.loads(raw.to_str())["model"]
-    return CLIPTokenizer(
-        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS
-    )
-
-
-def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
+@cache
+def t5_tokenizer() -> T5Tokenizer:
     """A unigram tokenizer over whole words, with single characters to fall back on."""
-    words = collections.Counter(w for c in captions for w in c.replace(",", " ").split())
+    texts = (c.replace(",", " ").replace(":", " ") for c in vocabulary_captions())
+    words = collections.Counter(w for c in texts for w in c.split())
     total = sum(words.values())
-    letters = sorted({letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyz'-"))
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0), (",", -2.0)]
-    vocabulary += [("▁" + word, math.log(n / total)) for word, n in words.most_common()]
-    vocabulary += [(letter, -12.0) for letter in letters]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0), (",", -2.0), (":", -2.0)]
+    vocabulary += [("▁" + word, math.log(n / total)) for word, n in sorted(words.items())]
+    vocabulary += [(letter, -12.0) for letter in "abcdefghijklmnopqrstuvwxyz'-"]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
-def clip_text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+def clip_config(width: int, layers: int) -> CLIPTextConfig:
     """Configuration of a small CLIP text tower that pools at the end-of-text token."""
+    tokenizer = clip_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -104,7 +106,7 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPT
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         max_position_embeddings=MAX_TOKENS,
-        projection_dim=JOINT_WIDTH,
+        projection_dim=POOLED,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -112,34 +114,32 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPT
     )
 
 
-def vision_config(image_size: int) -> CLIPVisionConfig:
-    """Configuration of an image tower that cuts the picture into patches of 16 pixels."""
-    return CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        image_size=image_size,
-        patch_size=16,
-        projection_dim=JOINT_WIDTH,
-        hidden_act="quick_gelu",
-    )
+class Reader(nn.Module):
+    """What a pooled vector [N, POOLED] says of its caption, as logits, and two thumbnails [N, 2, 192]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(POOLED, 256), nn.GELU())
+        self.sizes = [len(THINGS) + 1, len(THINGS) + 1, len(COLORS), len(COLORS), len(KINDS), len(STYLES)]
+        self.sizes.append(len(BACKGROUNDS))
+        self.head = nn.Linear(256, sum(self.sizes))
+        self.thumbnails = nn.Linear(POOLED, 2 * 192)
+
+    def forward(self, pooled: Tensor) -> tuple[list[Tensor], Tensor]:
+        return list(self.head(self.body(pooled)).split(self.sizes, dim=-1)), self.thumbnails(pooled)
 
 
 class TeacherText(nn.Module):
-    """The three text encoders of the teacher and the image tower that they are trained against."""
+    """The three text encoders of the teacher, each with its reader."""
 
-    image_size = 96
-
-    def __init__(self, captions: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer(captions), t5_tokenizer(captions)
         torch.manual_seed(1)
-        self.text_1 = CLIPTextModelWithProjection(clip_text_config(self.clip_tokenizer, 96, 4))
-        self.text_2 = CLIPTextModelWithProjection(clip_text_config(self.clip_tokenizer, 160, 3))
+        self.text_1 = CLIPTextModelWithProjection(clip_config(96, 4))
+        self.text_2 = CLIPTextModelWithProjection(clip_config(160, 3))
         self.text_3 = T5EncoderModel(
             T5Config(
-                vocab_size=len(self.t5_tokenizer),
+                vocab_size=len(t5_tokenizer()),
                 d_model=256,
                 d_kv=32,
                 d_ff=512,
@@ -150,234 +150,131 @@ class TeacherText(nn.Module):
                 is_encoder_decoder=False,
             )
         )
-        self.vision = CLIPVisionModelWithProjection(vision_config(self.image_size))
-        self.t5_head = nn.Linear(256, JOINT_WIDTH)
-        self.thumbnails = nn.ModuleList(nn.Linear(JOINT_WIDTH, 192) for _ in range(3))
-        self.scale = nn.Parameter(torch.tensor(2.6))
+        self.t5_attention, self.t5_head = nn.Linear(256, 4), nn.Linear(1024, POOLED)
+        self.readers = nn.ModuleList(Reader() for _ in range(3))
 
-    def texts(self, captions: list[str]) -> list[Tensor]:
-        """Pooled embeddings [N, JOINT_WIDTH] of the three encoders."""
-        clip = self.clip_tokenizer(
-            captions, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        t5 = self.t5_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        pooled = self.text_3(t5)[0].float().mean(1)
-        return [self.text_1(clip).text_embeds, self.text_2(clip).text_embeds, self.t5_head(pooled)]
-
-    def image(self, pixels: Tensor) -> Tensor:
-        return self.vision(pixels).image_embeds
+    def pooled(self, captions: list[str]) -> list[Tensor]:
+        """Pooled vectors [N, POOLED] of the three encoders."""
+        clip, t5 = tokens_of(captions)
+        hidden = self.text_3(t5)[0].float()
+        weight = self.t5_attention(hidden).masked_fill((t5 == 0)[..., None], -1e4).softmax(1)
+        mixed = torch.einsum("nlh,nld->nhd", weight, hidden).flatten(1)
+        return [self.text_1(clip).text_embeds, self.text_2(clip).text_embeds, self.t5_head(mixed)]
 
 
-class Scorer(nn.Module):
-    """A CLIPModel of its own, with another seed; it never conditions anything."""
-
-    image_size = 128
-
-    def __init__(self, captions: list[str]) -> None:
-        super().__init__()
-        self.clip_tokenizer = clip_tokenizer(captions)
-        torch.manual_seed(2)
-        self.clip = CLIPModel(
-            CLIPConfig(
-                text_config=clip_text_config(self.clip_tokenizer, 128, 3).to_dict(),
-                vision_config=vision_config(self.image_size).to_dict(),
-                projection_dim=JOINT_WIDTH,
-            )
-        )
-        self.thumbnails = nn.ModuleList([nn.Linear(JOINT_WIDTH, 192)])
-        self.scale = self.clip.logit_scale
-
-    def texts(self, captions: list[str]) -> list[Tensor]:
-        clip = self.clip_tokenizer(
-            captions, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        return [self.clip.text_projection(self.clip.text_model(clip).pooler_output)]
-
-    def image(self, pixels: Tensor) -> Tensor:
-        return self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
-
-
-def augment(pixels: Tensor, size: int) -> Tensor:
-    """Shift, zoom, turn, flip and slightly recolour pictures [N, 3, H, W] on their white ground, to [N, 3,
-    size, size].
-    """
-    count = len(pixels)
-    zoom = 0.85 + 0.35 * torch.rand(count)
-    flip = torch.where(torch.rand(count) < 0.3, -1.0, 1.0)
-    angle = (torch.rand(count) - 0.5) * 0.35
-    shift = (torch.rand(count, 2) - 0.5) * 0.16
-    theta = torch.stack(
-        [
-            torch.stack([zoom * flip * angle.cos(), -zoom * angle.sin(), shift[:, 0]], 1),
-            torch.stack([zoom * flip * angle.sin(), zoom * angle.cos(), shift[:, 1]], 1),
-        ],
-        1,
+def tokens_of(captions: list[str], t5_length: int = MAX_TOKENS) -> tuple[Tensor, Tensor]:
+    """Token ids [N, MAX_TOKENS] of the CLIPs and [N, t5_length] of the T5."""
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return (
+        clip_tokenizer()(captions, **options).input_ids,
+        t5_tokenizer()(captions, max_length=t5_length, **options).input_ids,
     )
-    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
-    moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1
-    gain = 1 + (torch.rand(count, 3, 1, 1) - 0.5) * 0.12
-    moved = 1 - (1 - moved) * gain + 0.02 * torch.randn_like(moved)
-    if torch.rand(()) < 0.3:  # the lower resolutions of the schedule
-        side = int(torch.randint(size // 4, size, ()))
-        small = F.interpolate(moved, size=(side, side), mode="area")
-        moved = F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False)
-    return moved.clamp(-1, 1)
 
 
-def scorer_split(record: dict) -> bool:
-    """The scorer's own training split: the teacher's training captions less a twentieth, salted anew."""
-    salted = hashlib.md5(f"scorer|{record['text']}|{record['style']}".encode()).hexdigest()
-    return record["split"] == "train" and int(salted, 16) % 20 != 0
+def subjects(shown: Scene) -> list[tuple[str, str | None]]:
+    """Return the (name, color) of the scene's things; without a relation in alphabetical order."""
+    found = [(thing.name, thing.color) for thing in shown.description.things]
+    return found if shown.description.relation else sorted(found, key=str)
 
 
-def contrastive(model: nn.Module, captions: list[str], pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Symmetric cross-entropy of every text tower with the image tower, plus the thumbnail regression."""
-    thumbnail = F.interpolate(pixels, size=(8, 8), mode="area").flatten(1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
-        image = model.image(augment(pixels, model.image_size))
-        texts = model.texts(captions)
-        sketches = [head(text) for head, text in zip(model.thumbnails, texts, strict=True)]
-    image = F.normalize(image.float(), dim=-1)
-    # The same caption twice in a batch is one class, not a negative.
-    same = torch.tensor([[a == b for b in captions] for a in captions]).float()
-    goal = same / same.sum(1, keepdim=True)
-    total, hits = pixels.new_zeros(()), 0.0
-    for text, sketch in zip(texts, sketches, strict=True):
-        logits = model.scale.exp().clamp(max=60.0) * F.normalize(text.float(), dim=-1) @ image.T
-        total = total + 0.5 * (F.cross_entropy(logits, goal) + F.cross_entropy(logits.T, goal))
-        total = total + 2.0 * F.mse_loss(sketch.float(), thumbnail)
-        hits = float(goal.gather(1, logits.detach().argmax(1, keepdim=True)).gt(0).float().mean())
-    return total / len(texts), {"rank1_of_batch": hits}
+def truth(shown: Scene) -> list[int]:
+    """Return class numbers in the order of Reader's heads."""
+    described, items = shown.description, subjects(shown)
+    number = NUMBERS.get(described.things[0].count, "one" if len(items) == 1 else "pair")
+    things = [THINGS.index(thing) for thing, _ in items] + [len(THINGS)]
+    colors = [COLORS.index(color) for _, color in items] + [0]
+    numbers = [KINDS.index(described.relation or number), STYLES.index(described.style)]
+    return [
+        things[0],
+        things[1],
+        colors[0],
+        colors[1],
+        *numbers,
+        tuple(BACKGROUNDS).index(described.background),
+    ]
 
 
-@torch.no_grad()
-def views(model: nn.Module, raw: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Image embeddings of `count` augmented views [count, N, JOINT_WIDTH], and thumbnails [N, 192]."""
-    found, thumbnails = [], []
-    for view in range(count):
-        torch.manual_seed(view)
-        parts = [
-            model.image(augment(to_float(raw[part]), model.image_size)) for part in chunks(len(raw), 128)
-        ]
-        found.append(F.normalize(torch.cat(parts), dim=-1))
-    for part in chunks(len(raw), 512):
-        thumbnails.append(F.interpolate(to_float(raw[part]), size=(8, 8), mode="area").flatten(1))
-    return torch.stack(found), torch.cat(thumbnails)
+@cache
+def thumbnail(style: str, thing: str, color: str | None) -> Tensor:
+    """A drawing on white as 8 x 8 x 3 numbers [192] in [-1, 1]."""
+    page = Image.new("RGB", (64, 64), "white")
+    sprite = drawing(style, thing, color, 64)
+    page.paste(sprite, (0, 0), sprite)
+    return F.interpolate(to_float(np.asarray(page)[None]), size=(8, 8), mode="area").flatten()
 
 
-def train_towers(steps: int, batch: int) -> None:
-    """Second part: the teacher's text towers alone, against the image tower's embeddings, which are kept.
+def thumbnails(shown: Scene) -> Tensor:
+    """Thumbnails of the first and the second thing [2, 192]; zeros where there is no second."""
+    found = [thumbnail(shown.description.style, *item) for item in subjects(shown)[:2]]
+    return torch.stack([*found, torch.zeros(192)][:2])
 
-    Without the image tower a step costs a fifth; the CLIPs, which learn slower than the T5, catch up.
+
+def train(steps: int, batch: int) -> bool:
+    """Cross-entropy of every fact and squared error of the thumbnails, for every encoder.
+
+    Returns whether training is complete (False: stopped before the last step).
     """
-    pictures = load_pictures(split="train")
-    model = load_averaged("text", TeacherText(load_pictures().captions))
-    embeddings, thumbnails = views(model, torch.as_tensor(pictures.pixels), 4)
-    model.train().requires_grad_(True)
-    model.vision.requires_grad_(False)
-    stage = Stage(
-        "towers", model, lr=7e-4, steps=steps, ema=0.998, weight_decay=0.1, warmup=100, decay_from=0.4
-    )
-    captions = pictures.captions
+    model = TeacherText()
+    stage = Stage("text", model, lr=1e-3, steps=steps, ema=0.99, weight_decay=0.05, warmup=50, decay_from=0.5)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        chosen = batches(len(captions), batch, step, seed=11)
-        image = embeddings[int(torch.randint(len(embeddings), ())), chosen]
+        rng = random.Random(f"text {step}")
+        scenes = [training_scene(rng) for _ in range(batch)]
+        goal = torch.tensor([truth(shown) for shown in scenes])
+        sketch = torch.stack([thumbnails(shown) for shown in scenes])
         with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast()):
-            texts = model.texts([captions[i] for i in chosen])
-            sketches = [head(text).float() for head, text in zip(model.thumbnails, texts, strict=True)]
-        goal = torch.arange(batch)
+            pooled = model.pooled([shown.caption for shown in scenes])
         total, numbers = torch.zeros(()), {}
-        for number, (text, sketch) in enumerate(zip(texts, sketches, strict=True), 1):
-            logits = model.scale.exp().clamp(max=60.0) * F.normalize(text.float(), dim=-1) @ image.T
-            total = total + 0.5 * (F.cross_entropy(logits, goal) + F.cross_entropy(logits.T, goal))
-            total = total + 4.0 * F.mse_loss(sketch, thumbnails[chosen])
-            numbers[f"rank1_{number}"] = float((logits.detach().argmax(1) == goal).float().mean())
-        return total / len(texts), numbers
-
-    stage.run(loss, log_every=50)
-
-
-def train(scorer: bool, steps: int, batch: int) -> None:
-    """Train the teacher's encoders or the scorer."""
-    pictures = load_pictures(split="train")
-    if scorer:
-        pictures = pictures.select(scorer_split)
-    model = (Scorer if scorer else TeacherText)(load_pictures().captions)
-    raw, captions = torch.as_tensor(pictures.pixels), pictures.captions
-    stage = Stage(
-        "scorer" if scorer else "text",
-        model,
-        lr=1e-3,
-        steps=steps,
-        ema=0.998,
-        weight_decay=0.1,
-        warmup=100,
-        decay_from=0.5,
-    )
-
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        chosen = batches(len(raw), batch, step, seed=2 if scorer else 1)
-        return contrastive(model, [captions[i] for i in chosen], to_float(raw[chosen]))
+        for number, (reader, vector) in enumerate(zip(model.readers, pooled, strict=True), 1):
+            logits, drawn = reader(vector.float())
+            total = total + sum(F.cross_entropy(given, goal[:, i]) for i, given in enumerate(logits))
+            total = total + 2 * F.mse_loss(drawn.view_as(sketch), sketch)
+            right = torch.stack([given.argmax(1) == goal[:, i] for i, given in enumerate(logits)]).all(0)
+            numbers[f"exact_{number}"] = float(right.float().mean())
+        return total / 3, numbers
 
     stage.run(loss, log_every=20)
-
-
-def embed(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Image embeddings [N, JOINT_WIDTH] of pictures at the model's own size."""
-    if pixels.shape[-1] != model.image_size:
-        pixels = F.interpolate(pixels, size=(model.image_size,) * 2, mode="area")
-    return model.image(pixels)
+    return stage.step >= stage.steps
 
 
 @torch.no_grad()
-def rank_one_of_fifty(model: nn.Module, pictures: Pictures, *, tower: int = 0) -> float:
-    """Share of pictures whose own caption beats 49 others drawn at random from the same set."""
-    image = F.normalize(torch.cat([embed(model, x) for x in to_float(pictures.pixels).split(128)]), dim=-1)
-    text = F.normalize(model.texts(pictures.captions)[tower], dim=-1)
-    generator = torch.Generator().manual_seed(0)
-    similarity, hits = image @ text.T, 0
-    for i in range(len(image)):
-        others = torch.randperm(len(image) - 1, generator=generator)[:49]
-        others = others + (others >= i)
-        hits += int(similarity[i, i] > similarity[i, others].max())
-    return hits / len(image)
-
-
-def measure() -> dict[str, float]:
-    """Held-out figures of whatever has been trained so far."""
-    found: dict[str, float] = {}
-    everything = load_pictures().captions
-    for name, stage, build in (("text", "towers", TeacherText), ("scorer", "scorer", Scorer)):
-        path = work_folder() / stage / "state.safetensors"
-        if not path.exists():
-            continue
-        with safe_open(path, "pt") as file:
-            if file.metadata()["step"] == "0":  # by restore.py, which has no image tower to rank against
-                print(f"{stage}: restored without its image tower, not measured")
-                continue
-        model = load_averaged(stage, build(everything))
-        for split in ("test", "train"):
-            pictures = load_pictures(split=split, denoiser_only=True)
-            for tower in range(len(model.thumbnails)):
-                key = f"{name}_{tower + 1}_rank1_of_50_{split}"
-                found[key] = round(rank_one_of_fifty(model, pictures.select(lambda _: True), tower=tower), 4)
-    (work_folder() / "text_measured.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+def measure(count: int = 2000) -> dict[str, float]:
+    """Share of held-out captions that each encoder reads without any error."""
+    model, rng = load_averaged("text", TeacherText()), random.Random("held out text")
+    scenes = [random_scene(rng, held_out=True) for _ in range(count)]
+    goal = torch.tensor([truth(shown) for shown in scenes])
+    found = {}
+    for number, vector in enumerate(model.pooled([shown.caption for shown in scenes])):
+        logits, _ = model.readers[number](vector)
+        right = torch.stack([given.argmax(1) == goal[:, i] for i, given in enumerate(logits)]).all(0)
+        found[f"exact_{number + 1}"] = round(float(right.float().mean()), 4)
+    (work_folder() / "text" / "measured.json").write_text(json.dumps(found), encoding="utf-8")
     return found
+
+
+@torch.no_grad()
+def encode(text: TeacherText, captions: list[str], t5_length: int = MAX_TOKENS) -> tuple[Tensor, Tensor]:
+    """Embed captions as StableDiffusion3Pipeline does: tokens [N, MAX_TOKENS + t5_length, 256], pooled
+    [N, 256].
+    """
+    clip, t5 = tokens_of(captions, t5_length)
+    one = text.text_1(clip, output_hidden_states=True)
+    two = text.text_2(clip, output_hidden_states=True)
+    both = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+    return (
+        torch.cat([both, text.text_3(t5)[0]], dim=1),
+        torch.cat([one.text_embeds, two.text_embeds], dim=-1),
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scorer", action="store_true")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--towers", action="store_true")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--measure", action="store_true")
     options = parser.parse_args()
-    if options.towers:
-        train_towers(options.steps, options.batch)
-    elif not options.measure:
-        train(options.scorer, options.steps, options.batch)
+    if not options.measure and not train(options.steps, options.batch):
+        raise SystemExit("stopped; the same command resumes")
     print(measure())

@@ -13,6 +13,7 @@ from scalewise.metrics import (
     hpsv3,
     image_reward,
     preference,
+    scene,
     shares,
     spectral,
     video,
@@ -26,7 +27,7 @@ EXTRAS: dict[str, Extra] = {
     extra.name: extra
     for extra in (
         features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, image_reward.EXTRA, hpsv3.EXTRA,
-        geneval.EXTRA, spectral.EXTRA, video.EXTRA,
+        geneval.EXTRA, scene.EXTRA, spectral.EXTRA, video.EXTRA,
     )
 }  # fmt: skip
 """Metrics that `--metric` selects, by name."""

@@ -186,14 +186,18 @@ _PHRASES = {
 
 
 def correct(
-    asked: Requirement, detections: Iterable[Detection], color_of: Callable[[Detection], str]
+    asked: Requirement,
+    detections: Iterable[Detection],
+    color_of: Callable[[Detection], str],
+    *,
+    counting_threshold: float = COUNTING_THRESHOLD,
 ) -> bool:
     """Check an image's detections against its prompt as GenEval does.
 
     Counting needs the exact number of objects, other tasks at least one. Colors and positions are checked
     only for the requested number of detections, those with the highest scores.
     """
-    threshold = COUNTING_THRESHOLD if asked.task == "counting" else THRESHOLD
+    threshold = counting_threshold if asked.task == "counting" else THRESHOLD
     ranked = sorted((one for one in detections if one.score > threshold), key=lambda one: -one.score)
     selected: list[list[Detection]] = []
     for thing in asked.objects:

@@ -19,6 +19,10 @@ STUDENT = FOLDER / "student.safetensors"
 REFERENCE = FOLDER / "reference.safetensors"
 """Scorer features of real images, of the training and of the test split."""
 CAPTIONS = FOLDER / "captions.json"
+DETECTOR = FOLDER / "detector.safetensors"
+"""The detector that reads scenes (`mini.scenes`, which the next teacher generates)."""
+DRAWINGS = FOLDER / "drawings.png"
+"""The drawings of all things, from which scenes are rendered."""
 
 
 def captions(split: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Put the video mini together as stock diffusers loads it: mini-work/video_teacher, with files of prompts.
 
-    python scripts/mini/video_package.py
+    python scripts/mini/first/video_package.py
 
-`WanPipeline.from_pretrained(<that folder>)` draws; `scripts/mini/video.yaml` distils it.
+`WanPipeline.from_pretrained(<that folder>)` draws; `scripts/mini/first/video.yaml` distils it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The video mini's autoencoder (diffusers' AutoencoderKLWan: factor 8 in space, 2 in time, 16 channels).
 
-    python scripts/mini/video_vae.py --stills   # single frames first, writes mini-work/video_vae_stills
-    python scripts/mini/video_vae.py            # then clips, writes mini-work/video_vae; both resume
-    python scripts/mini/video_vae.py --measure  # PSNR on held-out clips at the schedule's sizes
+    python scripts/mini/first/video_vae.py --stills   # single frames first, writes mini-work/video_vae_stills
+    python scripts/mini/first/video_vae.py            # then clips, writes mini-work/video_vae; both resume
+    python scripts/mini/first/video_vae.py --measure  # PSNR on held-out clips at the schedule's sizes
 
 Of a single frame a causal convolution sees its last tap alone: the stills train the autoencoder as one of
 pictures, five times faster than clips do. The other taps begin at zero, those between frames at what repeats

@@ -1,8 +1,8 @@
 """Stage 6: measure the packaged mini on captions and pictures nothing was trained on; write its card.
 
-    python scripts/mini/measure.py               # all of it: mini-work/measured.json, then MODEL_CARD.md
-    python scripts/mini/measure.py --only text   # a part of it again, and the card
-    python scripts/mini/measure.py --only        # the card alone, from measured.json
+    python scripts/mini/first/measure.py             # all of it: mini-work/measured.json, then MODEL_CARD.md
+    python scripts/mini/first/measure.py --only text # a part of it again, and the card
+    python scripts/mini/first/measure.py --only      # the card alone, from measured.json
 
 Contact sheets land in mini-work/sheets: look at them.
 """

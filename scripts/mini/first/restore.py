@@ -1,6 +1,6 @@
 """Go on with the mini from the shipped weights: rebuild the stages' states that later training needs.
 
-    python scripts/mini/restore.py --step 6400     # then: python scripts/mini/denoiser.py --steps 12000
+    python scripts/mini/first/restore.py --step 6400   # then denoiser.py --steps 12000
 
 Writes mini-work/{vae,towers,denoiser,scorer}; `data.py` has to have run. Optimizers start anew, and what is
 not shipped starts untrained: the image tower that the text encoders were trained against, and the scorer's

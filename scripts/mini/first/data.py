@@ -1,7 +1,7 @@
 """Stage 1: the pictures of the mini and their captions, built from npm packages of freely licensed emoji.
 
-    python scripts/mini/data.py                # fetch, render, write mini-work/data: a minute on one core
-    python scripts/mini/data.py --npm FOLDER   # use (or fill) this folder of unpacked packages instead
+    python scripts/mini/first/data.py              # fetch, render, write mini-work/data: a minute on one core
+    python scripts/mini/first/data.py --npm FOLDER # use (or fill) this folder of unpacked packages instead
 
 Five designer-drawn sets (Apache-2.0 and MIT) are rendered at 128 x 128 pixels on white; the names of Unicode
 (emojibase, MIT) become short English captions, "a red apple, noto style". Skin tones, flags, keycaps, clocks,

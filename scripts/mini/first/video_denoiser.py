@@ -1,7 +1,7 @@
 """The video mini's denoiser (diffusers' WanTransformer3DModel, patch 1), by flow matching on cached latents.
 
-python scripts/mini/video_denoiser.py --compile       # trains, resumes by itself
-python scripts/mini/video_denoiser.py --sheet a.png   # film strips of held-out captions, by the average
+python scripts/mini/first/video_denoiser.py --compile       # trains, resumes by itself
+python scripts/mini/first/video_denoiser.py --sheet a.png   # film strips of held-out captions, by the average
 """
 
 from __future__ import annotations

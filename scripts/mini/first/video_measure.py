@@ -1,6 +1,6 @@
 """Measure the video mini and its students on captions that were held out.
 
-    python scripts/mini/video_measure.py teacher undistilled "both=student:runs/video" --count 100
+    python scripts/mini/first/video_measure.py teacher undistilled "both=student:runs/video" --count 100
 
 What is shown: the image scorer on the middle frame, against 50 captions of objects. How it moves: a linear
 classifier of the frames' centres, sizes and changes, learned on real clips. Real held-out clips stand beside

@@ -1,6 +1,6 @@
 """The video mini's text encoder (a small UMT5), trained first and then frozen.
 
-    python scripts/mini/video_text.py           # trains, resumes by itself, writes mini-work/video_text
+    python scripts/mini/first/video_text.py           # trains, resumes by itself, writes mini-work/video_text
 
 It learns to say what a caption's object looks like (the image mini's text embedding and an 8 x 8 thumbnail)
 and how it moves: the denoiser then starts from embeddings that mean something.

@@ -1,6 +1,6 @@
-"""World, stage 1: the drawings of the things, rendered from four npm packages of openly licensed emoji.
+"""Stage 1: the drawings of the things, rendered from npm packages of openly licensed emoji.
 
-    python scripts/mini/world_things.py          # writes mini-work/world/sprites.npz and sheet.png
+    python scripts/mini/things.py          # write src/scalewise/mini/drawings.png
 
 Needs npm and the extra `mini`. The packages are pinned, so the result is the same on every machine.
 """
@@ -18,8 +18,9 @@ import resvg_py
 from common import work_folder
 from PIL import Image
 
-SPRITE = 112
-"""Side in pixels at which a drawing is kept; scenes scale it down."""
+from scalewise.mini import DRAWINGS
+from scalewise.mini.grammar import STYLES, THINGS
+from scalewise.mini.scenes import SPRITE
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,9 @@ class Package:
 PACKAGES = {
     "noto": Package("@iconify-json/noto", "1.2.9", "Apache-2.0"),
     "ink": Package("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT"),
-    "fluent": Package("@iconify-json/fluent-emoji", "1.2.7", "MIT"),
-    "flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
 }
 
-# The small world: 32 things that are told apart at 44 pixels. Values are the icons' names.
-THINGS = {
+ICONS = {
     "apple": "red-apple",
     "banana": "banana",
     "cat": "cat-face",
@@ -77,52 +75,7 @@ THINGS = {
     "heart": "red-heart",
     "crown": "crown",
 }
-
-MORE_THINGS = {
-    "lemon": "lemon",
-    "strawberry": "strawberry",
-    "pineapple": "pineapple",
-    "carrot": "carrot",
-    "pizza": "pizza",
-    "burger": "hamburger",
-    "donut": "doughnut",
-    "cake": "shortcake",
-    "cup": "hot-beverage",
-    "fox": "fox",
-    "bear": "bear",
-    "panda": "panda",
-    "pig": "pig-face",
-    "lion": "lion",
-    "monkey": "monkey-face",
-    "cow": "cow-face",
-    "mouse": "mouse-face",
-    "chicken": "chicken",
-    "owl": "owl",
-    "octopus": "octopus",
-    "snail": "snail",
-    "bee": "honeybee",
-    "tree": "deciduous-tree",
-    "pine": "evergreen-tree",
-    "tulip": "tulip",
-    "rose": "rose",
-    "sun": "sun",
-    "cloud": "cloud",
-    "truck": "delivery-truck",
-    "train": "locomotive",
-    "sailboat": "sailboat",
-    "bicycle": "bicycle",
-    "tent": "tent",
-    "ball": "soccer-ball",
-    "drum": "drum",
-    "bell": "bell",
-    "hammer": "hammer",
-    "book": "closed-book",
-    "gift": "wrapped-gift",
-    "ghost": "ghost",
-    "skull": "skull",
-    "hat": "top-hat",
-}
-"""The rest of the 74, for a larger world."""
+"""Icon by thing. At 44 pixels, all of them can be told apart."""
 
 
 def fetch(npm: Path, package: Package) -> dict:
@@ -170,30 +123,20 @@ def render(icons: dict, name: str) -> np.ndarray:
     )
     square = Image.new("RGBA", (SPRITE, SPRITE), (255, 255, 255, 0))
     square.paste(image, ((SPRITE - image.width) // 2, (SPRITE - image.height) // 2))
-    return np.asarray(square)
+    return np.array(square)
 
 
-def sprites(styles: tuple[str, ...], things: dict[str, str]) -> dict[str, np.ndarray]:
-    """Return the drawings by "style/thing", rendered once and kept in the work folder."""
-    path = work_folder() / "world" / "sprites.npz"
-    wanted = [f"{style}/{thing}" for style in styles for thing in things]
-    if path.exists():
-        with np.load(path) as kept:
-            if set(wanted) <= set(kept.files):
-                return {key: kept[key] for key in wanted}
-    found = {}
-    for style in styles:
+def sheet() -> Image.Image:
+    """Return all drawings on one sheet: a row of THINGS for every style."""
+    page = Image.new("RGBA", (SPRITE * len(THINGS), SPRITE * len(STYLES)), (0, 0, 0, 0))
+    for row, style in enumerate(STYLES):
         icons = fetch(work_folder() / "npm", PACKAGES[style])
-        found |= {f"{style}/{thing}": render(icons, icon) for thing, icon in things.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **found)
-    return found
+        for column, thing in enumerate(THINGS):
+            pixels = render(icons, ICONS[thing])
+            pixels[pixels[..., 3] == 0] = 0  # invisible pixels would only cost space
+            page.paste(Image.fromarray(pixels), (SPRITE * column, SPRITE * row))
+    return page
 
 
 if __name__ == "__main__":
-    drawings = sprites(("noto", "ink"), THINGS)
-    page = Image.new("RGB", (16 * 60, 4 * 60), "white")
-    for number, pixels in enumerate(drawings.values()):
-        drawing = Image.fromarray(pixels).resize((56, 56))
-        page.paste(drawing, ((number % 16) * 60, (number // 16) * 60), drawing)
-    page.save(work_folder() / "world" / "things.png")
+    sheet().save(DRAWINGS, optimize=True)

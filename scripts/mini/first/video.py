@@ -1,6 +1,6 @@
 """Videos of the video mini: the emoji set in motion, rendered on the fly, with captions that say how.
 
-    python scripts/mini/video.py --sheet sheet.png    # one clip of every motion, frame by frame
+    python scripts/mini/first/video.py --sheet sheet.png    # one clip of every motion, frame by frame
 
 A clip is a function of its picture, motion and seed. One style, three subjects: breadth that a small model
 learns in an hour.

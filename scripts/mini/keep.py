@@ -1,7 +1,7 @@
-"""Store stages of the world in the repository in few bits, or restore them.
+"""Store trained stages in the repository in few bits, or restore them.
 
-    python scripts/mini/world_keep.py              # write scripts/mini/kept/*.safetensors
-    python scripts/mini/world_keep.py --restore    # write missing stages to the work folder
+    python scripts/mini/keep.py              # write scripts/mini/kept/*.safetensors
+    python scripts/mini/keep.py --restore    # write missing stages to the work folder
 
 Finished stages are stored as float16. The denoiser, which is still being trained, is stored in 8 bits with a
 scale per row; its training continues from these averaged weights with a new optimizer state.
@@ -21,13 +21,13 @@ from torch import Tensor
 
 KEPT = Path(__file__).parent / "kept"
 FILES = {
-    "world-vae16": "balanced.safetensors",
-    "world-text": "state.safetensors",
-    "world-denoiser": "state.safetensors",
+    "vae16": "balanced.safetensors",
+    "text": "state.safetensors",
+    "denoiser": "state.safetensors",
 }
 """File of each stage that later stages load."""
-EIGHT_BITS = ("world-denoiser",)
-TOKENIZER = Path("tokenizers") / "world-clip"
+EIGHT_BITS = ("denoiser",)
+TOKENIZER = Path("tokenizers") / "clip"
 """Stored with the text encoders, because training it again may assign other token ids."""
 
 
