@@ -139,9 +139,10 @@ def test_ssim_has_known_values():
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 32, 32, generator=rng) * 2 - 1
     torch.testing.assert_close(ssim(x, x), torch.ones(2))
-    # Constant images: only the luminance term remains, (2 a b + c1) / (a^2 + b^2 + c1) with c1 = 0.0004.
-    a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.25)
-    expected = (2 * 0.5 * 0.25 + 4e-4) / (0.5**2 + 0.25**2 + 4e-4)
+    # Constant images: only the luminance term remains, (2 a b + c1) / (a^2 + b^2 + c1) with c1 = 0.0001 and
+    # gray values in [0, 1].
+    a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.5)
+    expected = (2 * 0.75 * 0.25 + 1e-4) / (0.75**2 + 0.25**2 + 1e-4)
     assert float(ssim(a, b)) == pytest.approx(expected, abs=1e-4)
     assert float(ssim(x, -x).max()) < 0
 

@@ -164,7 +164,7 @@ def _check_vocabulary(source: str | Path, tokenizer: CLIPTokenizer, model: CLIPM
 
 def from_bytes(images: np.ndarray) -> Tensor:
     """Convert uint8 images [N, H, W, 3] to pixels [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def resize_shorter_side(

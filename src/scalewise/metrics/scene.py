@@ -155,15 +155,16 @@ def true_drawing(style: str, item: Item, background: str) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return the structural similarity [N] of images a and b [N, C, H, W] in [-1, 1].
 
-    SSIM by Wang et al. 2004 with uniform windows of 7 x 7 pixels, on the mean of the color channels.
+    SSIM by Wang et al. 2004 with uniform windows of 7 x 7 pixels, on the mean of the color channels in [0, 1]:
+    the luminance term needs means that are not negative.
     """
-    a, b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+    a, b = ((x.mean(1, keepdim=True) + 1) / 2 for x in (a, b))
     mean_a, mean_b = F.avg_pool2d(a, WINDOW, 1), F.avg_pool2d(b, WINDOW, 1)
     unbiased = WINDOW**2 / (WINDOW**2 - 1)
     variance_a = unbiased * (F.avg_pool2d(a * a, WINDOW, 1) - mean_a**2)
     variance_b = unbiased * (F.avg_pool2d(b * b, WINDOW, 1) - mean_b**2)
     covariance = unbiased * (F.avg_pool2d(a * b, WINDOW, 1) - mean_a * mean_b)
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
     return (luminance * structure).mean((1, 2, 3))
@@ -217,10 +218,10 @@ def _frechet(features: ImageFeatures) -> Statistic | None:
     return distance_to(features.outputs["scene"], features, features.real["scene"])
 
 
-def _share(name: str, title: str, about: str) -> Metric:
+def _share(name: str, title: str, about: str, *, group: str = "") -> Metric:
     return Metric(
         name=name, title=title, better="higher", bounds=(0, 1), percent=True, share=True,
-        statistic=lambda features: features.mean_output(name), about=about,
+        statistic=lambda features: features.mean_output(name), about=about, group=group,
     )  # fmt: skip
 
 
@@ -233,14 +234,16 @@ EXTRA = Extra(
             "caption, according to a detector",
         ),
         *(
-            _share(f"scene_{task}", f"Scene {title}", f"scene match of captions {about}")
+            _share(
+                f"scene_{task}", title, f"scene match of captions {about}", group="Scene match by task"
+            )
             for task, title, about in (
-                ("single_object", "single object", "with one thing"),
-                ("two_object", "two objects", "with two things"),
-                ("counting", "counting", "with two to four of one thing"),
-                ("colors", "colors", "with one thing in one color"),
-                ("position", "position", "with the relative position of two things"),
-                ("color_attr", "color attribution", "with two things in a color each"),
+                ("single_object", "Single object", "with one thing"),
+                ("two_object", "Two objects", "with two things"),
+                ("counting", "Counting", "with two to four of one thing"),
+                ("colors", "Colors", "with one thing in one color"),
+                ("position", "Position", "with the relative position of two things"),
+                ("color_attr", "Color attribution", "with two things in a color each"),
             )
         ),
         Metric(
