@@ -155,8 +155,8 @@ def true_drawing(style: str, item: Item, background: str) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return the structural similarity [N] of images a and b [N, C, H, W] in [-1, 1].
 
-    SSIM by Wang et al. 2004 with uniform windows of 7 x 7 pixels, on the mean of the color channels in [0, 1]:
-    the luminance term needs means that are not negative.
+    SSIM by Wang et al. 2004 with uniform windows of 7 x 7 pixels, on the mean of the color channels in
+    [0, 1], because the luminance term needs means that are not negative.
     """
     a, b = ((x.mean(1, keepdim=True) + 1) / 2 for x in (a, b))
     mean_a, mean_b = F.avg_pool2d(a, WINDOW, 1), F.avg_pool2d(b, WINDOW, 1)
