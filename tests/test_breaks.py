@@ -37,8 +37,8 @@ def trainer_of(recipe: Recipe, out: Path) -> Trainer:
     return setup.build_trainer(recipe, setup.prepare_data(recipe, silent), out)
 
 
-def batches_of(recipe: Recipe) -> Batches:
-    data = setup.prepare_data(recipe, silent)
+def batches_of(recipe: Recipe, data: setup.Data | None = None) -> Batches:
+    data = data or setup.prepare_data(recipe, silent)
     return setup.batches_for(recipe, data, setup.training_backbone(recipe, data))
 
 
@@ -170,14 +170,15 @@ def rows_of(batch_rows: torch.Tensor, pool: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("downscale", ["latent", "pixel"])
 def test_latents_of_small_scales_follow_data_downscale(recipe: Recipe, downscale: str) -> None:
-    """latent: the area average of the full latent, by torch; pixel: the set's own latents of that scale."""
+    """latent: the area average of the full latent, by torch; pixel: the latents derived by the VAE."""
     changed = recipe.override([f"data.downscale={downscale}"])
     data, batches = setup.prepare_data(changed, silent), batches_of(changed)
     (made,), every = data.sets, range(12)
     schedule = changed.schedule.build()
     full = made.latents(every, schedule.full)
     averaged = {s: F.interpolate(full, (s.height, s.width), mode="area") for s in schedule.scales}
-    stored = {s: made.latents(every, s) for s in schedule.scales}
+    (derived,) = setup.prepare_data(recipe, silent).sets
+    stored = {s: derived.latents(every, s) for s in schedule.scales}
     wanted = averaged if downscale == "latent" else stored
     for step in (1, 2, 3):
         batch = batches.at(step, step)
@@ -190,15 +191,14 @@ def test_latents_of_small_scales_follow_data_downscale(recipe: Recipe, downscale
     assert (averaged[small] - stored[small]).abs().max() > 0.1, "the two are not alike"
 
 
-def test_a_set_of_the_full_scale_alone_trains_every_scale_by_latent_averages(
-    recipe: Recipe, tmp_path: Path
+def test_a_set_of_the_full_scale_alone_trains_every_scale_by_latent_averages_without_the_vae(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = recipe.override(
         ["schedule.scales=['2', '4', '6', '8']", "train.iterations=4", "loss.mmd_only=true",
          "train.sample_prompts=[]"]
     )  # fmt: skip
-    with pytest.raises(ValueError, match="no latents at 2x2, only at"):
-        list(run.distill(other, tmp_path / "pixel", silent))
+    monkeypatch.setattr(setup, "derive_scales", lambda *_, **__: pytest.fail("latents were derived"))
     rows = list(run.distill(other.override(["data.downscale=latent"]), tmp_path / "latent", silent))
     assert [int(row["step"]) for row in rows[1:]] == [0, 1, 2, 3]
 
@@ -207,14 +207,15 @@ def test_every_process_reads_its_own_rows_and_together_those_of_one_larger_batch
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 2 by 2 processes are those of 4 by one; three make a pass over the 12 rows."""
-    (made,) = setup.prepare_data(recipe, silent).sets
+    data = setup.prepare_data(recipe, silent)
+    (made,) = data.sets
     full = made.latents(range(12), made.scales[-1])
 
     def read(batch: int, rank: int, world: int) -> list[list[int]]:
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "rank", lambda: rank)
             patch.setattr(distributed, "world", lambda: world)
-            batches = batches_of(recipe.override([f"train.batch={batch}"]))
+            batches = batches_of(recipe.override([f"train.batch={batch}"]), data)
         return [rows_of(batches.at(position, 3).target, full) for position in range(3)]
 
     whole, first, second = read(4, 0, 1), read(2, 0, 2), read(2, 1, 2)

@@ -469,14 +469,19 @@ def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
     assert code == 1 and message in text and not (tmp_path / "out").exists()
 
 
-def test_a_set_keeps_latents_at_further_scales_for_other_schedules(
+def test_a_set_stores_the_full_scale_alone_and_the_option_for_others_says_so(
     run, recipe_file: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "set"
     (tmp_path / "prompts.txt").write_text("a dog\n")
     common = ("generate", recipe_file, "--prompts", tmp_path / "prompts.txt", "--count", 2, "--out", out)
     code, text = run(*common, "--scale", "2", "--scale", "6")
-    assert code == 0 and "2 samples at 4 scales" in text, text
-    assert [str(s) for s in LatentSet.open(out).scales] == ["2x2", "4x4", "6x6", "8x8"]
-    code, text = run(*common, "--scale", "10")
-    assert code == 1 and "The extra scale 10x10 does not fit the full scale 8x8" in text
+    assert code == 1 and "--scale 2 is no longer needed: datasets store the full scale only" in text
+    assert not out.exists()
+    code, text = run(*common)
+    assert code == 0 and f"2 samples in {out}, stored at 8x8; other scales are derived on first use" in text
+    assert [str(s) for s in LatentSet.open(out).scales] == ["8x8"]
+    code, text = run(*common, "--store", "int8")
+    assert code == 1 and "dtype is 'float16' in the stored dataset and 'int8' now" in text
+    code, text = run(*common, "--store", "int4")
+    assert code == 1 and "--store 'int4' is unknown; choose one of float16, int8" in text

@@ -110,7 +110,7 @@ def test_a_synthetic_dataset_resumes_with_a_moved_base_but_not_with_a_changed_on
 
     def generate(base: Path, count: int) -> LatentSet:
         moved = recipe.with_values({"model.base": str(base)})
-        run_generate(moved, prompts, count=count, batch=2, seed=0, extra_scales=(), out=out)
+        run_generate(moved, prompts, count=count, batch=2, seed=0, out=out)
         return LatentSet.open(out)
 
     assert LatentSet.open(out).settings[CONTENTS] == component_fingerprints(tmp_path / "tiny")

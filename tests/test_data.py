@@ -209,8 +209,10 @@ def test_missing_and_incomplete_datasets_are_reported(tmp_path):
     with pytest.raises(DataError, match=r"has no set\.json"):
         LatentSet.open(tmp_path)
     path = make_set(tmp_path / "set")
-    with pytest.raises(DataError, match="no latents at 16x16, only at 4x6, 8x12"):
+    with pytest.raises(DataError, match=r"samples of 8x12, from which latents at 16x16 cannot be derived"):
         LatentSet.open(path).latents([0], Scale(1, 16, 16))
+    with pytest.raises(DataError, match=r"no latents at 4x4, only at 4x6, 8x12\. Open it with .*open_set"):
+        LatentSet.open(path).latents([0], Scale(1, 4, 4))
     (path / "set.json").write_text('{"format": 1, "shards"')
     with pytest.raises(DataError, match=r"set\.json is not valid JSON"):
         LatentSet.open(path)

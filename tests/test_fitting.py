@@ -29,7 +29,7 @@ from scalewise.training import setup
 
 # FLUX.1-dev as `scalewise plan flux-dev` counts it, rounded.
 FLUX = SamplingMemory(
-    DenoiserSize(23.8e9, 0.81e9, 11_834_228_736, 0.113e9, 2), 0.168e9, 9.77e9, 9.52e9, 0.263e9, 12.6e6,
+    DenoiserSize(23.8e9, 0.81e9, 11_834_228_736, 0.113e9, 2), 0.168e9, 9.77e9, 9.52e9, 0.263e9, 12 * 2.0**20,
     {"teacher": 0.5e9, "student": 0.5e9, "vae": 1.61e9, "text": 0.097e9}, {"vae": 14e12, "text": 5e12},
 )  # fmt: skip
 SIX = PassFlops(1.0, 1.0, 1.0)
@@ -40,7 +40,7 @@ ROOM = 24 * GB * (1 - RESERVED)
 def flux_plan(*overrides: str) -> Plan:
     recipe = find_recipe("flux-dev").override(list(overrides))
     memory = Memory(23.8e9, 3.71e9, 11.1e9, 57.2e9, 3.36e9)
-    return Plan(recipe, [FULL] * 4, FULL, 30, {}, 463_208_448, 2e15, 4e15, 1e15, memory, 1, 1, FLUX)
+    return Plan(recipe, [FULL] * 4, FULL, 30, {}, 463_208_448, 2e15, 4e15, 1e15, memory, 1, 1, FLUX, 1)
 
 
 def test_the_peak_of_a_run_is_what_is_alive_at_once() -> None:
@@ -70,8 +70,11 @@ def test_flux_does_not_fit_into_24_gb_and_every_command_gets_settings_that_do() 
     needs = {need.command: need for need in needs_of(plan, 24 * GB)}
     assert list(needs) == ["generate", "distill", "sample", "evaluate"]
     assert not any(need.fits for need in needs.values())
-    # Text encoders, denoiser and VAE at once, and 16 samples in the VAE's decoder.
-    assert needs["generate"].peak == pytest.approx(23.8e9 + 9.77e9 + 0.168e9 + 16 * 1.61e9, rel=1e-6)
+    # Text encoders, denoiser and VAE at once, and 16 samples in the denoiser (which `evaluate` also decodes).
+    assert needs["generate"].peak == pytest.approx(23.8e9 + 9.77e9 + 0.168e9 + 16 * 0.5e9, rel=1e-6)
+    assert needs["evaluate"].peak == pytest.approx(23.8e9 + 9.77e9 + 0.168e9 + 16 * 1.61e9, rel=1e-6)
+    # Smaller scales are derived with the VAE alone, four images of 1024 x 1024 at a time.
+    assert plan.sampling.derivation_peak == pytest.approx(0.168e9 + 4 * 1.61e9)
     for command in WORKLOADS:
         change = needs[command].change
         assert change is not None and change.overrides == ("model.offload=blocks",)
@@ -82,13 +85,13 @@ def test_flux_does_not_fit_into_24_gb_and_every_command_gets_settings_that_do() 
 
 def test_a_smaller_batch_comes_before_offloading_and_offloading_before_fewer_bits() -> None:
     plan = flux_plan()
-    assert sampling_change(plan, "generate", 80 * GB) == Change()
-    assert sampling_change(plan, "generate", 50 * GB) == Change((), 10)
-    assert sampling_change(plan, "generate", 28 * GB) == Change(("model.offload=components",), 8)
-    assert sampling_change(plan, "generate", 3.0 * GB) == Change(("model.offload=blocks",), 4)
-    assert sampling_change(plan, "generate", 1.0 * GB) is None
+    assert sampling_change(plan, "evaluate", 80 * GB) == Change()
+    assert sampling_change(plan, "evaluate", 50 * GB) == Change((), 10)
+    assert sampling_change(plan, "evaluate", 28 * GB) == Change(("model.offload=components",), 8)
+    assert sampling_change(plan, "evaluate", 3.0 * GB) == Change(("model.offload=blocks",), 4)
+    assert sampling_change(plan, "evaluate", 1.0 * GB) is None
     small = replace(plan, sampling=replace(FLUX, denoiser=replace(FLUX.denoiser, one_block=23.8e9)))
-    bits = sampling_change(small, "generate", 18 * GB)
+    bits = sampling_change(small, "evaluate", 18 * GB)
     assert bits is not None and bits.overrides == ("model.quantize=nf4", "model.offload=components")
 
 
@@ -150,7 +153,8 @@ def test_the_command_that_fits_keeps_what_was_typed_and_replaces_what_it_changes
 def test_hours_follow_from_operations_and_a_cards_peak() -> None:
     plan = flux_plan("train.batch=2", "train.accumulate=3", "train.iterations=100")
     assert plan.training_flops == 2e15 * 2 * 3 * 100
-    assert plan.generation_flops == plan.teacher_flops + 19e12
+    assert plan.generation_flops == plan.teacher_flops + 5e12
+    assert plan.derivation_flops == 14e12
     speed = throughput_of(card_named("A100"))
     assert speed.seconds(312e12 * UTILIZATION) == pytest.approx(1.0)
     # Dense bfloat16 with sums in float32; the vendors' figures with sparsity are twice as high.

@@ -10,7 +10,7 @@ from tiny_run import make_tiny
 from torch import Tensor, nn
 
 from scalewise.config.recipe import Recipe
-from scalewise.data.synthetic import encode_all_scales
+from scalewise.data.derive import encode_all_scales
 from scalewise.evaluation.samplers import SamplerSpec, enter
 from scalewise.method.backbone import Backbone
 from scalewise.method.roles import Roles

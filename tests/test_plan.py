@@ -161,7 +161,7 @@ def blank_plan(recipe, steps: int) -> Plan:
     blank = ForwardCost(Scale(1, 1, 1), 1, passes, passes, 1.0, 1.0, 1.0, 1.0)
     drawing = SamplingMemory(DenoiserSize(1, 1, 1, 1, 1), 1, 1, 1, 1, 1, {}, {})
     memory = Memory(1, 1, 1, 1, 1)
-    return Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, memory, 1, 1, drawing)
+    return Plan(recipe, [blank] * steps, blank, 1, {}, 1, 1.0, 1.0, 1.0, memory, 1, 1, drawing, 1)
 
 
 def test_standing_in_for_blocks_that_are_alike_changes_no_count(folder):
@@ -295,4 +295,8 @@ def test_what_lies_on_disk_is_counted():
     plan = make_plan(find_recipe("mini"))
     # 16 tokens of CLIP and 16 of T5, width 256, and a pooled embedding of 256, in float32.
     assert plan.prompt_bytes == 4 * (32 * 256 + 256)
-    assert plan.sample_bytes == 2 * 16 * (64 + 100 + 144 + 256)
+    assert plan.sample_bytes == 2 * 16 * 256
+    assert plan.derived_bytes == 2 * 16 * (64 + 100 + 144)
+    full = make_plan(find_recipe("mini").override(["schedule.scales=['16', '16', '16', '16']"]))
+    assert (full.sample_bytes, full.derived_bytes, full.derivation_flops) == (2 * 16 * 256, 0, 0.0)
+    assert plan.derivation_flops > 0

@@ -107,10 +107,16 @@ def test_real_samples_of_the_full_scale_are_encoded_again_if_the_recipe_says_so(
     for again in (False, True):
         chosen, out = recipe.override([f"data.reencode={str(again).lower()}"]), tmp_path / str(again)
         list(generate(model, chosen, PROMPTS, out, count=2, batch=2))
-        found[again] = LatentSet.open(out).latents([0, 1], full)
-    expected = model.encode(model.decode(found[False]))
-    torch.testing.assert_close(found[True], expected, rtol=1e-2, atol=1e-2)
-    assert (found[True] - found[False]).abs().mean() > 0.05
+        scales = chosen.schedule.build().scales
+        data = setup.open_set(recipe, out, scales, lambda *_: nullcontext(lambda _: None))
+        found[again] = {scale: data.latents([0, 1], scale) for scale in scales}
+    expected = model.encode(model.decode(found[False][full]))
+    assert torch.equal(found[True][full], expected.half().float())
+    assert (found[True][full] - found[False][full]).abs().mean() > 0.05
+    for scale in {*scales} - {full}:  # from the same pixels, those of the teacher's own latents
+        assert torch.equal(found[True][scale], found[False][scale])
+    with pytest.raises(DataError, match="no latents at 8x8, only at no scale yet"):
+        LatentSet.open(out).latents([0], full)
 
 
 def test_the_teacher_of_wan_samples_as_its_authors_do():

@@ -44,27 +44,36 @@ def generate(
     ] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the dataset.")] = 0,
-    scale: Annotated[
-        list[str] | None,
-        typer.Option(help="Also store latents at this scale, for other schedules; repeatable."),
-    ] = None,
+    store: Annotated[
+        str,
+        typer.Option(
+            help="How latents are stored: float16, or int8, which takes half the disk and rounds them to 8 "
+            "bits per value."
+        ),
+    ] = "float16",
+    scale: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of the dataset; an interrupted run resumes there.")
     ] = Path("synthetic"),
 ) -> None:
-    """Generate a training dataset with the teacher, at every scale of the recipe's schedule.
+    """Generate a training dataset with the teacher.
+
+    It stores the samples at full scale; `distill` derives the smaller scales of its schedule on first use.
 
     Example: `scalewise generate mini --count 500 --out my-set`, then `scalewise distill mini
     data.path=my-set`
     """
     console.quiet_libraries()
-    from scalewise.cli.run_making import run_generate
-    from scalewise.method.scales import Scale
+    from scalewise.cli.run_making import read_storage, run_generate
 
-    extra_scales = [Scale.parse(text) for text in scale or ()]
+    if scale:
+        raise ValueError(
+            f"--scale {scale[0]} is no longer needed: datasets store the full scale only, and every other "
+            "scale is derived from it on first use. Remove --scale."
+        )
     chosen, arguments = recipe_of(recipe, overrides), [recipe, *(overrides or ())]
     run_generate(
-        chosen, prompts, count=count, batch=batch, seed=seed, extra_scales=extra_scales, out=out,
+        chosen, prompts, count=count, batch=batch, seed=seed, out=out, dtype=read_storage(store),
         arguments=arguments,
     )  # fmt: skip
 

@@ -22,11 +22,11 @@ from scalewise.config.overrides import replaced
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data.header import SetHeader
+from scalewise.data.storage import STORAGE_TYPES, StorageType
 from scalewise.data.synthetic import generate
 from scalewise.evaluation.evaluate import warn_of_truncation_once
 from scalewise.evaluation.samplers import SamplerSpec, count_passes, encode, enter, parse_sampler
 from scalewise.method.distill import Numbers
-from scalewise.method.scales import Scale
 from scalewise.models import ALL_PARTS, ModelError, lora_keys
 from scalewise.models.lora import Student, load_student, write_student
 from scalewise.models.meta import build_meta_model
@@ -246,8 +246,8 @@ def run_generate(
     count: int,
     batch: int,
     seed: int,
-    extra_scales: Sequence[Scale],
     out: Path,
+    dtype: StorageType = "float16",
     arguments: Sequence[str] = (),
 ) -> None:
     """Generate a synthetic dataset, or resume an interrupted one.
@@ -262,9 +262,7 @@ def run_generate(
     teacher = setup.teacher(recipe)
     setup.check_recipe(recipe, teacher)
     with console.progress("generating", count) as done:
-        counts = generate(
-            teacher, recipe, texts, out, count=count, batch=batch, seed=seed, extra_scales=extra_scales
-        )
+        counts = generate(teacher, recipe, texts, out, count=count, batch=batch, seed=seed, dtype=dtype)
         for finished in counts:
             done(finished)
     if distributed.is_main():
@@ -272,11 +270,20 @@ def run_generate(
     distributed.shutdown()
 
 
+def read_storage(text: str) -> StorageType:
+    """Return the storage type of `--store`; RecipeError if it is unknown."""
+    for known in STORAGE_TYPES:
+        if text == known:
+            return known
+    raise RecipeError(f"--store {text!r} is unknown; choose one of {', '.join(STORAGE_TYPES)}.")
+
+
 def _report_dataset(out: Path, arguments: Sequence[str], *, count: int) -> None:
     """Print the size of a finished dataset, and whether it is larger than requested."""
     header = SetHeader.read(out)
     print_line = partial(console.out.print, markup=False, soft_wrap=True)
-    print_line(f"{header.rows} samples at {len(header.scales)} scales in {out}")
+    stored = ", ".join(map(str, header.scales))
+    print_line(f"{header.rows} samples in {out}, stored at {stored}; other scales are derived on first use")
     if header.rows > count:
         print_line(
             f"The dataset already had more than --count {count} samples: none was generated or removed, and "

@@ -84,18 +84,27 @@ def _print_operations(plan: Plan) -> None:
         f"{plan.iteration_full / plan.iteration:.2f}x{alone}")  # fmt: skip
     say(f"LoRA: {plan.lora_parameters:,} parameters per role; denoiser {plan.parameters['denoiser']:,}, "
         f"VAE {plan.parameters['vae']:,}, text encoders {plan.parameters['text']:,}")  # fmt: skip
-    say(f"Disk space for {GENERATED:,} samples with different prompts: latents "
-        f"{GENERATED * plan.sample_bytes / GB:,.3g} GB, prompt embeddings "
-        f"{GENERATED * plan.prompt_bytes / GB:,.3g} GB (in the cache)")  # fmt: skip
+    full, smaller, prompts = (
+        f"{GENERATED * size / GB:,.3g} GB"
+        for size in (plan.sample_bytes, plan.derived_bytes, plan.prompt_bytes)
+    )
+    say(
+        f"Disk space for {GENERATED:,} samples with different prompts: dataset {full} (with --store int8 "
+        f"half of it); in the cache, latents of smaller scales {smaller}, prompt embeddings {prompts}"
+    )
 
 
 def _print_hours(plan: Plan, device: Device, *, gpus: int) -> None:
-    """Print the time of training and of generating a dataset, which several processes share."""
+    """Print the time of training and of making its data, which several processes share."""
     speed, train = device.throughput(plan), plan.recipe.train
-    training, drawing = (speed.seconds(flops) for flops in (plan.training_flops, plan.generation_flops))
+    generation, derivation = (
+        duration(speed.seconds(GENERATED * flops / gpus))
+        for flops in (plan.generation_flops, plan.derivation_flops)
+    )
     console.out.print(
-        f"Time: distill {duration(training)} for {train.iterations:,} iterations; generate "
-        f"{duration(GENERATED * drawing / gpus)} for {GENERATED:,} samples ({speed.source})",
+        f"Time: distill {duration(speed.seconds(plan.training_flops))} for {train.iterations:,} iterations; "
+        f"generate {generation} for {GENERATED:,} samples, and once {derivation} for their smaller scales "
+        f"({speed.source})",
         soft_wrap=True,
     )
 

@@ -144,8 +144,8 @@ class DataRecipe(Frozen):
     )
     reencode: bool = Field(
         False,
-        description="for `scalewise generate`: decode and re-encode the full scale too, as released, instead "
-        "of keeping the latents of the teacher",
+        description="for `scalewise generate`: training decodes and re-encodes the full scale too, as "
+        "released, instead of using the latents of the teacher",
     )
     shape: Literal["crop", "buckets"] = Field("crop", description="how images of other sizes are cut")
     caption_from_name: bool = Field(

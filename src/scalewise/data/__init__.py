@@ -1,4 +1,4 @@
-"""Datasets on disk: latents at every scale, image folders, cached prompt embeddings."""
+"""Datasets on disk: latents, image folders, cached prompt embeddings and smaller scales."""
 
 from __future__ import annotations
 

@@ -41,14 +41,14 @@ class Batches:
         """Combine datasets, schedule and prompt embeddings.
 
         `negative` is the teacher's negative prompt; its embedding is the unconditional condition. `downscale`
-        is "pixel" for the stored latents of every scale, or "latent" to downscale the full latents (an
-        ablation). Raises DataError if a dataset is smaller than one global batch or does not have the
+        is "pixel" for the stored or derived latents of every scale, or "latent" to downscale the full latents
+        (an ablation). Raises DataError if a dataset is smaller than one global batch or does not have the
         schedule's scales.
         """
         self.sets, self.prompts, self.batch, self.seed = list(sets), prompts, batch, seed
         self.latent_downscale, self.step_choice = downscale == "latent", step_choice
         self.rank, self.world, self.device, self.negative = rank, world, device, negative
-        self.schedules = [schedule.for_size(largest(s), patch) for s in self.sets]
+        self.schedules = [schedule.for_size(s.header.full, patch) for s in self.sets]
         for own, data in zip(self.schedules, self.sets, strict=True):
             self._check(own, data)
         self._passes = lru_cache(maxsize=4)(self._pass)
@@ -99,7 +99,7 @@ class Batches:
     def _latents(self, data: LatentSet, chosen: Sequence[int], scale: Scale) -> Tensor:
         if not self.latent_downscale:
             return data.latents(chosen, scale)
-        return downscale_area(data.latents(chosen, largest(data)), scale.size)
+        return downscale_area(data.latents(chosen, data.header.full), scale.size)
 
     def rows(self, position: int) -> range:
         """Return the numbers, counted over the whole run, of this process's samples in batch `position`.
@@ -130,8 +130,3 @@ class Batches:
 
     def _pass(self, which: int, number: int) -> Tensor:
         return permutation(len(self.sets[which]), self.seed, "pass", which, number)
-
-
-def largest(data: LatentSet) -> Scale:
-    """Return the full size of a dataset: its largest scale."""
-    return max(data.scales, key=lambda scale: scale.cells)

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scalewise.data.shards import DataError, Shard, read_json, write_json
+from scalewise.data.storage import STORAGE_TYPES, StorageType
 from scalewise.method.scales import Scale
 
-FORMAT = 1
+FORMAT, FORMAT_INT8 = 1, 2
+"""Datasets in 8 bits have a number of their own, so that versions that only know float16 reject them."""
 INDEX_FILE = "set.json"
 CONTENTS = "contents"
 """The setting with the fingerprints of the base's components that made the dataset."""
+REENCODE, ON_USE = "reencode", "on use"
+"""The setting of datasets whose full scale is to be encoded from pixels too. ON_USE: the samples of the
+teacher are stored, and encoded on first use, as are those of the smaller scales. True: they were encoded
+before they were stored, by a version that stored all scales."""
 Kind = Literal["synthetic", "images"]
 
 
@@ -30,6 +36,17 @@ class SetHeader:
     settings: dict[str, Any] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     complete: bool = False
+    dtype: StorageType = "float16"
+
+    @property
+    def full(self) -> Scale:
+        """The full scale: the largest that is stored."""
+        return max(self.scales, key=lambda scale: scale.cells)
+
+    @property
+    def usable(self) -> tuple[Scale, ...]:
+        """The scales whose latents are used as they are stored."""
+        return () if self.settings.get(REENCODE) == ON_USE else self.scales
 
     @property
     def rows(self) -> int:
@@ -58,7 +75,8 @@ class SetHeader:
 
     def write(self, folder: Path) -> None:
         """Write `set.json`."""
-        fixed = {"format": FORMAT, "dtype": "float16", "kind": self.kind, "base": self.base}
+        number = FORMAT if self.dtype == "float16" else FORMAT_INT8
+        fixed = {"format": number, "dtype": self.dtype, "kind": self.kind, "base": self.base}
         lists = {"scales": list(map(str, self.scales)), "shards": [shard.to_json() for shard in self.shards]}
         rest = {"channels": self.channels, "settings": self.settings, "complete": self.complete}
         write_json(folder / INDEX_FILE, fixed | rest | lists)
@@ -77,10 +95,12 @@ class SetHeader:
             )
         raw = read_json(path)
         try:
-            if raw["format"] != FORMAT:
+            dtype = raw.get("dtype", "float16")
+            if raw["format"] not in (FORMAT, FORMAT_INT8) or dtype not in STORAGE_TYPES:
                 raise DataError(
-                    f"{path} has format {raw['format']}, but this version reads format {FORMAT}; use the "
-                    "version of scalewise that wrote it."
+                    f"{path} has format {raw['format']} with {dtype}, but this version reads formats "
+                    f"{FORMAT} and {FORMAT_INT8} with {' or '.join(STORAGE_TYPES)}; use the version of "
+                    "scalewise that wrote it."
                 )
             lists: dict[str, Any] = {
                 "scales": tuple(map(Scale.parse, raw["scales"])),
@@ -89,7 +109,7 @@ class SetHeader:
             plain: dict[str, Any] = {
                 name: raw[name] for name in ("kind", "channels", "base", "settings", "complete")
             }
-            return cls(**plain, **lists)
+            return cls(**plain, **lists, dtype=dtype)
         except (KeyError, TypeError) as error:
             raise DataError(
                 f"{path} is missing or has an invalid field {error}; delete and regenerate {folder}."
@@ -106,7 +126,7 @@ def describe_difference(stored: SetHeader, wanted: SetHeader) -> str:
     shared = old_files.keys() & new_files.keys()
     if changed := sorted(part for part in shared if old_files[part] != new_files[part]):
         return f"the files of {' and '.join(changed)} differ between {stored.base} (stored) and {wanted.base}"
-    names = ("kind", "channels") if shared else ("kind", "base", "channels")
+    names = ("kind", "channels", "dtype") if shared else ("kind", "base", "channels", "dtype")
     old, new = ({name: getattr(header, name) for name in names} for header in (stored, wanted))
     old["scales"], new["scales"] = (" ".join(map(str, header.scales)) for header in (stored, wanted))
     for name in [n for n in (*wanted.settings, *stored.settings) if n != CONTENTS]:

@@ -1,9 +1,9 @@
-"""Datasets of latents on disk, synthetic or from an image folder, with every sample at every scale.
+"""Datasets of latents on disk, synthetic or from an image folder; smaller scales may be derived (derive.py).
 
 A dataset is a folder of `shard-00000.arrow`, ... and `set.json`, which lists the finished shards. Arrow files
-are memory-mapped, so a dataset may be larger than memory. The latents of a row are the raw bytes of a float16
-tensor: 32 random rows of 16x128x128 are read in 6 ms on one core, a third of the time needed with the Array3D
-type of `datasets`.
+are memory-mapped, so a dataset may be larger than memory. The latents of a row are bytes (storage.py), by
+default those of a float16 tensor: 32 random rows of 16x128x128 are read in 6 ms on one core, a third of the
+time needed with the Array3D type of `datasets`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from scalewise.common.checkpoint import delete_leftovers, write_atomically
 from scalewise.data.header import INDEX_FILE, Kind, SetHeader, describe_difference
 from scalewise.data.shards import DataError, Shard, explain_disk_full
+from scalewise.data.storage import StorageType, is_finite, pack, unpack
 from scalewise.method.scales import Scale
 
 LOCK_FILE = ".lock"
@@ -47,6 +48,7 @@ class LatentSet:
         self._order = np.argsort(_read_column(self._rows, "index"), kind="stable")
         self._captions = self._rows.select_columns("caption")
         self._seeds = _read_column(self._rows, "seed")
+        self._derived: dict[Scale, LatentSet] = {}
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> LatentSet:
@@ -70,7 +72,7 @@ class LatentSet:
             )
         if verify:
             for shard in header.shards:
-                _refuse_non_finite(folder, shard, header.scales)
+                _refuse_non_finite(folder, shard, header)
         return cls(folder, header)
 
     def __len__(self) -> int:
@@ -95,22 +97,50 @@ class LatentSet:
         """
         return self.header.fingerprint
 
-    def require(self, scales: Iterable[Scale]) -> None:
-        """Raise DataError if any of the scales is not stored."""
-        if missing := sorted(set(scales) - set(self._latents)):
+    def to_derive(self, scales: Iterable[Scale]) -> list[Scale]:
+        """Return those of the scales that are neither stored nor attached, smallest first.
+
+        Raises DataError for a scale that is larger than the samples.
+        """
+        wanted = sorted(set(scales) - {*self.header.usable, *self._derived})
+        if larger := [scale for scale in wanted if not self.header.full.covers(scale)]:
             raise DataError(
-                f"The dataset {self.folder} has no latents at {', '.join(map(str, missing))}, only at "
-                f"{', '.join(map(str, self.scales))}. Make a dataset for this schedule with `scalewise "
-                "generate`, or use a schedule with these scales."
+                f"The dataset {self.folder} has samples of {self.header.full}, from which latents at "
+                f"{', '.join(map(str, larger))} cannot be derived; use a schedule that ends at "
+                f"{self.header.full}, or generate a dataset of this size with `scalewise generate`."
+            )
+        return wanted
+
+    def attach(self, derived: Mapping[Scale, LatentSet]) -> None:
+        """Use the latents of other datasets, with the same rows in the same order, at some scales."""
+        for scale, source in derived.items():
+            assert len(source) == len(self) and scale in source.header.scales, f"{source.folder} at {scale}"
+        self._derived.update(derived)
+
+    def require(self, scales: Iterable[Scale]) -> None:
+        """Raise DataError if any of the scales is neither stored nor attached."""
+        if lacking := self.to_derive(scales):
+            missing = ", ".join(map(str, lacking))
+            have = ", ".join(map(str, sorted({*self.header.usable, *self._derived}))) or "no scale yet"
+            raise DataError(
+                f"The dataset {self.folder} has no latents at {missing}, only at {have}. "
+                "Open it with `scalewise.training.setup.open_set`, which derives and caches the others."
             )
 
     def latents(self, indices: Sequence[int], scale: Scale) -> Tensor:
-        """Return the latents of rows at a scale, float32 [N, C, H, W] (video [N, C, T, H, W])."""
+        """Return the latents of rows at a scale, float32 [N, C, H, W] (video [N, C, T, H, W]).
+
+        Raises DataError for a scale that is neither stored nor attached.
+        """
         self.require([scale])
+        # A derived dataset of one frame does not know that it belongs to a video.
+        source = self._derived.get(scale, self)
+        return source.stored(indices, scale).reshape(len(indices), *self.header.shape(scale))
+
+    def stored(self, indices: Sequence[int], scale: Scale) -> Tensor:
+        """Return the latents of rows as stored in this dataset itself, float32 [N, C, (T,) H, W]."""
         cells = self._latents[scale][self._stored_rows(indices)].column(0)
-        # numpy arrays are views of the memory-mapped file, so stacking them is the only copy.
-        rows = np.stack([np.frombuffer(cell.as_buffer(), np.float16) for cell in cells])
-        return torch.from_numpy(rows).float().reshape(len(rows), *self.header.shape(scale))
+        return unpack([c.as_buffer() for c in cells], self.header.dtype, self.header.shape(scale))
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Return the captions of rows."""
@@ -142,15 +172,16 @@ class LatentSetWriter:
         base: str,
         settings: Mapping[str, Any],
         shard_rows: int = 256,
+        dtype: StorageType = "float16",
     ) -> None:
-        """Create the dataset at `path`, or resume it.
+        """Create the dataset at `path`, or resume it; `dtype` "int8" stores latents in 8 bits.
 
         The rows of a deleted shard are written again: `missing` returns them. Raises DataError if the folder
         has a dataset with other settings, or a damaged shard.
         """
         self.folder, self.shard_rows = Path(path), shard_rows
         plain = json.loads(json.dumps(dict(settings)))  # as read back from JSON: tuples become lists
-        wanted = SetHeader(kind, tuple(dict.fromkeys(scales)), channels, base, plain)
+        wanted = SetHeader(kind, tuple(dict.fromkeys(scales)), channels, base, plain, dtype=dtype)
         exists = (self.folder / INDEX_FILE).exists()
         self._shards_on_disk = SetHeader.read(self.folder).shards if exists else ()
         self.header = self._resume(wanted) if exists else wanted
@@ -174,7 +205,7 @@ class LatentSetWriter:
         seeds: Sequence[int],
         latents: Mapping[Scale, Tensor],
     ) -> None:
-        """Add samples with latents {scale: [N, C, (T,) H, W]} at every scale, to be stored as float16.
+        """Add samples with latents {scale: [N, C, (T,) H, W]} at every scale, to be stored as `header.dtype`.
 
         Raises DataError for duplicate indices, wrong shapes, and values that are not finite in float16.
         """
@@ -244,20 +275,20 @@ class LatentSetWriter:
         """Check the latents [N, C, (T,) H, W] of a scale and return the bytes of each sample."""
         if scale not in latents:
             raise DataError(f"The latents at {scale} are missing; give every scale of the dataset.")
-        tensor = latents[scale].detach().to("cpu", torch.float16).contiguous()
+        tensor = latents[scale].detach().to("cpu", torch.float32)
         if tuple(tensor.shape) != (count, *self.header.shape(scale)):
             raise DataError(
                 f"Latents at {scale} have the shape {list(tensor.shape)} instead of "
                 f"{[count, *self.header.shape(scale)]}; check the scales and channels given to the writer."
             )
-        finite = torch.isfinite(tensor).flatten(1).all(dim=1)
+        finite = torch.isfinite(tensor.half()).flatten(1).all(dim=1)
         if not finite.all():
             raise DataError(
                 f"The latents at {scale} of {int((~finite).sum())} of {count} samples have NaN, infinity or "
                 f"values beyond float16 and cannot be stored in {self.folder}; generate them in a wider "
                 f"dtype (model.dtype bfloat16 or float32), or download {self.header.base} again."
             )
-        return [row.tobytes() for row in tensor.numpy()]
+        return pack(tensor, self.header.dtype)
 
     def _write_shard(self, rows: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -309,16 +340,14 @@ def _arrow_type(column: str) -> Any:
     return {"index": pa.int64(), "seed": pa.int64(), "caption": pa.string()}.get(column, pa.large_binary())
 
 
-def _refuse_non_finite(folder: Path, shard: Shard, scales: Sequence[Scale]) -> None:
+def _refuse_non_finite(folder: Path, shard: Shard, header: SetHeader) -> None:
     """Raise DataError if the latents of a shard have NaN or infinity."""
     rows = _open_shard(folder, shard).with_format("arrow")
-    for scale in scales:
-        column = rows.select_columns(_column(scale))
+    for scale in header.scales:
+        column, shape = rows.select_columns(_column(scale)), header.shape(scale)
         for start in range(0, len(column), 64):
             for cell in column[start : start + 64].column(0):
-                # In float16, NaN and infinity have all five exponent bits set. The bits are tested because
-                # numpy's isfinite is slow for float16.
-                if (np.frombuffer(cell.as_buffer(), np.uint16) & 0x7C00 == 0x7C00).any():
+                if not is_finite(cell.as_buffer(), header.dtype, shape):
                     raise DataError(
                         f"The shard {folder / shard.file} has NaN or infinity in its latents at {scale} and "
                         f"cannot be used for training; {REGENERATE}."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scalewise.config.recipe import ModelRecipe, Recipe
-from scalewise.data.synthetic import encode_all_scales
+from scalewise.data.derive import derive_batch, encode_all_scales
 from scalewise.method.adapter import Condition
 from scalewise.models.pipeline_adapter import PipelineAdapter
 from scalewise.models.quantization import BYTES_PER_WEIGHT, linear_layers
@@ -27,10 +27,11 @@ BATCH_SIZES: dict[Command, int] = {"generate": 16, "sample": 8, "evaluate": 16}
 """Default batch sizes of the sampling commands."""
 Stage = Literal["text", "denoiser", "vae"]
 Workload = Literal["text", "teacher", "student", "vae"]
-"""Text encoding, a forward pass of the teacher or of a student, and the VAE in `generate`, which decodes,
-downscales and encodes at every scale. The peak of the VAE is decoding at full scale, part of all commands."""
+"""Text encoding, a forward pass of the teacher or of a student, and the VAE that derives the smaller scales
+of a sample: it decodes, downscales and encodes at every scale. Its peak is decoding at full scale, which
+`sample` and `evaluate` do too."""
 WORKLOADS: dict[Command, dict[Stage, Workload]] = {
-    "generate": {"text": "text", "denoiser": "teacher", "vae": "vae"},
+    "generate": {"text": "text", "denoiser": "teacher"},
     "sample": {"text": "text", "denoiser": "student", "vae": "vae"},
     "evaluate": {"text": "text", "denoiser": "teacher", "vae": "vae"},
 }
@@ -72,6 +73,11 @@ class SamplingMemory:
     """Peak bytes of activations per sample."""
     flops: Mapping[Workload, float]
     """FLOPs per sample."""
+
+    @property
+    def derivation_peak(self) -> float:
+        """Peak bytes of deriving smaller scales, with nothing but the VAE on the device."""
+        return self.vae + derive_batch(round(self.pixels / 12)) * self.working["vae"]
 
     def weights_on_device(self, stage: Stage, model: ModelRecipe) -> float:
         """Return the bytes of weights on the device during a stage."""

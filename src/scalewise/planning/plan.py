@@ -124,9 +124,11 @@ class Plan:
     prompt_bytes: int
     """Size on disk of the embeddings of one prompt."""
     sample_bytes: int
-    """Size on disk of the latents of one sample at all scales."""
+    """Size on disk of one sample of a dataset: its latents at full scale."""
     sampling: SamplingMemory
     """Memory of `generate`, `sample` and `evaluate`."""
+    derived_bytes: int
+    """Size in the cache of the latents of one sample at the smaller scales."""
 
     @property
     def tokens(self) -> int:
@@ -146,8 +148,13 @@ class Plan:
 
     @property
     def generation_flops(self) -> float:
-        """FLOPs of one sample of `generate`: text encoders, teacher, and the VAE at every scale."""
-        return self.teacher_flops + self.sampling.flops["text"] + self.sampling.flops["vae"]
+        """FLOPs of one sample of `generate`: text encoders and teacher."""
+        return self.teacher_flops + self.sampling.flops["text"]
+
+    @property
+    def derivation_flops(self) -> float:
+        """FLOPs of the VAE for the smaller scales of one sample; 0 if the schedule has none."""
+        return self.sampling.flops["vae"] if self.derived_bytes else 0.0
 
     @property
     def student_flops(self) -> float:
@@ -221,8 +228,9 @@ def make_plan(recipe: Recipe, done: ProgressCallback = no_progress) -> Plan:
         iteration(recipe, steps), iteration(recipe, [full] * len(steps)), iteration(mmd_only, steps),
         training_memory(recipe, sampling, full, lora=lora),
         prompt_bytes=torch.finfo(dtype).bits // 8 * sum(prod(shape) for shape in condition),
-        sample_bytes=2 * model.channels * sum(scale.cells for scale in forwards),
+        sample_bytes=2 * model.channels * schedule.full.cells,
         sampling=sampling,
+        derived_bytes=2 * model.channels * sum(scale.cells for scale in forwards if scale != schedule.full),
     )  # fmt: skip
 
 
@@ -235,7 +243,7 @@ def training_memory(recipe: Recipe, sampling: SamplingMemory, full: ForwardCost,
         optimizer=trained * lora * 12.0,  # gradient and two moments in float32
         activations=full.activations,
         checkpointed=full.checkpointed,
-        excluded={"vae": sampling.vae, "text": sampling.text},
+        excluded={"vae": sampling.derivation_peak, "text": sampling.text},
     )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from scalewise.common.progress import Progress
 from scalewise.config.recipe import Recipe, RecipeError
-from scalewise.data import LatentSet
 from scalewise.data.image_folder import ImageEntry, load_pixels, scan_images
 from scalewise.data.shards import DataError
 from scalewise.method.noise import NoiseProcess
@@ -285,7 +284,7 @@ def load_latents(recipe: Recipe, model: PipelineAdapter, *, count: int, progress
     """Return up to `count` clean latents [N, C, ...] at full size, from a dataset or from encoded images."""
     path, full = recipe.data.folder, recipe.schedule.build().full
     if (path / "set.json").exists():
-        stored = LatentSet.open(path)
+        stored = setup.open_set(recipe, path, [full], progress)
         rows = permutation(len(stored), "spectrum")[:count].tolist()
         return stored.latents(rows, full)
     if not path.is_dir():

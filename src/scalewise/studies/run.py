@@ -20,7 +20,7 @@ from scalewise import mini
 from scalewise.common.checkpoint import write_atomically
 from scalewise.common.errors import first_line, resumed_by_same_command
 from scalewise.common.images import contact_sheet, to_bytes
-from scalewise.common.progress import Progress, ProgressCallback
+from scalewise.common.progress import Progress, ProgressCallback, silent
 from scalewise.config.presets import find_recipe
 from scalewise.config.recipe import Recipe, RecipeError
 from scalewise.data import LatentSet
@@ -119,10 +119,12 @@ def held_out_captions(count: int) -> list[str]:
 
 
 @torch.no_grad()
-def load_starts(count: int) -> StudyData:
+def load_starts(count: int, progress: Progress = silent) -> StudyData:
     """Load samples of the shipped dataset to start from, with other samples of it as reference."""
-    recipe, stored = find_recipe("mini"), LatentSet.open(mini.DATA)
-    schedule, rows, reference_rows = recipe.schedule.build(), *choose_rows(stored, count)
+    recipe = find_recipe("mini")
+    schedule = recipe.schedule.build()
+    stored = setup.open_set(recipe, mini.DATA, (schedule.scales[0], schedule.full), progress)
+    rows, reference_rows = choose_rows(stored, count)
     scoring, model = load_scorers(recipe), setup.load(recipe, ("vae",))
     parts = stored.latents(reference_rows, schedule.full).split(16)
     images = np.concatenate([to_bytes(model.decode(part)) for part in parts])
@@ -193,9 +195,9 @@ def noise_latents(
     return upscale_latents(x_t, scale)
 
 
-def load_study_data(study: Study, count: int) -> StudyData:
+def load_study_data(study: Study, count: int, progress: Progress) -> StudyData:
     """Load what all variants of a study share."""
-    return load_starts(count) if study.starts_from_data else load_held_out(count)
+    return load_starts(count, progress) if study.starts_from_data else load_held_out(count)
 
 
 def check_count(study: Study, count: int) -> None:
@@ -214,7 +216,7 @@ def run_study(study: Study, out: Path, settings: StudySettings, *, progress: Pro
             "students stay undecided; repeat --seed to use 2 or more.",
             stacklevel=2,
         )
-    data = load_study_data(study, settings.count)
+    data = load_study_data(study, settings.count, progress)
     features = compute_all_features(study, data, out=out, settings=settings, progress=progress)
     prompts = Prompts.of(data.captions)
     values: dict[str, dict[str, Interval]] = {variant: {} for variant in features}
