@@ -67,10 +67,11 @@ def test_a_dataset_is_not_generated_among_other_files(generate, tmp_path):
 
 def test_a_smaller_count_on_a_larger_dataset_reports_that_nothing_is_removed(generate, tmp_path):
     text = generate(tmp_path / "set", 6)[1]
-    assert f"6 samples at 3 scales in {tmp_path / 'set'}" in text and "more than" not in text
+    assert f"6 samples in {tmp_path / 'set'}, stored at 8x8" in text and "more than" not in text
     (tmp_path / "set" / ".DS_Store").touch()
     code, text = generate(tmp_path / "set", 4)
-    assert code == 0 and f"6 samples at 3 scales in {tmp_path / 'set'} The dataset already had more" in text
+    assert code == 0 and f"6 samples in {tmp_path / 'set'}, stored at 8x8" in text
+    assert "The dataset already had more" in text
     assert "more than --count 4 samples: none was generated or removed" in text
     assert "training uses all 6. For a smaller dataset use another --out" in text
     assert len(LatentSet.open(tmp_path / "set")) == 6
