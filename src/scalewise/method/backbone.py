@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from scalewise.method.adapter import Condition, ModelAdapter
+from scalewise.method.cpu import BFloat16Linears, FastPaths, Float32AttentionBackward, choose_fast_paths
 from scalewise.method.features import tap
 from scalewise.method.roles import TEACHER, Roles
 
@@ -47,12 +48,23 @@ class Backbone:
         targets: Sequence[str] | None = None,
         precision: Precision = "float32",
         seed: int = 0,
+        fast: FastPaths | None = None,
     ) -> None:
-        """Add one LoRA adapter per role; with `precision` "bf16" every forward pass runs under autocast."""
+        """Add one LoRA adapter per role; with `precision` "bf16" every forward pass runs under autocast.
+
+        `fast`: faster paths with results equal up to rounding; None = those that help on the device.
+        """
         self.model = model
         self.precision = choose_precision(precision, model.device)
+        if fast is None:
+            native = choose_precision("auto", model.device) == "bf16"
+            fast = choose_fast_paths(model.device, self.precision, native=native)
+        self.fast = fast
         targets = model.lora_targets if targets is None else targets
-        self.roles = Roles(model.denoiser, roles, rank=rank, alpha=alpha, targets=targets, seed=seed)
+        self.roles = Roles(
+            model.denoiser, roles, rank=rank, alpha=alpha, targets=targets, seed=seed, fast=fast.lora
+        )
+        self.linears = BFloat16Linears(model.denoiser, pack=not roles) if fast.weights else None
 
     @property
     def device(self) -> torch.device:
@@ -64,13 +76,26 @@ class Backbone:
         return self.roles.parameters(role)
 
     def enable_checkpointing(self) -> None:
-        """Enable gradient checkpointing; blocks are recomputed in the role of their forward pass."""
-        self.model.enable_checkpointing(self.roles.checkpointing())
+        """Enable gradient checkpointing; blocks are recomputed as in their forward pass."""
+        self.model.enable_checkpointing(self.roles.checkpointing(self._fast_paths))
+
+    @contextmanager
+    def _fast_paths(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.linears is not None:
+                stack.enter_context(self.linears.active())
+            if self.fast.attention and torch.is_grad_enabled():
+                stack.enter_context(Float32AttentionBackward())
+            yield
 
     @contextmanager
     def _in_role(self, role: str) -> Iterator[None]:
         bf16 = self.precision == "bf16"
-        with self.roles.role(role), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with (
+            self.roles.role(role),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
+            self._fast_paths(),
+        ):
             yield
 
     def predict_x0(

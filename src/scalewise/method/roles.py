@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from scalewise.method.cpu import role_linear
 
 TEACHER = "teacher"
 
@@ -34,9 +36,11 @@ class Roles:
         targets: Sequence[str],
         alpha: float | None = None,
         seed: int = 0,
+        fast: bool = False,
     ) -> None:
         """Add one adapter per name to a frozen `module` (A Gaussian, B zero: outputs are unchanged at first).
 
+        With `fast`, plain linear layers get the LoRA layer of `scalewise.method.cpu` instead of peft's.
         ValueError if a name is that of the teacher, `module` is not frozen, or no module matches `targets`.
         """
         if TEACHER in names:
@@ -63,6 +67,8 @@ class Roles:
             init_lora_weights="gaussian",
             lora_dropout=0.0,
         )
+        if fast:
+            config._register_custom_module({nn.Linear: role_linear})  # type: ignore[dict-item]
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft warns about a second adapter on a module, which is intended here.
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
@@ -72,11 +78,13 @@ class Roles:
         self.config = config
         self._layers = [(n, m) for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
         self._parameters = {name: self._collect(name) for name in self.names}
+        for _, layer in self._layers:
+            layer.enable_adapters(False)  # also freezes adapters that the module had before
         for parameters in self._parameters.values():
             for parameter in parameters.values():
                 parameter.data = parameter.data.float()
-        self._now = ""
-        self._switch(TEACHER)
+                parameter.requires_grad_(True)
+        self._now = TEACHER
 
     def _collect(self, name: str) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
@@ -113,29 +121,26 @@ class Roles:
             return
         if name != TEACHER and name not in self.names:
             raise ValueError(f"Unknown role {name!r}; roles are {[TEACHER, *self.names]}.")
+        # Not by peft's set_adapter: it changes requires_grad, so that a pending backward pass of another role
+        # would lose its gradients, and takes 3 ms for the mini (one forward pass of one image takes 20).
         for _, layer in self._layers:
-            if name == TEACHER:
-                layer.enable_adapters(False)
-            else:
-                layer.set_adapter(name)
-                layer._disable_adapters = False
-        # peft has changed requires_grad; without this a pending backward pass of another role would lose its
-        # gradients.
-        for parameters in self._parameters.values():
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
+            layer._disable_adapters = name == TEACHER
+            if name != TEACHER:
+                layer._active_adapter = [name]
         self._now = name
 
-    def checkpointing(self) -> Callable[..., Any]:
+    def checkpointing(
+        self, context: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Callable[..., Any]:
         """Return a gradient-checkpointing function that recomputes a block under the role of its forward
-        pass.
+        pass, and within `context`.
         """
 
         def run(block: nn.Module, *inputs: Any) -> Any:
             name = self._now
 
             def under_role(*again: Any) -> Any:
-                with self.role(name):
+                with self.role(name), context():
                     return block(*again)
 
             return checkpoint(under_role, *inputs, use_reentrant=False)
