@@ -18,6 +18,8 @@ from scalewise.common import console
 from scalewise.config.presets import find_recipe
 from scalewise.evaluation.samplers import Prompts, generate_images, parse_sampler
 from scalewise.evaluation.sampling_speed import count_flops
+from scalewise.method import backbone
+from scalewise.method.cpu import FastPaths
 from scalewise.method.roles import Roles
 from scalewise.method.scales import Scale
 from scalewise.models import ModelError
@@ -262,6 +264,8 @@ def test_a_planned_iteration_is_a_real_one_and_checkpointing_repeats_as_much(mmd
     """A plan's block has a way back from all its outputs, and is repeated to its last product: a real one
     has none from the text's tokens behind the tap, and stops a product earlier. That shows with two blocks.
     """
+    # A plan counts peft's layers, which every device but a CPU runs; a CPU's recomputation stops earlier.
+    monkeypatch.setattr(backbone, "choose_fast_paths", lambda *_, **__: FastPaths())
     # Attention as plans count it; the CPU's own kernel has no count.
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _Flash.apply(q, k, v))
     tiny, counted, planned = make_tiny(tmp_path), [], []

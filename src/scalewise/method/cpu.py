@@ -41,8 +41,19 @@ class FastPaths:
 def choose_fast_paths(device: torch.device | str, precision: str, *, native: bool) -> FastPaths:
     """Choose the paths that are faster on a device; `native`: it has bfloat16 matrix products."""
     cpu = torch.device(device).type == "cpu"
-    bf16 = cpu and native and precision == "bf16" and torch.backends.mkldnn.is_available()
+    bf16 = cpu and native and precision == "bf16" and _has_operators()
     return FastPaths(lora=cpu, attention=bf16, weights=bf16)
+
+
+def _has_operators() -> bool:
+    """Return whether this version of torch has the operators that the bfloat16 paths call."""
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    attention = "_scaled_dot_product_flash_attention_for_cpu_backward"
+    return (
+        torch.backends.mkldnn.is_available()
+        and all(hasattr(torch.ops.mkldnn, name) for name in names)
+        and hasattr(torch.ops.aten, attention)
+    )
 
 
 class RoleLinear(LoraLinear):

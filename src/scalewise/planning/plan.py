@@ -261,9 +261,12 @@ def count_forward(model: PipelineAdapter, scale: Scale, block: int, roles: Roles
         base = passes()
     with roles.role("student"):
         whole, part = (counted(f, backward=True) for f in (run, features))
-        for parameter in roles.parameters("student").values():
-            parameter.requires_grad_(False)  # until the role is entered again
+        trained = list(roles.parameters("student").values())
+        for parameter in trained:
+            parameter.requires_grad_(False)
         adapted, held = passes(), counted(partial(features, gradient=True), backward=True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     # While a term on the features of x0 is computed, the graph of the student is in memory too.
     return ForwardCost(
         scale, model.token_count(scale), base, adapted, whole.flops, part.flops,
