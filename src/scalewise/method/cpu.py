@@ -197,13 +197,13 @@ class Float32AttentionBackward(TorchFunctionMode):
         self,
         function: Callable[..., Any],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        inputs: Sequence[Any] = (),
+        named: Mapping[str, Any] | None = None,
     ) -> Any:
-        options = kwargs or {}
-        if function is F.scaled_dot_product_attention and _is_plain(*args, **options):
-            return _Attention.apply(*(x.to(torch.bfloat16) for x in args), options.get("scale"))
-        return function(*args, **options)
+        options = named or {}
+        if function is F.scaled_dot_product_attention and _is_plain(*inputs, **options):
+            return _Attention.apply(*(x.to(torch.bfloat16) for x in inputs), options.get("scale"))
+        return function(*inputs, **options)
 
 
 def _is_plain(*args: Any, **options: Any) -> bool:
