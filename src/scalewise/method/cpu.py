@@ -60,7 +60,7 @@ class RoleLinear(LoraLinear):
     """peft's LoRA layer on a plain linear layer, with fewer casts and passes over the activations."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Return W x + b + alpha / rank B A x [..., D_out] for x [..., D_in]."""
+        """Return W x + b + alpha / rank B A x, [N, D_out] for x [N, D_in]; x may have more leading axes."""
         if self.disable_adapters and not self.merged:
             found: Tensor = self.base_layer(x)
             return found
@@ -193,14 +193,9 @@ class Float32AttentionBackward(TorchFunctionMode):
     tokens x 32, one core).
     """
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        inputs: Sequence[Any] = (),
-        named: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = named or {}
+    def __torch_function__(self, function: Callable[..., Any], types: Sequence[type], *call: Any) -> Any:
+        inputs, named = call if len(call) == 2 else (*call, *((), None)[len(call) :])
+        options: Mapping[str, Any] = named or {}
         if function is F.scaled_dot_product_attention and _is_plain(*inputs, **options):
             return _Attention.apply(*(x.to(torch.bfloat16) for x in inputs), options.get("scale"))
         return function(*inputs, **options)
