@@ -12,6 +12,7 @@ from scalewise.metrics import (
     geneval,
     hpsv3,
     image_reward,
+    motion,
     preference,
     scene,
     shares,
@@ -27,7 +28,7 @@ EXTRAS: dict[str, Extra] = {
     extra.name: extra
     for extra in (
         features.FID, features.FD, preference.PICKSCORE, preference.HPSV2, image_reward.EXTRA, hpsv3.EXTRA,
-        geneval.EXTRA, scene.EXTRA, spectral.EXTRA, video.EXTRA,
+        geneval.EXTRA, scene.EXTRA, spectral.EXTRA, video.EXTRA, motion.EXTRA,
     )
 }  # fmt: skip
 """Metrics that `--metric` selects, by name."""
