@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scalewise.data.batches import Batches
+from scalewise.data.header import SetHeader
 from scalewise.method.adapter import Condition
 from scalewise.method.scales import Scale, ScaleSchedule
 
@@ -17,6 +18,7 @@ class Bucket:
 
     def __init__(self, number: int, count: int) -> None:
         self.number, self.count, self.scales = number, count, [Scale(1, 4, 4)]
+        self.header = SetHeader("synthetic", (Scale(1, 4, 4),), 1, "base")
 
     def __len__(self) -> int:
         return self.count

@@ -228,9 +228,11 @@ def test_training_in_float16_is_refused(run, recipe_file: str, tmp_path: Path) -
     assert code == 1 and "float16 is only for sampling" in text and "model.dtype=bfloat16" in text
 
 
-def test_scales_that_the_set_lacks_are_named(run, recipe_file: str, tmp_path: Path) -> None:
-    code, text = run("distill", recipe_file, "schedule.scales=['2','6','6','8']", "--out", tmp_path / "run")
-    assert code == 1 and "no latents at 2x2, only at 4x4, 6x6, 8x8" in text
+def test_a_schedule_of_another_full_scale_than_the_set_is_refused(
+    run, recipe_file: str, tmp_path: Path
+) -> None:
+    code, text = run("distill", recipe_file, "schedule.scales=['2','4','6','6']", "--out", tmp_path / "run")
+    assert code == 1 and "samples of 8x8, but the schedule ends at 6x6" in text
 
 
 def test_an_empty_or_unreadable_data_folder_is_explained(run, recipe_file: str, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_a_folder_is_encoded_once_until_something_changes(tmp_path):
 
 
 def test_an_interrupted_encoding_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(LatentSetWriter.__init__, "__kwdefaults__", {"shard_rows": 2})
+    monkeypatch.setattr(LatentSetWriter.__init__, "__kwdefaults__", {"shard_rows": 2, "dtype": "float16"})
     folder, out = fill(tmp_path / "in"), tmp_path / "out"
 
     class Cut(Pixels):

@@ -142,6 +142,16 @@ def check_full_scale(recipe: Recipe, data: LatentSet) -> None:
         )
 
 
+def check_channels(recipe: Recipe, data: LatentSet, model: PipelineAdapter) -> None:
+    """Raise RecipeError if the latents of a dataset have another number of channels than the model's."""
+    if data.header.channels != model.channels:
+        raise RecipeError(
+            f"The dataset {recipe.data.path} has latents of {data.header.channels} channels (made by "
+            f"{data.header.base}), but {recipe.model.base} has {model.channels}; make a dataset for "
+            "it with `scalewise generate`."
+        )
+
+
 def open_set(recipe: Recipe, path: Path, scales: Iterable[Scale], progress: Progress) -> LatentSet:
     """Open a dataset with latents at some scales, those that it does not store derived once and cached.
 
@@ -160,6 +170,7 @@ def attach_scales(recipe: Recipe, data: LatentSet, scales: Iterable[Scale], prog
 
     def load_vae() -> PipelineAdapter:
         model = load(recipe, ["vae"])
+        check_channels(recipe, data, model)
         model.check_schedule(recipe.schedule.build())
         return model
 
@@ -259,12 +270,7 @@ def training_backbone(recipe: Recipe, data: Data) -> Backbone:
     model = load(recipe, ["denoiser"], training=True)
     check_recipe(recipe, model)
     for dataset in data.sets:
-        if dataset.header.channels != model.channels:
-            raise RecipeError(
-                f"The dataset {recipe.data.path} has latents of {dataset.header.channels} channels (made by "
-                f"{dataset.header.base}), but {recipe.model.base} has {model.channels}; make a dataset for "
-                "it with `scalewise generate`."
-            )
+        check_channels(recipe, dataset, model)
     return build_backbone(recipe, model)
 
 
