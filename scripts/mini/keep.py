@@ -27,6 +27,8 @@ FILES = {
 }
 """File of each stage that later stages load."""
 EIGHT_BITS = ("denoiser",)
+MEASURED = ("vae16", "text", "detector")
+"""Stages whose measured.json is stored, for the card. The detector itself is in the package."""
 TOKENIZER = Path("tokenizers") / "clip"
 """Stored with the text encoders, because training it again may assign other token ids."""
 
@@ -80,6 +82,9 @@ def keep() -> None:
         few = to_bits(tensors, eight=stage in EIGHT_BITS)
         save_file(few, KEPT / f"{stage}.safetensors", metadata=head)
         print(f"{stage}: {sum(v.numel() for v in few.values()):,} values, {head}")
+    for stage in MEASURED:
+        if (path := work_folder() / stage / "measured.json").exists():
+            shutil.copy(path, KEPT / f"{stage}.json")
     shutil.copytree(work_folder() / TOKENIZER, KEPT / TOKENIZER.name, dirs_exist_ok=True)
 
 
@@ -98,6 +103,11 @@ def restore() -> None:
             tensors |= {f"module/{k[4:]}": v.clone() for k, v in tensors.items() if k.startswith("ema/")}
         save_file(tensors, place, metadata=head)
         print(f"restored {place}")
+    for stage in MEASURED:
+        path, stored = work_folder() / stage / "measured.json", KEPT / f"{stage}.json"
+        if stored.exists() and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(stored, path)
     if not (work_folder() / TOKENIZER).exists():
         shutil.copytree(KEPT / TOKENIZER.name, work_folder() / TOKENIZER)
 

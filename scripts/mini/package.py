@@ -79,12 +79,13 @@ def main() -> None:
     write_teacher()
     shutil.rmtree(mini.SCORER, ignore_errors=True)
     finished_scorer().save(mini.SCORER)
-    detector = load_averaged("detector", Detector()).state_dict()
-    measured = json.loads((work_folder() / "detector" / "measured.json").read_text(encoding="utf-8"))
-    save_file(
-        {name: value.half() for name, value in detector.items()}, mini.DETECTOR,
-        metadata={"clean": str(measured["clean"])},
-    )  # fmt: skip
+    if (work_folder() / "detector" / "state.safetensors").exists():  # else the shipped one stays
+        detector = load_averaged("detector", Detector()).state_dict()
+        measured = json.loads((work_folder() / "detector" / "measured.json").read_text(encoding="utf-8"))
+        save_file(
+            {name: value.half() for name, value in detector.items()}, mini.DETECTOR,
+            metadata={"clean": str(measured["clean"])},
+        )  # fmt: skip
     for file in sorted(mini.FOLDER.rglob("*")):
         if file.is_file() and file.stat().st_size > 100_000:
             print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(mini.FOLDER)}")
