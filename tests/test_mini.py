@@ -66,6 +66,7 @@ def test_the_weights_are_half_precision_and_within_the_budget() -> None:
     # The detector belongs to the next mini, which replaces all the other files.
     weights = [f for f in files if f not in (mini.REFERENCE, mini.DETECTOR)]
     assert sum(f.stat().st_size for f in weights) <= 40e6
+    assert mini.DETECTOR.stat().st_size <= 3e6
     for file in weights:
         with safe_open(file, "pt") as opened:
             kinds = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118

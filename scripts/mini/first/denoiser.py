@@ -17,18 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import (
-    Stage,
-    batches,
-    chunks,
-    euler,
-    half_is_fast,
-    load_averaged,
-    load_pictures,
-    to_float,
-    work_folder,
-)
+from common import Stage, batches, chunks, euler, half_is_fast, load_averaged, to_float, work_folder
 from diffusers import SD3Transformer2DModel
+from pictures import load_pictures
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from text import TeacherText

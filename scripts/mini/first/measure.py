@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import load_pictures, psnr, to_float, work_folder
+from common import psnr, to_float, work_folder
 from diffusers import StableDiffusion3Pipeline
+from pictures import load_pictures
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -14,10 +14,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from common import load_averaged, load_pictures, to_float, work_folder
+from common import load_averaged, to_float, work_folder
 from denoiser import SHIFT, cache
 from denoiser import build as build_denoiser
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from pictures import load_pictures
 from safetensors.torch import load_file, save_file
 from text import Scorer, TeacherText, embed
 from vae import load_balanced

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 
-from common import load_pictures, own_tensors, work_folder
+from common import own_tensors, work_folder
 from denoiser import build as build_denoiser
 from diffusers import StableDiffusion3Pipeline
+from pictures import load_pictures
 from safetensors.torch import save_file
 from text import Scorer, TeacherText
 from torch import nn

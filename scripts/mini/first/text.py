@@ -21,17 +21,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from common import (
-    Pictures,
-    Stage,
-    batches,
-    chunks,
-    half_is_fast,
-    load_averaged,
-    load_pictures,
-    to_float,
-    work_folder,
-)
+from common import Stage, batches, chunks, half_is_fast, load_averaged, to_float, work_folder
+from pictures import Pictures, load_pictures
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn

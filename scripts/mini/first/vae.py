@@ -15,8 +15,9 @@ import json
 
 import torch
 import torch.nn.functional as F
-from common import Stage, batches, half_is_fast, load_averaged, load_pictures, psnr, to_float, work_folder
+from common import Stage, batches, half_is_fast, load_averaged, psnr, to_float, work_folder
 from diffusers import AutoencoderKL
+from pictures import load_pictures
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Pictures, load_pictures, to_float
+from common import to_float
+from pictures import Pictures, load_pictures
 from torch import Tensor
 
 FRAMES, SIDE = 9, 48

@@ -65,4 +65,7 @@ def _decompress(cell: Any, shape: Sequence[int]) -> Any:
     try:
         return _ZSTD.decompress(cell, decompressed_size=4 * shape[0] + prod(shape))
     except OSError as error:
-        raise DataError(f"The stored latents of shape {list(shape)} cannot be read ({error}).") from error
+        raise DataError(
+            f"The stored latents of shape {list(shape)} cannot be read ({error}); delete the "
+            "dataset and generate it again."
+        ) from error

@@ -169,3 +169,13 @@ class Metric:
     def show(self, value: float, *, finer: int = 0) -> str:
         """Format a value or difference with the metric's number of decimals plus `finer`."""
         return f"{100 * value:.{1 + finer}f}%" if self.percent else f"{value:.{self.digits + finer}f}"
+
+
+def share_metric(name: str, title: str, *, about: str, group: str = "") -> Metric:
+    """Return the metric of an output with 1 for images that pass, 0 for others, and NaN where it does not
+    apply.
+    """
+    return Metric(
+        name=name, title=title, better="higher", bounds=(0, 1), percent=True, share=True,
+        statistic=lambda features: features.mean_output(name), about=about, group=group,
+    )  # fmt: skip

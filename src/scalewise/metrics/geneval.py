@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scalewise.method.rng import permutation
-from scalewise.metrics.base import ImageFeatures, Mean, Metric, Statistic
+from scalewise.metrics.base import ImageFeatures, Mean, Metric, Statistic, share_metric
 from scalewise.metrics.clip import ClipScorer
 from scalewise.metrics.detection import COLORS, ColorClassifier, Detection, Detector
 from scalewise.metrics.extras import Device, Extra
@@ -298,11 +298,9 @@ def _overall(features: ImageFeatures) -> Statistic | None:
 
 
 def _metric(task: str, title: str, about: str) -> Metric:
-    name = f"geneval_{task}"
-    return Metric(
-        name=name, title=f"GenEval {title}", better="higher", bounds=(0, 1), percent=True, share=True,
-        statistic=lambda features: features.mean_output(name), group="GenEval by task",
-        about=f"share of images {about}, according to a detector",
+    return share_metric(
+        f"geneval_{task}", f"GenEval {title}", about=f"share of images {about}, according to a detector",
+        group="GenEval by task",
     )  # fmt: skip
 
 

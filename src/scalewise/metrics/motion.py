@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalewise.metrics.base import Metric
+from scalewise.metrics.base import Metric, share_metric
 from scalewise.metrics.clip import from_bytes
 from scalewise.metrics.extras import Device, Extra
-from scalewise.metrics.scene import WINDOW, ssim
+from scalewise.metrics.ssim import clip_box, shifted_ssim
 from scalewise.mini.grammar import BACKGROUNDS
 from scalewise.mini.motions import CROSS, DOWN, GROW, LEFT, RIGHT, SHRINK, TURN, UP, Motion, parse_motion
 from scalewise.mini.video_detector import Frame, Seen, VideoDetector, load_video_detector, read_frames
@@ -183,30 +183,16 @@ def _best_ssim(image: Tensor, true: Tensor, pose: Pose) -> float:
     """Return the SSIM of two frames [3, 64, 64] around a pose, for the shift of the least squared error."""
     cos, sin = abs(math.cos(math.radians(pose.angle))), abs(math.sin(math.radians(pose.angle)))
     reach = min(pose.size * (cos + sin) / 2, SIDE)
-    left, top = (max(round(part - reach), SHIFT) for part in (pose.x, pose.y))
-    right, bottom = (min(round(part + reach), SIDE - SHIFT) for part in (pose.x, pose.y))
-    height, width = bottom - top, right - left
-    if min(height, width) <= WINDOW:
+    box = clip_box((pose.x - reach, pose.y - reach, pose.x + reach, pose.y + reach), SIDE, margin=SHIFT)
+    if box is None:
         return 0.0
-    around = image[:, top - SHIFT : bottom + SHIFT, left - SHIFT : right + SHIFT]
-    drawing = true[:, top:bottom, left:right]
-    # Windows of the size of the drawing, as a view: [5, 5, height, width].
-    windows = around.mean(0).unfold(0, height, 1).unfold(1, width, 1)
-    errors = (windows - drawing.mean(0)).square().mean((2, 3))
-    row, column = divmod(int(errors.argmin()), errors.shape[1])
-    return float(ssim(windows[row, column][None, None], drawing[None]))
+    left, top, right, bottom = box
+    return shifted_ssim(image, true[:, top:bottom, left:right], (left, top), shift=SHIFT)
 
 
 def _check(captions: Sequence[str]) -> None:
     for caption in captions:
         parse_motion(caption)
-
-
-def _share(name: str, title: str, about: str) -> Metric:
-    return Metric(
-        name=name, title=title, better="higher", bounds=(0, 1), percent=True, share=True,
-        statistic=lambda features: features.mean_output(name), about=about,
-    )  # fmt: skip
 
 
 def _similarity(name: str, title: str, about: str) -> Metric:
@@ -219,18 +205,20 @@ def _similarity(name: str, title: str, about: str) -> Metric:
 EXTRA = Extra(
     name="motion", load=MotionJudge.load, videos=True, check=_check,
     metrics=(
-        _share(
+        share_metric(
             "video_match", "Video match",
-            "share of videos of the video mini with the things, motion and background of the caption",
+            about="share of videos of the video mini with the things, motion and background of the caption",
         ),
-        _share(
-            "video_things", "Thing match", "share of videos with exactly the caption's things in every frame"
+        share_metric(
+            "video_things", "Thing match",
+            about="share of videos with exactly the caption's things in every frame",
         ),
-        _share(
-            "video_motion", "Motion match", "share of videos in which what is seen moves as the caption says"
+        share_metric(
+            "video_motion", "Motion match",
+            about="share of videos in which what is seen moves as the caption says",
         ),
         *(
-            _share(f"video_{kind}", f"Video {kind}", f"video match of captions of {about}")
+            share_metric(f"video_{kind}", f"Video {kind}", about=f"video match of captions of {about}")
             for kind, about in (
                 ("moving", "a thing that moves"), ("turning", "a thing that turns"),
                 ("sizing", "a thing that grows or shrinks"), ("crossing", "two things that cross"),
@@ -244,9 +232,9 @@ EXTRA = Extra(
             "video_steadiness", "Steadiness",
             "mean SSIM with the true drawing in the frame of each video where it is the lowest",
         ),
-        _share(
+        share_metric(
             "video_clean", "Clean video",
-            "share of videos of which every frame is as close to the true drawing as in 99% of VAE "
+            about="share of videos of which every frame is as close to the true drawing as in 99% of VAE "
             "reconstructions",
         ),
     ),

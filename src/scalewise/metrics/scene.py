@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalewise.metrics.base import ImageFeatures, Metric, Statistic
+from scalewise.metrics.base import ImageFeatures, Metric, Statistic, share_metric
 from scalewise.metrics.clip import from_bytes
 from scalewise.metrics.detection import Detection
 from scalewise.metrics.extras import Device, Extra
 from scalewise.metrics.frechet import distance_to
 from scalewise.metrics.geneval import ObjectSpec, Requirement, correct
+from scalewise.metrics.ssim import clip_box, shifted_ssim
 from scalewise.mini.detector import (
     THRESHOLD,
     Detector,
@@ -37,8 +38,6 @@ from scalewise.mini.scenes import SIDE, Item, drawing, layout
 
 SHIFT = 3
 """Largest shift in pixels, along each axis, between a detected thing and its true drawing."""
-WINDOW = 7
-"""Side in pixels of the windows of SSIM."""
 LAYOUTS = 400
 """Number of random layouts from which the spread of a caption's layouts is estimated."""
 
@@ -119,20 +118,16 @@ def fidelity(pixels: Tensor, item: Item, reading: Reading) -> float:
     """Return the SSIM of a detected thing with its true drawing, in pixels [3, H, W] of 128 x 128 in [-1, 1].
 
     The drawing has the place, size, color and style that were detected, on the detected background. It is
-    shifted by up to SHIFT pixels to the least squared error. Its part outside the image is left out.
+    shifted by up to SHIFT pixels to the least squared error. Its part outside the image is left out. 0 if
+    there is no such drawing: in the ink style, every thing has a color.
     """
-    left, top = max(item.x, SHIFT), max(item.y, SHIFT)
-    right, bottom = (min(edge + item.size, SIDE - SHIFT) for edge in (item.x, item.y))
-    if min(right - left, bottom - top) <= WINDOW:
+    box = clip_box((item.x, item.y, item.x + item.size, item.y + item.size), SIDE, margin=SHIFT)
+    if box is None or (reading.style == "ink" and item.color is None):
         return 0.0
+    left, top, right, bottom = box
     true = true_drawing(reading.style, item, reading.background)
     true = true[:, top - item.y : bottom - item.y, left - item.x : right - item.x]
-    around = pixels[:, top - SHIFT : bottom + SHIFT, left - SHIFT : right + SHIFT]
-    # Windows of the size of the drawing, as a view: [7, 7, height, width].
-    windows = around.mean(0).unfold(0, bottom - top, 1).unfold(1, right - left, 1)
-    errors = (windows - true.mean(0)).square().mean((2, 3))
-    row, column = divmod(int(errors.argmin()), errors.shape[1])
-    return float(ssim(windows[row, column][None, None], true[None]))
+    return shifted_ssim(pixels, true, (left, top), shift=SHIFT)
 
 
 @cache
@@ -146,28 +141,7 @@ def _drawn(style: str, thing: str, color: str | None, size: int, background: str
 
 def true_drawing(style: str, item: Item, background: str) -> Tensor:
     """Return the drawing of a thing on a background: pixels [3, S, S] in [-1, 1], S its size."""
-    ink = item.color if style == "ink" else None
-    if style == "ink" and ink is None:
-        ink = "black"  # the detector read no ink color
-    return _drawn(style, item.thing, ink, item.size, background)
-
-
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Return the structural similarity [N] of images a and b [N, C, H, W] in [-1, 1].
-
-    SSIM by Wang et al. 2004 with uniform windows of 7 x 7 pixels, on the mean of the color channels in
-    [0, 1], because the luminance term needs means that are not negative.
-    """
-    a, b = ((x.mean(1, keepdim=True) + 1) / 2 for x in (a, b))
-    mean_a, mean_b = F.avg_pool2d(a, WINDOW, 1), F.avg_pool2d(b, WINDOW, 1)
-    unbiased = WINDOW**2 / (WINDOW**2 - 1)
-    variance_a = unbiased * (F.avg_pool2d(a * a, WINDOW, 1) - mean_a**2)
-    variance_b = unbiased * (F.avg_pool2d(b * b, WINDOW, 1) - mean_b**2)
-    covariance = unbiased * (F.avg_pool2d(a * b, WINDOW, 1) - mean_a * mean_b)
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
-    return (luminance * structure).mean((1, 2, 3))
+    return _drawn(style, item.thing, item.color if style == "ink" else None, item.size, background)
 
 
 def centers_of(items: Sequence[Item]) -> Tensor:
@@ -218,24 +192,22 @@ def _frechet(features: ImageFeatures) -> Statistic | None:
     return distance_to(features.outputs["scene"], features, features.real["scene"])
 
 
-def _share(name: str, title: str, about: str, *, group: str = "") -> Metric:
-    return Metric(
-        name=name, title=title, better="higher", bounds=(0, 1), percent=True, share=True,
-        statistic=lambda features: features.mean_output(name), about=about, group=group,
-    )  # fmt: skip
+def _check(captions: Sequence[str]) -> None:
+    for caption in captions:
+        parse_caption(caption)
 
 
 EXTRA = Extra(
-    name="scene", load=SceneJudge.load, source=None, real=True,
+    name="scene", load=SceneJudge.load, source=None, real=True, frechet=True, check=_check,
     metrics=(
-        _share(
+        share_metric(
             "scene_match", "Scene match",
-            "share of images with exactly the things, number, colors, position, style and background of the "
-            "caption, according to a detector",
+            about="share of images with exactly the things, number, colors, position, style and background "
+            "of the caption, according to a detector",
         ),
         *(
-            _share(
-                f"scene_{task}", title, f"scene match of captions {about}", group="Scene match by task"
+            share_metric(
+                f"scene_{task}", title, about=f"scene match of captions {about}", group="Scene match by task"
             )
             for task, title, about in (
                 ("single_object", "Single object", "with one thing"),
@@ -251,9 +223,9 @@ EXTRA = Extra(
             statistic=lambda features: features.mean_output("scene_fidelity"),
             about="mean SSIM of every detected thing with its true drawing",
         ),
-        _share(
+        share_metric(
             "scene_clean", "Clean",
-            "share of images of which every thing is as close to its true drawing as 99% of VAE "
+            about="share of images of which every thing is as close to its true drawing as 99% of VAE "
             "reconstructions",
         ),
         Metric(
@@ -264,7 +236,7 @@ EXTRA = Extra(
         ),
         Metric(
             name="scene_frechet", title="Scene Fréchet distance", better="lower", bounds=(0, float("inf")),
-            statistic=_frechet, rounds=400,
+            statistic=_frechet, rounds=400, digits=1,
             about="Fréchet distance to renders of the same captions, in the detector's features",
         ),
     ),

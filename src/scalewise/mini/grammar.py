@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -162,8 +161,8 @@ def parse_caption(caption: str) -> Description:
     text = " ".join(caption.lower().split()).rstrip(".")
     if words := unknown_words(text):
         raise CaptionError(
-            f"The caption {caption!r} has words that the mini does not know: {', '.join(words)}; "
-            "`scalewise words` lists the known ones."
+            f"The caption {caption!r} has words that captions of scenes do not have: {', '.join(words)}; use "
+            f"things such as {', '.join(THINGS[:5])} (all words are in scalewise.mini.grammar)."
         )
     for pattern in _patterns():
         if (match := pattern.fullmatch(text)) and (found := _parse_things(match["what"])):
@@ -172,37 +171,19 @@ def parse_caption(caption: str) -> Description:
                 raise CaptionError(f"The caption {caption!r} cannot be drawn: {problem}.")
             return description
     raise CaptionError(
-        f"The caption {caption!r} does not have the form of the mini's captions, such as 'a red apple and a "
-        "blue key on a white background, ink style'; `scalewise words` lists the forms."
+        f"The caption {caption!r} does not have the form of a caption of a scene, such as 'a red apple and a "
+        "blue key on a white background, ink style' or 'three cats on a pink background, noto style'."
     )
-
-
-def is_caption(text: str) -> bool:
-    """Return whether a text is a caption of the mini's grammar."""
-    try:
-        parse_caption(text)
-    except CaptionError:
-        return False
-    return True
 
 
 def unknown_words(caption: str) -> list[str]:
     """Return the words of a caption that none of the mini's captions has, each once."""
-    words = re.findall(r"[^\s,.:]+", caption.lower())
-    return [word for word in dict.fromkeys(words) if word not in vocabulary()]
+    return [word for word in dict.fromkeys(words_of(caption)) if word not in vocabulary()]
 
 
-def describe_unknown_words(captions: Iterable[str]) -> str:
-    """Return a warning that names the unknown words of some captions, or "" if there are none."""
-    words = dict.fromkeys(word for caption in captions for word in unknown_words(caption))
-    if not words:
-        return ""
-    few = ", ".join(list(words)[:8]) + (" ..." if len(words) > 8 else "")
-    return (
-        f"The mini does not know {'the word' if len(words) == 1 else 'the words'} {few} and ignores "
-        f"{'it' if len(words) == 1 else 'them'} or generates something else; `scalewise words` lists what it "
-        "knows."
-    )
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation."""
+    return re.findall(r"[^\s,.:]+", text.lower())
 
 
 @cache
@@ -210,7 +191,7 @@ def vocabulary() -> frozenset[str]:
     """All words of the mini's captions."""
     phrases = [p for pairs in RELATIONS.values() for side in pairs for p in side]
     listed = " ".join([*_FORMS, *phrases, *_CONNECTIVES, *NUMBERS.values()])
-    words = {w for w in re.findall(r"[^\s,.:]+", listed) if not w.startswith("{")}
+    words = {word for word in words_of(listed) if not word.startswith("{")}
     return frozenset(words | {"a", "an", *THINGS, *map(plural, THINGS), *STYLES, *BACKGROUNDS, *INKS})
 
 
@@ -219,13 +200,18 @@ def plural(name: str) -> str:
     return _PLURALS.get(name, name + "s")
 
 
+def with_article(words: str) -> str:
+    """Return words with "a" or "an" in front."""
+    return f"{_article(words)} {words}"
+
+
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
 def _phrase(thing: Thing) -> str:
     words = f"{thing.color} {thing.name}" if thing.color else thing.name
-    return f"{_article(words)} {words}"
+    return with_article(words)
 
 
 @cache

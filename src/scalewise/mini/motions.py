@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, zip_longest
 
-from scalewise.mini.grammar import CaptionError
+from scalewise.mini.grammar import CaptionError, with_article, words_of
 
 MOVING = (
     "cat", "frog", "penguin", "crab", "fish", "butterfly", "cactus", "moon", "car", "rocket", "guitar",
@@ -75,7 +74,7 @@ def all_captions(description: Motion) -> list[str]:
         orders.append(description.things[::-1])
     return [
         form.format(
-            what=f"{' and '.join(map(_indefinite, things))} {phrase}", background=description.background
+            what=f"{' and '.join(map(with_article, things))} {phrase}", background=description.background
         )
         for things in orders
         for phrase in PHRASES[description.motion]
@@ -98,7 +97,7 @@ def parse_motion(caption: str) -> Motion:
     found = _by_caption().get(text)
     if found:
         return found
-    unknown = [word for word in dict.fromkeys(_words(text)) if word not in motion_vocabulary()]
+    unknown = [word for word in dict.fromkeys(words_of(text)) if word not in motion_vocabulary()]
     if unknown:
         raise CaptionError(
             f"The caption {caption!r} has words that the video mini does not know: {', '.join(unknown)}; "
@@ -113,7 +112,7 @@ def parse_motion(caption: str) -> Motion:
 @cache
 def motion_vocabulary() -> frozenset[str]:
     """All words of the captions of videos."""
-    return frozenset(word for caption in _by_caption() for word in _words(caption))
+    return frozenset(word for caption in _by_caption() for word in words_of(caption))
 
 
 @cache
@@ -137,11 +136,3 @@ def _by_caption() -> dict[str, Motion]:
 
 def _hash(text: str) -> str:
     return hashlib.md5(text.encode()).hexdigest()
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\s,.]+", text)
-
-
-def _indefinite(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,7 +1,7 @@
 """The detector of the video mini: reads the things of every frame and their poses, to judge generated videos.
 
-A convolutional network predicts a heat map over 16 x 16 cells for each thing (CenterNet, arXiv 1904.07850),
-with offset, size and angle at each cell, and the background of the frame. scripts/mini/video_detector.py
+A convolutional network (centernet.py) predicts a heat map over 16 x 16 cells for each thing, with offset,
+size and angle at each cell, and the background of the frame. scripts/mini/video_detector.py
 trains it and measures its errors.
 """
 
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from scalewise.mini.centernet import STRIDE, CenterNet, find_peaks
 from scalewise.mini.motions import GROUNDS, MOVING
 from scalewise.mini.videos import SIDE, SIZE, Pose
 
-STRIDE, CELLS = 4, SIDE // 4
+CELLS = SIDE // STRIDE
 THRESHOLD = 0.3
 """Minimum score of a detection."""
 SUPPRESSED = 3
@@ -48,21 +48,6 @@ class Frame:
     found: tuple[Seen, ...]
 
 
-class _Block(nn.Module):
-    """Two 3 x 3 convolutions with a residual connection."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.body(x)
-        return y
-
-
 @dataclass(frozen=True)
 class Logits:
     """Output of the detector by cell: things [N, 12, 16, 16], offsets of the center [N, 2, 16, 16] in cells,
@@ -76,33 +61,15 @@ class Logits:
     background: Tensor
 
 
-class VideoDetector(nn.Module):
+class VideoDetector(CenterNet):
     """Maps frames [N, 3, 64, 64] in [-1, 1] to `Logits`."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 8, stride=STRIDE, padding=2), _Block(32))
-        self.down = nn.Sequential(nn.Conv2d(32, 64, 4, stride=2, padding=1), _Block(64), _Block(64))
-        self.low = nn.Sequential(nn.Conv2d(64, 96, 4, stride=2, padding=1), _Block(96), _Block(96))
-        self.up_1, self.up_2 = nn.Conv2d(96, 64, 1), nn.Conv2d(64, 48, 1)
-        self.skip = nn.Conv2d(32, 48, 1)
-        self.last = _Block(48)
-        self.parts = (len(MOVING), 2, 1, 2)
-        self.cells = nn.Conv2d(48, sum(self.parts), 1)
-        assert self.cells.bias is not None
-        nn.init.zeros_(self.cells.bias)
-        nn.init.constant_(self.cells.bias[: len(MOVING)], -4.0)  # hardly any cell is the center of a thing
-        self.image = nn.Linear(96, len(GROUNDS))
+        super().__init__((32, 64, 96), joined=48, outputs=(len(MOVING), 2, 1, 2), image=len(GROUNDS), stem=1)
 
     def forward(self, x: Tensor) -> Logits:
-        fine = self.stem(x)
-        middle = self.down(fine)
-        low = self.low(middle)
-        joined = middle + F.interpolate(self.up_1(low), scale_factor=2.0)
-        joined = self.skip(fine) + F.interpolate(self.up_2(joined), scale_factor=2.0)
-        cells: Sequence[Tensor] = self.cells(self.last(joined)).split(self.parts, dim=1)
-        things, offsets, sizes, angles = cells
-        return Logits(things, offsets, sizes, angles, self.image(low.mean((2, 3))))
+        (things, offsets, sizes, angles), background, _ = self.outputs_of(x)
+        return Logits(things, offsets, sizes, angles, background)
 
 
 def load_video_detector(path: Path, device: torch.device | str = "cpu") -> tuple[VideoDetector, float]:
@@ -153,15 +120,11 @@ def read_frames(model: VideoDetector, pixels: Tensor) -> list[Frame]:
 
 
 def _read(logits: Logits) -> list[Frame]:
-    scores, names = logits.things.sigmoid().max(1)  # [N, 16, 16]
-    window = 2 * SUPPRESSED + 1
-    nearby = F.max_pool2d(scores[:, None], window, stride=1, padding=SUPPRESSED)[:, 0]
-    peaks = ((scores == nearby) & (scores > THRESHOLD)).nonzero()
     poses = torch.cat([logits.offsets, logits.sizes, logits.angles], 1)
-    found: list[list[Seen]] = [[] for _ in range(len(scores))]
-    for n, row, column in peaks.tolist():
+    found: list[list[Seen]] = [[] for _ in range(len(poses))]
+    for n, row, column, name, score in find_peaks(logits.things, threshold=THRESHOLD, radius=SUPPRESSED):
         pose = decode_pose(row, column, poses[n, :, row, column].tolist())
-        found[n].append(Seen(MOVING[int(names[n, row, column])], pose, float(scores[n, row, column])))
+        found[n].append(Seen(MOVING[name], pose, score))
     grounds = logits.background.argmax(1).tolist()
     return [
         Frame(GROUNDS[ground], tuple(sorted(one, key=lambda seen: -seen.score)))
